@@ -1,0 +1,1 @@
+"""What makes an operator fast: one file a kernel family."""

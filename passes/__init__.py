@@ -1,0 +1,1 @@
+"""What changes the model: one file a pass."""

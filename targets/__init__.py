@@ -1,0 +1,1 @@
+"""Where a model runs: lowering and linking for each target."""

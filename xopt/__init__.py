@@ -1,0 +1,1 @@
+"""xopt: an optimizing compiler for trained transformer models."""

@@ -1,0 +1,1 @@
+"""The graph: import and export, canonical form, transformer structure, cost, FX view."""

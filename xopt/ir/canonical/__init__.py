@@ -1,0 +1,1 @@
+"""Exporters' dialects rewritten into the canonical form."""

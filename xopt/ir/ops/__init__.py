@@ -1,0 +1,1 @@
+"""The xopt operators, each an ONNX function."""

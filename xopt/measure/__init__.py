@@ -1,0 +1,1 @@
+"""Latency and accuracy, and the peers side by side."""

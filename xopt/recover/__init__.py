@@ -1,0 +1,1 @@
+"""What wins back the accuracy that a lossy pass lost."""

@@ -1,0 +1,1 @@
+"""Sessions over compiled artifacts, and the reference execution."""
