@@ -1,6 +1,6 @@
 """Errors with a cause and a cure, and the exit status each stands for.
 
-A user sees one line, ``xopt: error[E-CODE]: what, where, what to do``; a stack trace is for our own faults only.
+A user sees one line, ``xopt: error[E-CODE]: what, where, what to do``; a stack trace is for our faults only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class XoptError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"error[{self.code}]: " + ", ".join(part for part in (self.what, self.where, self.cure) if part)
+        return f"error[{self.code}]: " + ", ".join(
+            part for part in (self.what, self.where, self.cure) if part
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.code, self.what, self.where, self.cure))
