@@ -1,14 +1,14 @@
 """What a pass is: a frozen dataclass whose fields are its options, and a report of what it did.
 
-A field says its legal values once, and everything reads them there: the check of a value, the text of an error,
-the listing of ``xopt passes``, the textual and YAML pipelines, and the search space::
+A field says its legal values once, and everything reads them there: the check of a value, the text of an
+error, the listing of ``xopt passes``, the textual and YAML pipelines, and the search space::
 
     keep: Annotated[float, Between(0.0, 1.0)] = 0.9
     score: Annotated[str, Choice("fisher", "optin")] = "fisher"
-    schedule: Annotated[tuple[int, ...], Between(0, 4096)] = ()      # each element is checked
+    schedule: Annotated[tuple[int, ...], Between(0, 4096)] = ()  # each element is checked
 
-Kinds of options: bool, int, float, str, ``tuple`` of one of them (a list or a single element is taken as well), and each
-of these or None.
+Kinds of options: bool, int, float, str, ``tuple`` of one of them (a list or a single element is taken as
+well), and each of these or None. Every option has a default.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import (
     ClassVar,
     TypeAlias,
     Union,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from xopt.pipeline.context import PassContext
 
-OptionValue: TypeAlias = "bool | int | float | str | None | tuple[OptionValue, ...]"
+OptionValue: TypeAlias = "bool | int | float | str | tuple[OptionValue, ...] | None"
 
 
 class Effect(Enum):
@@ -142,17 +143,17 @@ class Pass(ABC):
             object.__setattr__(self, option.name, option.coerce(getattr(self, option.name), self.name))
         self.check()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027, a hook
         """Check options against each other; raises InputError E-OPTION."""
 
-    def requires(self, model: ir.Model, context: PassContext) -> None:
+    def requires(self, model: ir.Model, context: PassContext) -> None:  # noqa: B027, a hook
         """Check what must hold before the run; raises InputError."""
 
     @abstractmethod
     def run(self, model: ir.Model, context: PassContext) -> PassReport:
         """Rewrite ``model`` in place."""
 
-    def ensures(self, model: ir.Model, context: PassContext) -> None:
+    def ensures(self, model: ir.Model, context: PassContext) -> None:  # noqa: B027, a hook
         """Check what must hold after the run; raises VerificationError."""
 
     @classmethod
@@ -190,14 +191,14 @@ def _option(declared: dataclasses.Field[Any], hint: Any) -> Option:
     many = get_origin(hint) in (tuple, list)
     if many:
         hint = get_args(hint)[0]
-    if hint not in _KIND_WORDS:
-        raise TypeError(f"option {declared.name}: {hint!r} is not a kind of option")
-    return Option(declared.name, hint, many, optional, legal, declared.default)
+    if hint not in _KIND_WORDS or declared.default is dataclasses.MISSING:
+        raise TypeError(f"option {declared.name}: it needs a known kind and a default")
+    return Option(declared.name, hint, many, optional, legal, cast("OptionValue", declared.default))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place that a pass looked at and left alone, and why (a kebab-case word such as ``shared-residual``)."""
+    """A place that a pass looked at and left alone, and why (a word such as ``shared-residual``)."""
 
     what: str
     reason: str
@@ -256,7 +257,7 @@ _LIMIT: ContextVar[int | None] = ContextVar("limit of accepted places", default=
 
 @contextmanager
 def application_limit(limit: int | None) -> Iterator[None]:
-    """Let each pass accept only its first ``limit`` places, so that bisection can find the one that breaks a check."""
+    """Let each pass accept only its first ``limit`` places: bisection finds the one that breaks a check."""
     token = _LIMIT.set(limit)
     try:
         yield

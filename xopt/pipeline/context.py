@@ -24,7 +24,7 @@ class PassContext:
 
     seed: int = 0
     calibration: Dataset | None = None
-    """Samples to measure importance on. The pass manager fills in seeded random ones where the caller has none."""
+    """Samples to measure importance on; the manager fills in seeded random ones where the caller has none."""
     tile: int = 8
     """Widths are snapped to multiples of this (elements)."""
     dims: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Passes by name. Built-in ones are imported when asked for; others come through the entry point group ``xopt.passes``."""
+"""Passes by name: built-in ones, imported when asked for, and third parties' (entry point ``xopt.passes``)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ YAML, for a file to keep (every option is written, so that it means the same aft
     - prune-heads: {keep: 0.75, ffn: true, score: fisher}
     - deduplicate
 
-Grammar of a value: ``true``, ``false``, ``none``, a number, a word, a string in double quotes, a list in brackets.
+Grammar of a value: ``true``, ``false``, ``none``, a number, a word, a string in double quotes, a list in
+brackets.
 """
 
 from __future__ import annotations
