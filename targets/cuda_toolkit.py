@@ -37,9 +37,7 @@ def toolkit_folder() -> Path:
         for folder in sorted(Path(place).glob("cu[0-9]*"), reverse=True):
             if (folder / "include" / "cuda_runtime.h").is_file():
                 return folder
-    raise InputError(
-        "E-TOOLCHAIN", "the CUDA compiler's packages are missing", where="target cuda", cure=_CURE
-    )
+    raise InputError("E-TOOLCHAIN", "the CUDA compiler's packages are missing", where="target cuda", cure=_CURE)
 
 
 def device_present() -> bool:
