@@ -1,0 +1,71 @@
+"""What a target is: the machine that code is generated for, how to link it and whether it runs here."""
+
+from __future__ import annotations
+
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from xopt.errors import InputError
+
+if TYPE_CHECKING:
+    import tvm
+
+    from xopt.kernels.isa import Isa
+
+
+class Target(ABC):
+    """One machine that models are compiled for.
+
+    Attributes:
+        name: what the user writes, with the variant: ``"cpu"``, ``"cpu:avx2"``, ``"arm"``, ``"cuda"``.
+        tile: widths that are multiples of this run at full speed; structured pruning snaps to it.
+        device: kind of memory the code works on, as the runtime numbers it (DLPack: 1 is the CPU, 2 is CUDA).
+        linker: the C++ compiler that links the generated code.
+    """
+
+    name: str
+    tile: int = 8
+    device: int = 1
+    linker: ClassVar[str] = "g++"
+
+    @abstractmethod
+    def tvm_target(self) -> tvm.target.Target:
+        """The machine as TVM's code generator takes it."""
+
+    @abstractmethod
+    def features(self) -> tuple[str, ...]:
+        """CPU features that the code needs, by their names in ``/proc/cpuinfo``; recorded in the manifest."""
+
+    @abstractmethod
+    def can_run(self) -> bool:
+        """Whether an artifact for this target runs on this machine, so that its latency can be measured."""
+
+    def isa(self) -> Isa | None:
+        """Vector unit that the kernel templates are built for; None: no templates, TVM's own schedules instead."""
+        return None
+
+    def pipeline(self) -> tvm.transform.Pass:
+        """The passes from Relax operators to VM code; the CPU's by default."""
+        from xopt.targets.build import cpu_pipeline
+
+        return cpu_pipeline()
+
+    def link(self, executable: Any, path: Path) -> None:
+        """Write the compiled code as the shared library ``path``.
+
+        Raises:
+            InputError: E-TOOLCHAIN, the linker is missing or fails.
+        """
+        from tvm.support import cc
+
+        try:
+            executable.export_library(str(path), fcompile=cc.cross_compiler(self.linker))
+        except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
+            raise InputError(
+                "E-TOOLCHAIN",
+                f"linking with {self.linker} failed",
+                where=str(error).strip().splitlines()[-1],
+                cure=f"install the C++ compiler {self.linker}",
+            ) from error

@@ -1,0 +1,298 @@
+"""Integer tensors whose elements are known while lowering: numbers, or expressions in the symbolic dimensions.
+
+Exporters compute shapes inside the graph (Shape, Gather, Concat, Reshape ...). Such tensors are held as numpy arrays of
+Python numbers and ``tirx`` expressions, so that Reshape, Expand, Slice or Range take them directly and no shape
+arithmetic is left to run time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.sym import Analyzer
+
+Dim = Any
+"""A dimension: a Python int, or a ``tirx`` int64 expression in the symbolic dimensions."""
+
+MAX_ELEMENTS = 256
+"""Larger integer tensors are data, not shapes."""
+
+
+class Unknown(Exception):
+    """The value cannot be told while lowering: compute it at run time instead."""
+
+
+@dataclass(frozen=True)
+class Ints:
+    """A small tensor of known elements; ``array`` has dtype object, ``dtype`` is the numpy name of the tensor's type."""
+
+    array: np.ndarray
+    dtype: str
+
+
+class Dimensions:
+    """The symbolic dimensions of one model by name, and what is known about them (each is at least 1)."""
+
+    def __init__(self) -> None:
+        self.variables: dict[str, tirx.Var] = {}
+        self._analyzer = Analyzer()
+
+    def variable(self, name: str) -> tirx.Var:
+        """The int64 variable shared by every dimension called ``name``."""
+        if name not in self.variables:
+            variable = tirx.Var(name, "int64")
+            self._analyzer.bind(variable, tvm.ir.Range(tirx.IntImm("int64", 1), tirx.IntImm("int64", 1 << 31)))
+            self.variables[name] = variable
+        return self.variables[name]
+
+    def simplify(self, value: Dim) -> Dim:
+        """The simplest form of ``value``; a Python int when it is constant."""
+        if isinstance(value, (int, np.integer, bool)):
+            return int(value)
+        value = self._analyzer.simplify(value)
+        return int(value.value) if isinstance(value, tirx.IntImm) else value
+
+    def equal(self, a: Dim, b: Dim) -> bool:
+        """Whether ``a`` and ``b`` are provably the same number."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b
+        return bool(self._analyzer.can_prove_equal(_expression(a), _expression(b)))
+
+    def same_shape(self, a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+        """Whether two shapes are provably equal."""
+        return len(a) == len(b) and all(self.equal(x, y) for x, y in zip(a, b))
+
+    def proves(self, condition: Any) -> bool:
+        """Whether a comparison holds for all values of the dimensions."""
+        return condition if isinstance(condition, bool) else bool(self._analyzer.can_prove(condition))
+
+    def truth(self, condition: Any) -> bool:
+        """The outcome of a comparison.
+
+        Raises:
+            Unknown: it depends on the dimensions.
+        """
+        if isinstance(condition, (bool, np.bool_)):
+            return bool(condition)
+        if self.proves(condition):
+            return True
+        if self.proves(tirx.Not(condition)):
+            return False
+        raise Unknown
+
+    def product(self, dims: Sequence[Dim]) -> Dim:
+        """The number of elements of a shape."""
+        result: Dim = 1
+        for dim in dims:
+            result = result * dim
+        return self.simplify(result)
+
+    def quotient(self, dims: Sequence[Dim], divisors: Sequence[Dim]) -> Dim:
+        """``prod(dims) / prod(divisors)``, equal factors cancelled first so that symbolic quotients stay simple."""
+        rest = list(dims)
+        left: list[Dim] = []
+        for divisor in divisors:
+            match = next((i for i, dim in enumerate(rest) if self.equal(dim, divisor)), None)
+            if match is None:
+                left.append(divisor)
+            else:
+                del rest[match]
+        total, divisor = self.product(rest), self.product(left)
+        if isinstance(total, int) and isinstance(divisor, int):
+            return total // divisor
+        return self.simplify(tirx.floordiv(_expression(total), _expression(divisor)))
+
+    def broadcast(self, *shapes: Sequence[Dim]) -> list[Dim]:
+        """The broadcast of shapes; dimensions that cannot be told apart from 1 are taken as equal to the others."""
+        rank = max(len(shape) for shape in shapes)
+        aligned = [[1] * (rank - len(shape)) + list(shape) for shape in shapes]
+        return [next((dim for dim in column if not self.equal(dim, 1)), 1) for column in zip(*aligned)]
+
+
+def _expression(value: Dim) -> Any:
+    return tirx.IntImm("int64", value) if isinstance(value, int) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, np.generic))
+
+
+def known(array: np.ndarray, dtype: str) -> np.ndarray | Ints:
+    """``array`` (of objects) as a plain constant when every element is a number, else as :class:`Ints`."""
+    if all(_is_number(x) for x in array.reshape(-1)):
+        return array.astype(dtype)
+    return Ints(array, dtype)
+
+
+def _elementwise(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+    result = np.frompyfunc(function, len(arrays), 1)(*arrays)
+    return np.asarray(result, dtype=object)
+
+
+def _truncated_quotient(a: Any, b: Any) -> Any:
+    if isinstance(a, float) or isinstance(b, float):
+        return a / b
+    if _is_number(a) and _is_number(b):
+        return int(a / b) if b else 0
+    return tirx.floordiv(_expression(a), _expression(b))
+
+
+def _choose(compare: Callable[[Any, Any], Any], dims: Dimensions) -> Callable[[Any, Any], Any]:
+    """Minimum or maximum by ``compare``; an undecided one stays an expression."""
+    build = tirx.min if compare is operator.le else tirx.max
+
+    def choose(a: Any, b: Any) -> Any:
+        try:
+            return a if dims.truth(compare(a, b)) else b
+        except Unknown:
+            return build(_expression(a), _expression(b))
+
+    return choose
+
+
+def _remainder(a: Any, b: Any) -> Any:
+    return a % b if _is_number(a) and _is_number(b) else tirx.floormod(_expression(a), _expression(b))
+
+
+def evaluate(op: str, inputs: Sequence[np.ndarray], attributes: dict[str, Any], dims: Dimensions) -> np.ndarray:
+    """Apply the ONNX operator ``op`` to known integer tensors.
+
+    Args:
+        op: operator type; the ones in :data:`EVALUATED`.
+        inputs: object arrays, optional inputs that are missing as None.
+        attributes: the node's attributes.
+        dims: the symbolic dimensions of the model.
+
+    Raises:
+        Unknown: the result depends on the dimensions in a way that only run time can tell.
+    """
+    arithmetic: dict[str, Callable[..., Any]] = {
+        "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": _truncated_quotient,
+        "Mod": _remainder, "Neg": operator.neg, "Min": _choose(operator.le, dims), "Max": _choose(operator.ge, dims),
+    }  # fmt: skip
+    comparison: dict[str, Callable[..., Any]] = {
+        "Equal": lambda a, b: dims.truth(a == b) if _is_number(a) and _is_number(b) else _same(a, b, dims),
+        "Less": lambda a, b: dims.truth(a < b), "Greater": lambda a, b: dims.truth(a > b),
+        "LessOrEqual": lambda a, b: dims.truth(a <= b), "GreaterOrEqual": lambda a, b: dims.truth(a >= b),
+        "And": lambda a, b: bool(a) and bool(b), "Or": lambda a, b: bool(a) or bool(b), "Not": lambda a: not a,
+    }  # fmt: skip
+    if op in arithmetic:
+        result = inputs[0]
+        for other in inputs[1:] or [None]:
+            operands = [result] if other is None else [result, other]
+            result = _elementwise(lambda *xs: _simplified(arithmetic[op](*xs), dims), *operands)
+        return result
+    if op in comparison:
+        return _elementwise(comparison[op], *inputs)
+    return _STRUCTURAL[op](list(inputs), attributes)
+
+
+def _simplified(value: Any, dims: Dimensions) -> Any:
+    return value if _is_number(value) else dims.simplify(value)
+
+
+def _same(a: Any, b: Any, dims: Dimensions) -> bool:
+    if dims.equal(a, b):
+        return True
+    difference = dims.simplify(a - b)
+    if dims.proves(_expression(difference) > 0) or dims.proves(_expression(difference) < 0):
+        return False
+    raise Unknown
+
+
+def _where(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+    return _elementwise(lambda c, x, y: x if c else y, *inputs)
+
+
+def _gather(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    return np.asarray(np.take(inputs[0], inputs[1].astype(np.int64), axis=attributes.get("axis", 0)), dtype=object)
+
+
+def _concat(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    return np.concatenate(inputs, axis=attributes["axis"])
+
+
+def _axes(inputs: list[np.ndarray], attributes: dict[str, Any]) -> list[int] | None:
+    if len(inputs) > 1 and inputs[1] is not None:
+        return [int(x) for x in inputs[1].reshape(-1)]
+    axes = attributes.get("axes")
+    return None if axes is None else [int(x) for x in axes]
+
+
+def _unsqueeze(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    return np.expand_dims(inputs[0], tuple(_axes(inputs, attributes) or ()))
+
+
+def _squeeze(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    axes = _axes(inputs, attributes)
+    return np.squeeze(inputs[0], None if axes is None else tuple(axes))
+
+
+def _numbers(array: np.ndarray) -> list[int]:
+    if not all(_is_number(x) for x in array.reshape(-1)):
+        raise Unknown
+    return [int(x) for x in array.reshape(-1)]
+
+
+def _slice(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+    starts, ends = _numbers(inputs[1]), _numbers(inputs[2])
+    axes = _numbers(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else list(range(len(starts)))
+    steps = _numbers(inputs[4]) if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
+    index = [slice(None)] * inputs[0].ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps):
+        index[axis] = slice(start, None if step < 0 and end < -(1 << 31) else end, step)
+    return inputs[0][tuple(index)]
+
+
+def _range(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+    start, limit, delta = (_numbers(x)[0] for x in inputs)
+    if abs((limit - start) // delta) > MAX_ELEMENTS:
+        raise Unknown
+    return np.arange(start, limit, delta).astype(object)
+
+
+def _reshape(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+    return inputs[0].reshape(_numbers(inputs[1]))
+
+
+def _constant_of_shape(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    shape, value = _numbers(inputs[0]), attributes.get("value")
+    if np.prod(shape) > MAX_ELEMENTS:
+        raise Unknown
+    return np.full(shape, 0.0 if value is None else value.numpy().reshape(-1)[0].item(), dtype=object)
+
+
+def _expand(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+    shape = np.broadcast_shapes(inputs[0].shape, tuple(_numbers(inputs[1])))
+    if np.prod(shape) > MAX_ELEMENTS:
+        raise Unknown
+    return np.broadcast_to(inputs[0], shape)
+
+
+def _product(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+    axes = _axes(inputs, attributes)
+    keep = bool(attributes.get("keepdims", 1))
+    return np.asarray(np.multiply.reduce(inputs[0], axis=tuple(axes) if axes else None, keepdims=keep), dtype=object)
+
+
+def _first(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+    return inputs[0]
+
+
+_STRUCTURAL: dict[str, Callable[[list[np.ndarray], dict[str, Any]], np.ndarray]] = {
+    "Where": _where, "Gather": _gather, "Concat": _concat, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze,
+    "Slice": _slice, "Range": _range, "Reshape": _reshape, "ConstantOfShape": _constant_of_shape,
+    "Expand": _expand, "ReduceProd": _product, "Cast": _first, "Identity": _first,
+}  # fmt: skip
+
+EVALUATED = frozenset(_STRUCTURAL) | {
+    "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max",
+    "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not",
+}  # fmt: skip
+"""Operators that are evaluated while lowering when all their inputs are known."""
