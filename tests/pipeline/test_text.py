@@ -68,17 +68,14 @@ def test_text_and_yaml_round_trip_exactly(passes: list[Pass]) -> None:
 
 
 def test_text_form() -> None:
-    parsed = text.parse(
-        ' every-kind { share = 1 , flag=true,schedule=[1, -2],label="a b"} , every-kind{}, every-kind'
-    )
+    parsed = text.parse(' every-kind { share = 1 , flag=true,schedule=[1, -2],label="a b"} , every-kind{}, every-kind')
     assert parsed == [
         Everything(share=1.0, flag=True, schedule=(1, -2), label="a b"),
         Everything(),
         Everything(),
     ]
     assert (
-        text.render(parsed)
-        == 'every-kind{flag=true, share=1.0, label="a b", schedule=[1, -2]},every-kind,every-kind'
+        text.render(parsed) == 'every-kind{flag=true, share=1.0, label="a b", schedule=[1, -2]},every-kind,every-kind'
     )
     assert text.parse("every-kind{schedule=3}") == [Everything(schedule=(3,))]
     assert text.parse("") == []
@@ -114,9 +111,7 @@ def test_mistakes_in_text(pipeline: str, code: str, says: str) -> None:
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "written", ["a: [", "just-words", "3", "- [1]", "- {a: 1, b: 2}", "- {every-kind: 3}"]
-)
+@pytest.mark.parametrize("written", ["a: [", "just-words", "3", "- [1]", "- {a: 1, b: 2}", "- {every-kind: 3}"])
 def test_mistakes_in_yaml(written: str) -> None:
     with pytest.raises(InputError, match="E-PASS"):
         text.from_yaml(written)
@@ -130,16 +125,11 @@ def test_python_options_are_checked_too() -> None:
 def test_report_counts_and_limit() -> None:
     report = PassReport(Everything())
     with application_limit(1):
-        accepted = [
-            report.accepts(item, reason) for item, reason in [("a", None), ("b", "causal"), ("c", None)]
-        ]
+        accepted = [report.accepts(item, reason) for item, reason in [("a", None), ("b", "causal"), ("c", None)]]
     assert accepted == [True, False, False]
     assert report.matched == 3
     assert report.reasons == {"causal": 1, "beyond-bisect-limit": 1}
-    assert (
-        str(report)
-        == "every-kind: 3 matched, 0 rewritten, 1 refused (causal), 1 refused (beyond-bisect-limit)"
-    )
+    assert str(report) == "every-kind: 3 matched, 0 rewritten, 1 refused (causal), 1 refused (beyond-bisect-limit)"
 
 
 def test_third_party_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,7 @@ class PassReport:
     pass_: Pass
     matched: int = 0
     rewritten: int = 0
+    accepted: list[str] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     numbers: dict[str, float | int | str] = field(default_factory=dict)
 
@@ -218,9 +219,11 @@ class PassReport:
         """Count ``item`` as matched; True when it may be rewritten, otherwise keep ``reason``."""
         self.matched += 1
         limit = _LIMIT.get()
-        if reason is None and limit is not None and self.matched - len(self.refused) > limit:
+        if reason is None and limit is not None and len(self.accepted) >= limit:
             reason = BEYOND_LIMIT
-        if reason is not None:
+        if reason is None:
+            self.accepted.append(describe(item))
+        else:
             self.refused.append(Refusal(describe(item), reason))
         return reason is None
 

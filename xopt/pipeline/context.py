@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from xopt.data.dataset import Dataset
 
 
+RANDOM_SAMPLES = 32
+"""How many random samples stand in for calibration data that the caller did not give."""
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
@@ -33,6 +37,13 @@ class PassContext:
     """Latency of a model on the target in milliseconds; None where the target cannot be run."""
     progress: Callable[[str, int, int], None] = silent
     """Called with (stage, done, total)."""
+
+    def fill_in_samples(self, model: ir.Model) -> None:
+        """Make random calibration data for the inputs of ``model`` where the caller gave none."""
+        if self.calibration is None:
+            from xopt.data.dataset import Dataset
+
+            self.calibration = Dataset.random(model, RANDOM_SAMPLES, self.seed)
 
     @property
     def samples(self) -> Dataset:

@@ -1,4 +1,4 @@
-"""Passes by name: built-in ones, imported when asked for, and third parties' (entry point ``xopt.passes``)."""
+"""Passes by name: built-in ones, imported when asked for, and those of the entry point ``xopt.passes``."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def create(name: str, options: Mapping[str, object]) -> Pass:
     given = {key.replace("-", "_"): value for key, value in options.items()}
     for key in given:
         if key not in cls.options():
-            raise InputError(
-                "E-OPTION", f"{name} has no option {key!r}", cure=_suggestion(key, cls.options())
-            )
+            raise InputError("E-OPTION", f"{name} has no option {key!r}", cure=_suggestion(key, cls.options()))
     return cls(**given)
 
 

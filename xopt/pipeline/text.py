@@ -145,9 +145,7 @@ def render(passes: Iterable[Pass]) -> str:
 
 
 def _render_pass(one: Pass) -> str:
-    options = ", ".join(
-        f"{name}={_render_value(value)}" for name, value in one.values(all_options=False).items()
-    )
+    options = ", ".join(f"{name}={_render_value(value)}" for name, value in one.values(all_options=False).items())
     return f"{one.name}{{{options}}}" if options else one.name
 
 

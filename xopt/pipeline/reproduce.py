@@ -1,0 +1,107 @@
+"""A failed pass leaves a folder from which the failure can be run again.
+
+model.onnx        the model just before the failing pass
+pipeline.yaml     the failing pass and those that were to follow
+samples.npz       the calibration data, unless they were random and can be made again
+reproducer.json   seed, tile, dims and the error
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import xopt.ir
+from xopt.errors import InputError, XoptError
+from xopt.pipeline import text
+from xopt.pipeline.context import PassContext
+from xopt.pipeline.instruments import Instrument
+from xopt.pipeline.manager import PassManager, StepResult
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FORMAT = 1
+
+
+class Reproducer(Instrument):
+    """On a failure write a reproducer and name its path in ``step.notes["reproducer"]``.
+
+    Args:
+        folder: where to put it; by default the system's folder for temporary files.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def failed(self, step: StepResult, before: ir.Model, context: PassContext, error: Exception) -> None:
+        try:
+            path = write(step, before, context, error, self.folder)
+        except (OSError, XoptError) as problem:  # a full disk must not hide the failure itself
+            step.notes["reproducer"] = f"no reproducer could be written ({problem})"
+        else:
+            step.notes["reproducer"] = f"run it again from the reproducer {path}"
+
+
+def write(step: StepResult, model: ir.Model, context: PassContext, error: Exception, parent: Path | None) -> Path:
+    """Write the reproducer of a failed step into a new folder below ``parent``."""
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"xopt-{step.index:03d}-{step.pass_.name}-", dir=parent))
+    xopt.ir.save(model, folder / "model.onnx")
+    (folder / "pipeline.yaml").write_text(text.to_yaml([step.pass_, *step.remaining]), encoding="utf-8")
+    samples = context.samples
+    if not samples.synthetic:
+        labels = {} if samples.labels is None else {"labels": samples.labels}
+        np.savez(folder / "samples.npz", **samples.inputs, **labels)
+    record = {
+        "format": FORMAT,
+        "seed": context.seed,
+        "tile": context.tile,
+        "dims": context.dims,
+        "error": _record_of(error),
+        "versions": {name: version(name) for name in ("onnx", "onnx-ir", "onnxruntime")},
+    }
+    (folder / "reproducer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _record_of(error: Exception) -> dict[str, str]:
+    if isinstance(error, XoptError):
+        return {"kind": type(error).__name__, "code": error.code, "what": error.what}
+    return {"kind": type(error).__name__, "code": "E-INTERNAL", "what": str(error)}
+
+
+def rerun(folder: str | Path, *, instruments: Sequence[Instrument] | None = None) -> list[StepResult]:
+    """Run the pipeline of a reproducer again: raises the same error, or returns the steps when it is gone.
+
+    Args:
+        folder: what ``Reproducer`` wrote.
+        instruments: by default each step is verified, and no second reproducer is written.
+    """
+    from xopt.data.dataset import Dataset
+    from xopt.pipeline.verify import VerifyEach
+
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "reproducer.json").read_text(encoding="utf-8"))
+        passes = text.from_yaml((folder / "pipeline.yaml").read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']}")
+        context = PassContext(seed=record["seed"], tile=record["tile"], dims=record["dims"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            "E-FILE", f"this is not a reproducer ({error})", where=str(folder), cure="name the folder of one"
+        ) from error
+    if (folder / "samples.npz").is_file():
+        context.calibration = Dataset.load(folder / "samples.npz")
+    model = xopt.ir.load(folder / "model.onnx")
+    return PassManager(passes, instruments=instruments if instruments is not None else (VerifyEach(),)).run(
+        model, context
+    )

@@ -1,0 +1,209 @@
+"""Verify each pass: valid ONNX, shapes that agree, and outputs that keep what the pass promised about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from xopt.errors import VerificationError
+from xopt.pipeline.base import Effect
+from xopt.pipeline.instruments import Instrument
+
+if TYPE_CHECKING:
+    from xopt.data.dataset import Dataset
+    from xopt.pipeline.context import PassContext
+    from xopt.pipeline.manager import StepResult
+
+Outputs = list[dict[str, np.ndarray]]
+"""What a model computes: outputs by name, one dict a batch."""
+
+SAMPLES = 4
+"""How many samples each verification runs."""
+SAFETY = 8.0
+"""How far above the expected rounding error an exact pass may go: a maximum over many elements against an RMS."""
+_STRUCTURAL_BYTES = 4096
+"""Initializers up to this size may carry shapes and stay in the skeleton."""
+
+
+class VerifyEach(Instrument):
+    """Check the graph after each pass, and its outputs by the pass's declared effect.
+
+    An exact pass may move an output by ``rounding_bound(model) * max|output|``. A lossy pass must run and stay
+    finite wherever the original was; the cosine of its outputs with those before is kept in the step's notes.
+
+    Args:
+        samples: how many calibration samples to run.
+    """
+
+    def __init__(self, samples: int = SAMPLES) -> None:
+        self.samples = samples
+        self._known: tuple[ir.Graph, Outputs] | None = None
+
+    def before(self, step: StepResult, model: ir.Model, context: PassContext) -> None:
+        if self._known is None or self._known[0] is not model.graph:
+            self._known = (model.graph, outputs_of(model, context.samples, self.samples))
+
+    def after(self, step: StepResult, before: ir.Model, model: ir.Model, context: PassContext) -> None:
+        assert self._known is not None
+        check_graph(model, step.pass_.name)
+        expected = self._known[1]
+        try:
+            actual = outputs_of(model, context.samples, self.samples)
+        except Exception as error:  # whatever the runtime raises, the pass has made a model that does not run
+            raise VerificationError(
+                "E-VERIFY", f"the model does not run after {step.pass_.name} ({_first_line(error)})"
+            ) from error
+        changes = compare(expected, actual)
+        step.notes["fidelity"] = {name: change.cosine for name, change in changes.items()}
+        tolerance = rounding_bound(before) if step.pass_.effect is Effect.EXACT else None
+        for name, change in changes.items():
+            reason = change.violation(tolerance)
+            if reason:
+                raise VerificationError("E-VERIFY", f"{step.pass_.name} breaks output {name!r}: {reason}")
+        self._known = (model.graph, actual)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one output differs from what it was."""
+
+    largest: float
+    """Largest absolute difference where both are finite."""
+    scale: float
+    """Largest magnitude before."""
+    cosine: float
+    newly_bad: int
+    """Elements that were finite and no longer are, or the other way round."""
+    mismatch: str
+    """Why the two cannot be compared; empty when they can."""
+
+    def violation(self, tolerance: float | None) -> str | None:
+        """Why this change is not allowed; ``tolerance`` is relative to the scale, None allows any finite change."""
+        if self.mismatch:
+            return self.mismatch
+        if self.newly_bad:
+            return f"{self.newly_bad} elements are no longer finite, or no longer infinite"
+        if tolerance is None or self.largest <= tolerance * self.scale:
+            return None
+        relative = self.largest / self.scale if self.scale else float("inf")
+        return (
+            f"max abs difference {self.largest:.3g}, relative to the largest magnitude {relative:.3g} "
+            f"(rounding explains {tolerance:.3g})"
+        )
+
+
+def compare(expected: Outputs, actual: Outputs) -> dict[str, Change]:
+    """Change of each output over all batches."""
+    names = list(dict.fromkeys(name for batch in (*expected, *actual) for name in batch))
+    return {name: _change([b.get(name) for b in expected], [b.get(name) for b in actual]) for name in names}
+
+
+def _change(expected: list[np.ndarray | None], actual: list[np.ndarray | None]) -> Change:
+    pairs = list(zip(expected, actual, strict=True))
+    for a, b in pairs:
+        if a is None or b is None:
+            return Change(0, 0, 0, 0, "it is new" if a is None else "it is gone")
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return Change(0, 0, 0, 0, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}")
+    before = np.concatenate([np.ravel(a).astype(np.float64) for a, _ in pairs if a is not None])
+    after = np.concatenate([np.ravel(b).astype(np.float64) for _, b in pairs if b is not None])
+    finite = np.isfinite(before) & np.isfinite(after)
+    same = finite | (before == after) | (np.isnan(before) & np.isnan(after))
+    x, y = before[finite], after[finite]
+    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return Change(
+        largest=float(np.abs(x - y).max(initial=0.0)),
+        scale=float(np.abs(x).max(initial=0.0)),
+        cosine=float(x @ y / norms) if norms else float(np.array_equal(x, y)),
+        newly_bad=int((~same).sum()),
+        mismatch="",
+    )
+
+
+def outputs_of(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Outputs:
+    """Run ``count`` samples through onnxruntime, in batches of the size that the model demands (or all at once)."""
+    from xopt.runtime.reference import ReferenceSession
+
+    session = ReferenceSession(model)
+    taken = samples.take(count)
+    return [dict(session.run(batch)) for batch in taken.batches(static_batch(model) or max(len(taken), 1))]
+
+
+def static_batch(model: ir.Model) -> int | None:
+    """Fixed size of the first axis of the first input that has one; None when it is symbolic."""
+    for value in model.graph.inputs:
+        if value.shape is not None and len(value.shape) > 0:
+            return value.shape[0] if isinstance(value.shape[0], int) else None
+    return None
+
+
+def rounding_bound(model: ir.Model) -> float:
+    """How far rounding alone may move an output when a graph is computed in another order, relative to its scale.
+
+    A sum of K rounded terms has a relative RMS error of about ``eps * sqrt(K)``, and the errors of the nodes in a
+    row are independent, so they add in quadrature: ``SAFETY * eps * sqrt(sum of K over all nodes)``, with K the
+    depth of a contraction and 1 for any other node.
+    """
+    terms = sum(_terms(node) for node in model.graph.all_nodes())
+    dtypes = {value.dtype for value in model.graph.initializers.values()}
+    eps = max([float(ir_eps(dtype)) for dtype in dtypes if dtype is not None], default=0.0)
+    return SAFETY * max(eps, float(np.finfo(np.float32).eps)) * float(np.sqrt(max(terms, 1)))
+
+
+def ir_eps(dtype: ir.DataType) -> float:
+    """Distance from 1 to the next number of a floating type; 0 for the others."""
+    return {
+        ir.DataType.BFLOAT16: 2.0**-7,
+        ir.DataType.FLOAT16: 2.0**-10,
+        ir.DataType.FLOAT: 2.0**-23,
+        ir.DataType.DOUBLE: 2.0**-52,
+    }.get(dtype, 0.0)
+
+
+def _terms(node: ir.Node) -> int:
+    """Depth of the sum that each output element of ``node`` is."""
+    if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
+        return 1
+    weight = node.inputs[1]
+    shape = weight.shape.numpy() if weight is not None and weight.shape is not None and weight.shape.is_static() else ()
+    if len(shape) < 2:
+        return 1
+    return int(shape[-2]) if node.op_type != "Conv" else int(np.prod(shape[1:]))
+
+
+def check_graph(model: ir.Model, name: str) -> None:
+    """The ONNX checker and strict shape inference; VerificationError when ``model`` is not valid after ``name``."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(ir.to_proto(skeleton(model)), full_check=True)
+    except Exception as error:  # the checker raises several unrelated types
+        raise VerificationError(
+            "E-VERIFY", f"the graph is not valid ONNX after {name} ({_first_line(error)})"
+        ) from error
+
+
+def skeleton(model: ir.Model) -> ir.Model:
+    """``model`` with its large initializers as inputs: as valid as the model, and small however large that is."""
+    slim = model.clone()
+    for value in list(slim.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _STRUCTURAL_BYTES:
+            slim.graph.initializers.pop(value.name or "")
+            value.const_value, value.shape, value.dtype = None, ir.Shape(tensor.shape.numpy()), tensor.dtype
+            if not value.is_graph_input():
+                slim.graph.inputs.append(value)
+    return slim
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def fidelity(changes: Mapping[str, Change]) -> float:
+    """Smallest cosine over all outputs; -1 when an output cannot be compared or is no longer finite."""
+    return min((-1.0 if c.mismatch or c.newly_bad else c.cosine for c in changes.values()), default=1.0)
