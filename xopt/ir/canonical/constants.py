@@ -1,0 +1,75 @@
+"""Constants become initializers, and what only constants decide is computed now.
+
+    before   c = Constant(); y = Reshape(x, Concat(Gather(Shape(x), 0), c))      after   y = Reshape(x, [0, 12, 64])
+Folding is onnxscript's, bounded: a node whose result could be large (or is unknown) is not evaluated, whatever the file
+claims, so a hostile ``ConstantOfShape`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveInitializersFromInputsPass,
+)
+
+from xopt.errors import InputError
+from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.shapes import infer_shapes
+
+LARGEST_INPUT = 1 << 12
+"""Elements of an operand beyond which a node is not folded (weights are no business of this step)."""
+LARGEST_OUTPUT = 1 << 22
+"""Elements of a result beyond which a node is not folded: a causal mask over 2048 tokens still is."""
+GROWING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike")
+"""Ops whose small operands can ask for a result of any size."""
+
+
+def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
+    """Lift constants to initializers of the main graph and fold constant expressions."""
+    before = sum(1 for _ in model.graph.all_nodes())
+    for step in (
+        RemoveInitializersFromInputsPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        LiftSubgraphInitializersToMainGraphPass(),
+    ):
+        step(model)
+    infer_shapes(model)
+    _fold(model)
+    report.rewrote("fold-constant", max(0, before - sum(1 for _ in model.graph.all_nodes())))
+
+
+def _fold(model: ir.Model) -> None:
+    from onnxscript.optimizer import fold_constants
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    functions = dict(model.functions)
+    model.functions.clear()  # bodies of xopt ops stay as their authors wrote them
+    try:
+        fold_constants(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=LARGEST_INPUT,
+            output_size_limit=LARGEST_OUTPUT,
+            should_fold=_may_fold,
+        )
+    except Exception as error:
+        raise InputError("E-FORMAT", f"a constant expression cannot be computed: {error.__cause__ or error}") from error
+    finally:
+        model.functions.update(functions)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """None leaves the decision to the folder's own limits; False forbids it, True demands it."""
+    if node.op_type not in GROWING:
+        return None
+    shape = node.outputs[0].shape
+    if shape is None or not shape.is_static():
+        return False
+    return math.prod(shape.numpy()) <= LARGEST_OUTPUT

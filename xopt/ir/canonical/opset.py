@@ -1,0 +1,53 @@
+"""Bring ai.onnx to opset 24 (25 stays 25).
+
+Opsets 18 and up convert in onnxscript, lower ones through ONNX's own converter (without the weights, so any size).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import onnx_ir as ir
+
+from xopt.errors import InputError
+from xopt.ir.canonical.report import CanonicalizeReport
+
+OLDEST, CANONICAL, NEWEST = 13, 24, 25
+
+
+def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
+    """Convert ``model`` to the canonical opset when it is older."""
+    version = model.opset_imports.pop("ai.onnx", None) or model.opset_imports.get("", 0)
+    model.opset_imports[""] = version
+    if not OLDEST <= version <= NEWEST:
+        raise InputError(
+            "E-UNSUPPORTED-OP",
+            f"the model uses opset {version} of ai.onnx",
+            cure=f"export it with an opset from {OLDEST} to {NEWEST}",
+        )
+    if version < CANONICAL:
+        _convert(model)
+        report.rewrote("convert-opset")
+    for node in model.graph.all_nodes():
+        node.version = None
+
+
+def _convert(model: ir.Model) -> None:
+    from onnxscript import version_converter
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    was = model.opset_imports[""]
+    try:
+        version_converter.convert_version(model, CANONICAL, fallback=True)
+    except Exception as error:
+        raise InputError(
+            "E-UNSUPPORTED-OP",
+            f"opset {was} cannot be converted to {CANONICAL}: {error}",
+            cure="export the model with a newer opset",
+        ) from error
+    if model.opset_imports.get("") != CANONICAL:
+        raise InputError(
+            "E-UNSUPPORTED-OP",
+            f"opset {was} cannot be converted to {CANONICAL}",
+            cure="export the model with opset 18 or newer",
+        )

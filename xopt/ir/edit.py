@@ -1,0 +1,222 @@
+"""The few graph edits that passes and canonical rewrites share.
+
+All of them work on ``onnx_ir`` objects directly; none of them keeps state. A *site* is the node before which something
+new is put: new nodes are inserted right before it, so that a graph that was sorted stays sorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
+
+from xopt.errors import InternalError
+
+Array = npt.NDArray[np.generic]
+AttributeValue = int | float | str | Sequence[int] | Sequence[float] | ir.TensorProtocol
+
+
+def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+    """Whether ``node`` is one of the named ops of ``domain`` (ai.onnx unless told)."""
+    return node is not None and node.domain == domain and node.op_type in op_types
+
+
+def producer(value: ir.Value | None, *op_types: str, domain: str = "") -> ir.Node | None:
+    """Node that computes ``value`` if it is one of the named ops, else None."""
+    node = value.producer() if value is not None else None
+    return node if is_op(node, *op_types, domain=domain) else None
+
+
+def consumers(value: ir.Value, *op_types: str) -> list[ir.Node]:
+    """Nodes that read ``value`` (each once, in graph order), of the named ops when any are named."""
+    nodes = dict.fromkeys(use.node for use in value.uses())
+    return [node for node in nodes if not op_types or is_op(node, *op_types)]
+
+
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
+    """Input ``index`` of ``node``, or None when it is absent."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """Input ``index`` of ``node``, which the op requires to be there.
+
+    Raises:
+        InternalError: the input is absent; canonical graphs never lack a required one.
+    """
+    value = input_at(node, index)
+    if value is None:
+        raise InternalError("E-GRAPH", f"input {index} of {node.op_type} is missing", where=f"node {node.name}")
+    return value
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """Contents of ``value`` when it is an initializer (not overridable by a caller) or a Constant node."""
+    if value is None or value.is_graph_input() or value.const_value is None:
+        node = producer(value, "Constant")
+        tensor = node.attributes.get("value") if node is not None else None
+        return tensor.as_tensor().numpy() if tensor is not None else None
+    return value.const_value.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The one number that ``value`` holds, when it is a constant of one element."""
+    if value is None or (value.shape is not None and any(isinstance(d, int) and d != 1 for d in value.shape)):
+        return None
+    array = constant(value)
+    if array is None or array.size != 1 or array.dtype.kind not in "fiub":
+        return None
+    return float(array.reshape(()).astype(np.float64))
+
+
+def attribute(node: ir.Node, name: str, default: float | int | str | None = None) -> float | int | str | None:
+    """Scalar attribute ``name`` of ``node``, or ``default`` when it is not written."""
+    found = node.attributes.get(name)
+    if found is None:
+        return default
+    value: float | int | str = found.value
+    return value
+
+
+def set_attributes(node: ir.Node, **attributes: AttributeValue) -> None:
+    """Write attributes of ``node``, replacing those of the same name."""
+    for attr in ir.convenience.convert_attributes(attributes):
+        node.attributes[attr.name] = attr
+
+
+def unique_name(graph: ir.Graph, stem: str) -> str:
+    """``stem``, or ``stem_1``, ``stem_2``… : the first that no value of ``graph`` or its subgraphs carries."""
+    taken = set(graph.initializers) | {value.name for value in graph.inputs}
+    for node in graph.all_nodes():
+        taken.update(output.name for output in node.outputs)
+    name, count = stem, 0
+    while name in taken:
+        count += 1
+        name = f"{stem}_{count}"
+    return name
+
+
+def initializer(graph: ir.Graph, stem: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
+    """New initializer of ``graph`` named ``stem`` (made unique) that holds ``array``."""
+    name = unique_name(graph, stem)
+    if isinstance(array, ir.TensorProtocol):
+        tensor: ir.TensorProtocol = array
+    else:
+        tensor = ir.tensor(np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array), name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def replace_initializer(graph: ir.Graph, old: ir.Value, array: npt.ArrayLike) -> ir.Value:
+    """Give every reader of initializer ``old`` new contents (another shape is fine), under the same name."""
+    name = old.name or "weight"
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    new = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.initializers.pop(name)
+    graph.register_initializer(new)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    return new
+
+
+def insert(
+    site: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, AttributeValue] | None = None,
+    *,
+    domain: str = "",
+    name: str | None = None,
+    dtype: ir.DataType | None = None,
+    shape: Iterable[int | str | ir.SymbolicDim | None] | None = None,
+) -> ir.Value:
+    """Put a node with one output right before ``site``; returns its output.
+
+    Args:
+        name: stem of the output's name; ``<site>/<op>`` when not given.
+        dtype: element type of the output; that of the first input when not given.
+        shape: of the output, when known (``infer_shapes`` finds it otherwise).
+    """
+    return insert_many(site, op_type, inputs, attributes, 1, domain=domain, name=name, dtype=dtype, shape=shape)[0]
+
+
+def insert_many(
+    site: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, AttributeValue] | None,
+    outputs: int,
+    *,
+    domain: str = "",
+    name: str | None = None,
+    dtype: ir.DataType | None = None,
+    shape: Iterable[int | str | ir.SymbolicDim | None] | None = None,
+) -> tuple[ir.Value, ...]:
+    """Like ``insert``, for a node with several outputs (all of one type and shape)."""
+    graph = site.graph
+    if graph is None:
+        raise InternalError("E-GRAPH", "a node that is in no graph cannot be a site", where=f"node {site.name}")
+    node = ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes or {}), num_outputs=outputs)
+    stem = name or f"{site.name}/{op_type}"
+    if dtype is None and inputs and inputs[0] is not None:
+        dtype = inputs[0].dtype
+    node.name = stem
+    owner = graph.graph if isinstance(graph, ir.Function) else graph
+    for value in node.outputs:
+        if dtype is not None:
+            value.type = ir.TensorType(dtype)
+        value.shape = ir.Shape(shape) if shape is not None else None
+    graph.insert_before(site, node)
+    for value in node.outputs:
+        value.name = None
+        value.name = unique_name(owner, stem)
+    return tuple(node.outputs)
+
+
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
+    """Let every reader of ``old`` read ``new``; a graph output keeps the name that callers know.
+
+    Where ``new`` cannot take the name (a graph input, an initializer, itself an output), an Identity is put between.
+    """
+    if not old.is_graph_output():
+        old.replace_all_uses_with(new)
+        return
+    graph, node, name = old.graph, old.producer(), old.name
+    if graph is None or node is None:
+        raise InternalError("E-GRAPH", "only a computed value can be replaced as an output", where=f"value {name}")
+    if new.producer() is None or new.is_graph_output() or new.graph is not graph:
+        new = insert(node, "Identity", [new])
+    old.name = unique_name(graph, f"{name}/replaced")
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    new.name = name
+    if new.shape is None:
+        new.shape, new.type = old.shape, old.type
+
+
+def remove_dead(model: ir.Model) -> int:
+    """Remove nodes, initializers and functions that nothing reads; returns the number of nodes removed."""
+    before = sum(1 for _ in model.graph.all_nodes())
+    RemoveUnusedNodesPass()(model)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    return before - sum(1 for _ in model.graph.all_nodes())
+
+
+def sweep(model: ir.Model, op_types: Sequence[str], rewrite_node: Callable[[ir.Node], bool]) -> int:
+    """Call ``rewrite_node`` on every node of the named ops (ai.onnx), subgraphs included; count the ``True``.
+
+    The list of nodes is taken beforehand, and nodes that an earlier call made useless are passed over.
+    """
+    nodes = [node for node in model.graph.all_nodes() if is_op(node, *op_types)]
+    count = 0
+    for node in nodes:
+        if node.graph is None or not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            continue
+        count += rewrite_node(node)
+    return count

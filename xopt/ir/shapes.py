@@ -1,0 +1,114 @@
+"""Shapes: fresh symbolic inference, and symbolic dimensions bound to numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import _c_api_utils
+
+from xopt.errors import InputError
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Infer the shape and type of every value anew, in place.
+
+    What the exporter wrote about intermediate values is forgotten first: passes make it wrong, and other tools trip
+    over it. Inputs keep their shapes and the names of their symbolic dimensions; outputs keep a declared name where
+    inference finds none. Runs on a copy without weights, so it works beyond 2 GB.
+
+    Raises:
+        InputError: ``E-FORMAT``, the graph contradicts itself (shapes or types that cannot be).
+    """
+    declared = {value: value.shape for value in model.graph.outputs}
+    clear_inferred(model)
+    try:
+        proto = _c_api_utils.call_onnx_api(_infer, model)
+    except Exception as error:
+        for value, shape in declared.items():
+            value.shape = shape
+        raise InputError(
+            "E-FORMAT", f"shapes do not fit together: {_brief(error)}", cure="check how the model was exported"
+        ) from error
+    _merge(model, ir.from_proto(proto))
+    for value, shape in declared.items():
+        value.shape = _named(value.shape, shape)
+
+
+def clear_inferred(model: ir.Model) -> None:
+    """Forget the shapes and types of all values that nodes compute (types of graph outputs stay)."""
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+            if not value.is_graph_output():
+                value.type = None
+
+
+def bind_dims(model: ir.Model, dims: Mapping[str, int]) -> ir.Model:
+    """New model whose symbolic input dimensions named in ``dims`` are fixed; weights are shared.
+
+    Raises:
+        InputError: ``E-OPTION`` for a name that no input has, or a size below 1.
+    """
+    known = symbolic_dims(model)
+    for name, size in dims.items():
+        if name not in known:
+            raise InputError(
+                "E-OPTION", f"no input has a dimension {name!r}", cure=f"one of: {', '.join(known) or 'none'}"
+            )
+        if size < 1:
+            raise InputError("E-OPTION", f"dimension {name!r} cannot be {size}", cure="give a size of at least 1")
+    bound = model.clone()
+    for value in [*bound.graph.inputs, *bound.graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [dims.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
+    infer_shapes(bound)
+    return bound
+
+
+def symbolic_dims(model: ir.Model) -> list[str]:
+    """Names of the symbolic dimensions of the inputs, in the order of their first appearance."""
+    names: dict[str, None] = {}
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                names[dim.value] = None
+    return list(names)
+
+
+def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(
+        proto, check_type=True, strict_mode=True, data_prop=True
+    )
+    return inferred
+
+
+def _merge(model: ir.Model, inferred: ir.Model) -> None:
+    """Copy shapes and types of computed values, matched by name, graph by graph."""
+    for graph, source in zip(model.graphs(), inferred.graphs(), strict=True):
+        found = {value.name: value for node in source for value in node.outputs}
+        for node in graph:
+            for value in node.outputs:
+                other = found.get(value.name)
+                if other is not None:
+                    value.shape, value.type = other.shape, other.type or value.type
+
+
+def _named(shape: ir.Shape | None, declared: ir.Shape | None) -> ir.Shape | None:
+    """``shape``, with the names of ``declared`` for dimensions that inference could only number."""
+    if shape is None or declared is None or len(shape) != len(declared):
+        return shape if shape is not None else declared
+    return ir.Shape([old if _anonymous(new) else new for new, old in zip(shape, declared)])
+
+
+def _anonymous(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and (dim.value is None or dim.value.startswith("unk__"))
+
+
+def _brief(error: Exception) -> str:
+    """First telling line of a native error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] or type(error).__name__
