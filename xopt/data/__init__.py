@@ -1,1 +1,5 @@
-"""Calibration and evaluation data, and metrics."""
+"""Calibration and evaluation data, and metrics on them."""
+
+from xopt.data.dataset import Dataset
+
+__all__ = ["Dataset"]
