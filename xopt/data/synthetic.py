@@ -40,11 +40,11 @@ def _random(value: ir.Value, shape: list[int], generator: np.random.Generator) -
     assert value.dtype is not None
     dtype = value.dtype.numpy()
     name = str(value.name).lower()
-    if dtype.kind == "b" or ("mask" in name and dtype.kind in "iu"):
+    if dtype.kind == "b" or "mask" in name:
+        # ones hide nothing: neither in a mask of flags, nor in one that is added, which a softmax does not notice
         return np.ones(shape, dtype)
     if dtype.kind not in "iu":
-        # an additive mask of zeros masks nothing
-        return np.zeros(shape, dtype) if "mask" in name else generator.standard_normal(shape).astype(dtype)
+        return generator.standard_normal(shape).astype(dtype)
     rows = table_rows(value)
     if "position" in name:
         return np.broadcast_to(np.arange(shape[-1]) % (rows or shape[-1]), shape).astype(dtype)

@@ -5,7 +5,20 @@ from __future__ import annotations
 import onnx_ir as ir
 
 _SAME_NUMBERS = frozenset(
-    "Cast Identity Reshape Squeeze Unsqueeze Flatten Transpose Slice Split Expand Concat Tile".split()
+    [
+        "Cast",
+        "Identity",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Transpose",
+        "Slice",
+        "Split",
+        "Expand",
+        "Concat",
+        "Tile",
+    ]
 )
 """Operators whose outputs hold numbers of their first input (and nothing larger)."""
 
