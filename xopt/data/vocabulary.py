@@ -5,20 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 _SAME_NUMBERS = frozenset(
-    [
-        "Cast",
-        "Identity",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Flatten",
-        "Transpose",
-        "Slice",
-        "Split",
-        "Expand",
-        "Concat",
-        "Tile",
-    ]
+    {"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose"}
+    | {"Unsqueeze"}
 )
 """Operators whose outputs hold numbers of their first input (and nothing larger)."""
 

@@ -1,1 +1,1 @@
-"""Latency and accuracy, and the peers side by side."""
+"""Latency and accuracy on this machine, and the peers beside it."""

@@ -1,0 +1,121 @@
+"""The runtimes that people use today, as runners for the same feeds; each is skipped with a reason if it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xopt.errors import InputError
+from xopt.measure.latency import Runner
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+NAMES = ("onnxruntime", "openvino", "torch", "torch-compile")
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Runners by name, and why the others are not among them."""
+
+    runners: dict[str, Runner]
+    skipped: dict[str, str]
+
+
+def prepare(
+    path: Path,
+    canonical: Callable[[], ir.Model],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    threads: int,
+    names: tuple[str, ...] = NAMES,
+) -> Peers:
+    """Load the model into each runtime and run it once.
+
+    Args:
+        path: the original ONNX file.
+        canonical: makes the model in canonical form, for the runtimes that take a torch module.
+        feeds: the arrays that will be timed.
+        threads: threads that each runtime may use.
+        names: which runtimes.
+    """
+    makers: dict[str, Callable[[], Runner]] = {
+        "onnxruntime": lambda: onnxruntime_runner(path, threads),
+        "openvino": lambda: openvino_runner(path, threads),
+        "torch": lambda: torch_runner(canonical(), threads),
+        "torch-compile": lambda: torch_runner(canonical(), threads, compiled=True),
+    }
+    found = Peers({}, {})
+    for name in names:
+        if name not in makers:
+            raise InputError(
+                "E-OPTION", f"unknown runtime {name!r}", where="--peer", cure=f"known are {', '.join(NAMES)}"
+            )
+        try:
+            runner = makers[name]()
+            runner(feeds)
+        except ImportError as error:
+            found.skipped[name] = f"not installed ({error.name or error})"
+        except Exception as error:  # each runtime has its own errors; a peer that fails is left out of the comparison
+            found.skipped[name] = _first_line(error)
+        else:
+            found.runners[name] = runner
+    return found
+
+
+def onnxruntime_runner(path: Path, threads: int) -> Runner:
+    """ONNX Runtime's CPU provider, all graph optimizations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
+
+
+def openvino_runner(path: Path, threads: int) -> Runner:
+    """OpenVINO's CPU plugin in float32 (it may pick bfloat16 by itself), tuned for latency."""
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(str(path), "CPU", options).create_infer_request()
+    names = [output.get_any_name() for output in request.model_outputs]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        results = request.infer(dict(feeds), share_inputs=True)
+        return dict(zip(names, results.values()))
+
+    return run
+
+
+def torch_runner(model: ir.Model, threads: int, *, compiled: bool = False) -> Runner:
+    """The FX view of the canonical model in eager torch, or through ``torch.compile``."""
+    import torch
+
+    from xopt.ir.fx import to_fx
+
+    torch.set_num_threads(threads)
+    module: Any = to_fx(model).eval()
+    names = [str(output.name) for output in model.graph.outputs]
+    if compiled:
+        module = torch.compile(module)
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            results = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+        tensors = results.values() if isinstance(results, Mapping) else results
+        return {name: tensor.numpy() for name, tensor in zip(names, tensors)}
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:200]
