@@ -218,7 +218,8 @@ def _has(outputs: Outputs, rank: int) -> bool:
 def _agreeing(batch: Batch) -> np.ndarray:
     rank = 2 if _has(batch.outputs, 2) else 3
     now, original = (_floats(outputs, rank).argmax(-1).ravel() for outputs in (batch.outputs, _original(batch)))
-    return np.equal(now, original)
+    same: np.ndarray = now == original
+    return same
 
 
 def _row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -257,4 +258,5 @@ def _next_token_nats(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     top = logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
     chosen = np.take_along_axis(logits, np.where(kept, wanted, 0)[..., None].astype(np.int64), -1)[..., 0]
-    return log_sum - chosen, kept
+    nats: np.ndarray = log_sum - chosen
+    return nats, kept

