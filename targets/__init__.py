@@ -1,1 +1,64 @@
-"""Where a model runs: lowering and linking for each target."""
+"""Where a model runs: lowering and linking for each target.
+
+``get("cpu")``, ``get("cpu:avx2")``, ``get("arm")``, ``get("cuda")`` name a machine; ``compile`` turns a canonical
+model into an artifact for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xopt.errors import InputError
+from xopt.targets.base import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["NAMES", "Target", "compile", "get"]
+
+NAMES = ("cpu", "arm", "cuda")
+"""The kinds of target; a variant may follow after a colon."""
+
+
+def get(name: str) -> Target:
+    """The target called ``name``, as in ``"cpu"``, ``"cpu:avx2"``, ``"arm:cortex-a76"``, ``"cuda:sm_80"``.
+
+    Raises:
+        InputError: E-TARGET, there is no such target or variant.
+    """
+    kind, _, variant = name.partition(":")
+    if kind == "cpu":
+        from xopt.targets.cpu import CpuTarget
+
+        return CpuTarget(variant)
+    if kind == "arm":
+        from xopt.targets.arm import ArmTarget
+
+        return ArmTarget(variant)
+    if kind == "cuda":
+        from xopt.targets.cuda import CudaTarget
+
+        return CudaTarget(variant)
+    raise InputError("E-TARGET", f"unknown target {name!r}", cure=f"use one of {', '.join(NAMES)}")
+
+
+def compile(model: ir.Model, target: Target | str, path: Path, *, dims: Mapping[str, int] | None = None) -> Path:
+    """Compile a canonical model into an artifact: ``path`` (a ``.so``), its weights and its manifest beside it.
+
+    Args:
+        model: canonical form; not changed.
+        target: a target or its name.
+        path: the library to write, such as ``out/model.so``.
+        dims: symbolic dimensions to fix by name; the others stay dynamic.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT.
+    """
+    from xopt.targets.build import compile_model
+
+    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)

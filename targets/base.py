@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xopt.errors import InputError
+from xopt.runtime.manifest import machine_features
 
 if TYPE_CHECKING:
     import tvm
@@ -69,3 +70,8 @@ class Target(ABC):
                 where=str(error).strip().splitlines()[-1],
                 cure=f"install the C++ compiler {self.linker}",
             ) from error
+
+
+def cpu_features() -> frozenset[str]:
+    """The features of this machine's CPU (``flags`` on x86, ``Features`` on ARM)."""
+    return machine_features()

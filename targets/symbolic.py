@@ -24,13 +24,13 @@ MAX_ELEMENTS = 256
 """Larger integer tensors are data, not shapes."""
 
 
-class Unknown(Exception):
+class Undecided(Exception):
     """The value cannot be told while lowering: compute it at run time instead."""
 
 
 @dataclass(frozen=True)
 class Ints:
-    """A small tensor of known elements; ``array`` has dtype object, ``dtype`` is the numpy name of the tensor's type."""
+    """A small tensor of known elements: an array of objects, and the numpy name of the type they stand for."""
 
     array: np.ndarray
     dtype: str
@@ -76,7 +76,7 @@ class Dimensions:
         """The outcome of a comparison.
 
         Raises:
-            Unknown: it depends on the dimensions.
+            Undecided: it depends on the dimensions.
         """
         if isinstance(condition, (bool, np.bool_)):
             return bool(condition)
@@ -84,7 +84,7 @@ class Dimensions:
             return True
         if self.proves(tirx.Not(condition)):
             return False
-        raise Unknown
+        raise Undecided
 
     def product(self, dims: Sequence[Dim]) -> Dim:
         """The number of elements of a shape."""
@@ -150,7 +150,7 @@ def _choose(compare: Callable[[Any, Any], Any], dims: Dimensions) -> Callable[[A
     def choose(a: Any, b: Any) -> Any:
         try:
             return a if dims.truth(compare(a, b)) else b
-        except Unknown:
+        except Undecided:
             return build(_expression(a), _expression(b))
 
     return choose
@@ -170,7 +170,7 @@ def evaluate(op: str, inputs: Sequence[np.ndarray], attributes: dict[str, Any], 
         dims: the symbolic dimensions of the model.
 
     Raises:
-        Unknown: the result depends on the dimensions in a way that only run time can tell.
+        Undecided: the result depends on the dimensions in a way that only run time can tell.
     """
     arithmetic: dict[str, Callable[..., Any]] = {
         "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": _truncated_quotient,
@@ -203,7 +203,7 @@ def _same(a: Any, b: Any, dims: Dimensions) -> bool:
     difference = dims.simplify(a - b)
     if dims.proves(_expression(difference) > 0) or dims.proves(_expression(difference) < 0):
         return False
-    raise Unknown
+    raise Undecided
 
 
 def _where(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
@@ -236,7 +236,7 @@ def _squeeze(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray
 
 def _numbers(array: np.ndarray) -> list[int]:
     if not all(_is_number(x) for x in array.reshape(-1)):
-        raise Unknown
+        raise Undecided
     return [int(x) for x in array.reshape(-1)]
 
 
@@ -253,7 +253,7 @@ def _slice(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
 def _range(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
     start, limit, delta = (_numbers(x)[0] for x in inputs)
     if abs((limit - start) // delta) > MAX_ELEMENTS:
-        raise Unknown
+        raise Undecided
     return np.arange(start, limit, delta).astype(object)
 
 
@@ -264,14 +264,14 @@ def _reshape(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
 def _constant_of_shape(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
     shape, value = _numbers(inputs[0]), attributes.get("value")
     if np.prod(shape) > MAX_ELEMENTS:
-        raise Unknown
+        raise Undecided
     return np.full(shape, 0.0 if value is None else value.numpy().reshape(-1)[0].item(), dtype=object)
 
 
 def _expand(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
     shape = np.broadcast_shapes(inputs[0].shape, tuple(_numbers(inputs[1])))
     if np.prod(shape) > MAX_ELEMENTS:
-        raise Unknown
+        raise Undecided
     return np.broadcast_to(inputs[0], shape)
 
 

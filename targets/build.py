@@ -1,0 +1,134 @@
+"""From a canonical model to an artifact: lower, run the passes, link, write weights and manifest."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from xopt.errors import InputError
+from xopt.runtime.manifest import (
+    ALIGNMENT,
+    Manifest,
+    WeightInfo,
+    digest,
+    manifest_path,
+    weights_path,
+)
+from xopt.targets.base import Target
+
+PIPELINE = "relax-cpu-1"
+
+
+def cpu_pipeline() -> Any:
+    """Passes from Relax operators to VM code for CPUs.
+
+    Pointwise operators are fused and scheduled by us; reshapes stay views; memory is planned at compile time.
+    """
+    import tvm
+    from tvm import relax
+
+    from xopt.targets.schedule import schedule_leftovers
+
+    transform = relax.transform
+    return tvm.transform.Sequential(
+        [
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            transform.LegalizeOps(skip_ops=["relax.reshape"]),
+            transform.AnnotateTIROpPattern(),
+            transform.FoldConstant(),
+            transform.DeadCodeElimination(["main"]),
+            transform.FuseOps(),
+            transform.FuseTIR(),
+            transform.DeadCodeElimination(["main"]),
+            schedule_leftovers,
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str, int] | None = None) -> Path:
+    """Compile a canonical model into the artifact ``path`` (a ``.so``), its weights and its manifest.
+
+    Args:
+        model: canonical form; not changed.
+        target: where the artifact will run.
+        path: the library to write; weights and manifest go next to it.
+        dims: symbolic dimensions to fix by name; the others stay dynamic.
+
+    Raises:
+        InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-OUTPUT.
+    """
+    from tvm import relax
+
+    from xopt.ir import bind_dims
+    from xopt.targets.lowering import lower
+
+    if dims:
+        model = bind_dims(model, dims)
+    lowered = lower(model, target)
+    tvm_target = target.tvm_target()
+    with tvm_target:
+        module = target.pipeline()(lowered.module)
+        executable = relax.build(module, tvm_target, relax_pipeline=None)
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".xopt-") as folder:
+            library = Path(folder) / path.name
+            target.link(executable, library)
+            infos = write_weights(lowered.weights, weights_path(library))
+            files = [library, weights_path(library)]
+            manifest = Manifest(
+                target=target.name,
+                device=target.device,
+                features=target.features(),
+                versions={name: _version(name) for name in ("xopt", "apache-tvm", "apache-tvm-ffi")},
+                digests={file.name: digest(file) for file in files},
+                pipeline=PIPELINE,
+                inputs=lowered.inputs,
+                outputs=lowered.outputs,
+                weights=tuple(infos),
+            )
+            manifest_path(library).write_text(manifest.to_json())
+            for file in [*files, manifest_path(library)]:
+                os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise InputError("E-OUTPUT", "the artifact cannot be written", where=str(path), cure=str(error)) from error
+    return path
+
+
+def _version(package: str) -> str:
+    """The installed version; a source tree that is not installed has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "source"
+
+
+def write_weights(weights: list[tuple[str, np.ndarray]], path: Path) -> list[WeightInfo]:
+    """Write tensors one after the other, each at a multiple of 64 bytes."""
+    infos = []
+    with path.open("wb") as file:
+        for name, array in weights:
+            offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            file.write(b"\0" * (offset - file.tell()))
+            file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+            infos.append(WeightInfo(name, str(array.dtype), tuple(array.shape), offset, array.nbytes))
+    return infos

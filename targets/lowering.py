@@ -1,0 +1,310 @@
+"""The canonical graph as a Relax module: one table of operators, one pass over the nodes.
+
+``lower`` walks the graph once. What shapes alone determine is evaluated on the way (:mod:`xopt.targets.symbolic`);
+every other node is emitted by the function that the table (:mod:`xopt.targets.ops`) names for it: our kernels by
+``call_tir``, Relax operators, or TVM's own ONNX converter for the long tail. Weights are not part of the code: they
+are collected, packed for the kernels, and reach ``main`` as one tuple behind the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from onnx_ir.passes.common import InlinePass
+from tvm import relax, te, tirx
+
+from xopt.errors import InputError
+from xopt.runtime.manifest import TensorInfo
+from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Dim, Dimensions, Ints, Undecided, evaluate, known
+
+if TYPE_CHECKING:
+    from xopt.targets.base import Target
+
+Value = relax.Expr | np.ndarray | Ints
+"""What an ONNX value is while lowering: a run-time tensor, a constant, or a small integer tensor known by its shapes."""
+
+
+@dataclass
+class Lowered:
+    """A model as Relax: ``main(*inputs, weights)``, ``weights`` being the tuple of ``weights`` in order."""
+
+    module: tvm.IRModule
+    weights: list[tuple[str, np.ndarray]]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass
+class Lowering:
+    """The state of one walk: values so far, weights so far, and the Relax function being built."""
+
+    target: Target
+    builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
+    dims: Dimensions = field(default_factory=Dimensions)
+    values: dict[ir.Value, Value] = field(default_factory=dict)
+    weights: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
+    absorbed: dict[ir.Node, Callable[[Lowering], Value]] = field(default_factory=dict)
+    _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
+    _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
+    _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
+    _kernels: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict)
+
+    # -- values ----------------------------------------------------------------------------------------------------
+    def value(self, value: ir.Value) -> Value:
+        """What ``value`` was lowered to; initializers become constants."""
+        if value not in self.values and value.const_value is not None:
+            self.values[value] = value.const_value.numpy()
+        return self.values[value]
+
+    def tensor(self, value: ir.Value) -> relax.Expr:
+        """``value`` as a run-time tensor."""
+        content = self.value(value)
+        if isinstance(content, np.ndarray):
+            return self.constant(content, value.name or "", key=value)
+        if isinstance(content, Ints):
+            return self.materialized(content)
+        return content
+
+    def constant(self, array: np.ndarray, name: str, key: Any = None) -> relax.Expr:
+        """A constant as a tensor: in the code when it is one number, else an entry of the weights tuple.
+
+        Args:
+            array: the content.
+            name: for the manifest.
+            key: equal keys share one entry; None makes a new one.
+        """
+        if array.size == 1:
+            return relax.const(array, str(array.dtype))
+        key = object() if key is None else key
+        if key not in self._weight_variables:
+            self.weights.append((name, array))
+            variable = relax.Var(f"weight_{len(self.weights) - 1}", relax.TensorType(array.shape, str(array.dtype)))
+            self._weight_variables[key] = variable
+        return self._weight_variables[key]
+
+    def materialized(self, ints: Ints) -> relax.Expr:
+        """A run-time tensor that holds known integers which depend on the dimensions."""
+        elements = list(ints.array.reshape(-1))
+
+        def element(index: Any) -> Any:
+            result = tirx.const(0, "int64")
+            for position, item in enumerate(elements):
+                item = tirx.const(int(item), "int64") if isinstance(item, (int, bool)) else item
+                result = tirx.Select(index == position, item, result)
+            return result.astype(ints.dtype)
+
+        flat = self.compute("shape_values", [len(elements)], element)
+        return self.reshape(flat, list(ints.array.shape))
+
+    def known(self, value: ir.Value | None) -> np.ndarray | None:
+        """The elements of ``value`` when they are known now (object array), else None."""
+        if value is None:
+            return None
+        content = self.value(value)
+        if isinstance(content, Ints):
+            return content.array
+        if isinstance(content, np.ndarray) and content.size <= MAX_ELEMENTS:
+            return content.astype(object)
+        return None
+
+    def shape(self, value: ir.Value) -> list[Dim]:
+        """The shape of ``value``. Raises InputError E-UNSUPPORTED-OP when its rank is not known."""
+        content = self.value(value)
+        if isinstance(content, np.ndarray):
+            return list(content.shape)
+        if isinstance(content, Ints):
+            return list(content.array.shape)
+        return self.shape_of(content)
+
+    def shape_of(self, expression: relax.Expr) -> list[Dim]:
+        """The shape of a run-time tensor."""
+        shape = expression.ty.shape
+        if shape is None:
+            raise InputError("E-UNSUPPORTED-OP", "a shape depends on the data", where=str(expression))
+        return [self.dims.simplify(dim) for dim in shape]
+
+    # -- emitting --------------------------------------------------------------------------------------------------
+    def emit(self, expression: relax.Expr) -> relax.Var:
+        """Bind an expression to a new variable."""
+        return self.builder.emit(expression)
+
+    def reshape(self, tensor: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
+        """``tensor`` seen with another shape, without copying; views of one tensor are shared."""
+        base = self._bases.get(tensor, tensor)
+        for view in [base, *self._views.get(base, [])]:
+            if self.dims.same_shape(self.shape_of(view), shape):
+                return view
+        view = self.emit(relax.op.reshape(base, list(shape)))
+        self._bases[view] = base
+        self._views.setdefault(base, []).append(view)
+        return view
+
+    def rows(self, tensor: relax.Expr) -> relax.Expr:
+        """``tensor`` as the matrix of its rows ``[prod(shape[:-1]), shape[-1]]``."""
+        shape = self.shape_of(tensor)
+        return self.reshape(tensor, [self.dims.product(shape[:-1]), shape[-1]])
+
+    def compute(self, name: str, shape: Sequence[Dim], element: Callable[..., Any], *inputs: relax.Expr) -> relax.Var:
+        """A tensor given element by element: ``element(*inputs, *indices)`` over TE tensors and index variables."""
+
+        def build(*tensors: te.Tensor) -> te.Tensor:
+            extents = [tirx.IntImm("int64", dim) if isinstance(dim, int) else dim for dim in shape]
+            return te.compute(extents, lambda *index: element(*tensors, *index), name=name)
+
+        return self.builder.emit_te(build, *inputs, primfunc_name_hint=name)
+
+    def call(
+        self,
+        name: str,
+        build: Callable[[], tirx.PrimFunc],
+        inputs: Sequence[relax.Expr],
+        shape: Sequence[Dim],
+        dtype: str = "float32",
+    ) -> relax.Var:
+        """Call one of our kernels; ``build`` is asked once for each distinct ``name``."""
+        if name not in self._kernels:
+            function = build().with_attr("op_pattern", _OPAQUE).with_attr("global_symbol", name)
+            self._kernels[name] = self.builder.add_func(function.with_attr("xopt.kernel", True), name)
+        return self.emit(relax.call_tir(self._kernels[name], list(inputs), out_ty=relax.TensorType(list(shape), dtype)))
+
+    def aligned(self, tensors: Sequence[relax.Expr]) -> list[relax.Expr]:
+        """Tensors whose dimensions broadcast provably: a dimension that only must be equal is checked at run time."""
+        shapes = [self.shape_of(tensor) for tensor in tensors]
+        target = self.dims.broadcast(*shapes)
+        result = []
+        for tensor, shape in zip(tensors, shapes):
+            wanted = target[len(target) - len(shape) :]
+            if all(self.dims.equal(dim, 1) or self.dims.equal(dim, want) for dim, want in zip(shape, wanted)):
+                result.append(tensor)
+                continue
+            merged = [dim if self.dims.equal(dim, 1) else want for dim, want in zip(shape, wanted)]
+            result.append(self.builder.match_cast(tensor, relax.TensorType(merged, tensor.ty.dtype)))
+        return result
+
+    # -- the walk --------------------------------------------------------------------------------------------------
+    def walk(self, graph: ir.Graph) -> None:
+        """Lower every node of a graph in order."""
+        from xopt.targets.ops import emit_node, plan_fusion
+
+        plan_fusion(self, graph)
+        for node in graph:
+            results = self._evaluated(node)
+            if results is None:
+                results = emit_node(self, node)
+            for output, result in zip(node.outputs, results):
+                self.values[output] = result
+
+    def _evaluated(self, node: ir.Node) -> list[Value] | None:
+        """The outputs of a node that shapes alone determine, or None."""
+        if node.domain not in ("", "ai.onnx"):
+            return None
+        dtype = node.outputs[0].dtype.numpy().name if node.outputs[0].dtype is not None else "int64"
+        if node.op_type in ("Shape", "Size"):
+            return [known(self._shape_tensor(node), "int64")]
+        if node.op_type not in EVALUATED or not node.inputs:
+            return None
+        inputs = [self.known(value) for value in node.inputs]
+        if any(known_ is None and value is not None for known_, value in zip(inputs, node.inputs)):
+            return None
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        try:
+            return [known(evaluate(node.op_type, inputs, attributes, self.dims), dtype)]
+        except Undecided:
+            return None
+
+    def _shape_tensor(self, node: ir.Node) -> np.ndarray:
+        shape = self.shape(node.inputs[0])
+        if node.op_type == "Size":
+            return np.asarray(self.dims.product(shape), dtype=object)
+        start = node.attributes.get_int("start", 0)
+        end = node.attributes.get_int("end", len(shape))
+        part = np.empty(len(shape[start:end]), dtype=object)
+        part[:] = shape[start:end]
+        return part
+
+    # -- the function ----------------------------------------------------------------------------------------------
+    def parameter(self, value: ir.Value) -> relax.Var:
+        """The parameter of ``main`` for a graph input."""
+        if value.shape is None or value.dtype is None:
+            raise InputError("E-FORMAT", "the input has no type or no rank", where=f"input {value.name}")
+        shape = [self._dimension(value, axis, dim) for axis, dim in enumerate(value.shape)]
+        name = "".join(c if c.isalnum() else "_" for c in value.name or "input")
+        return relax.Var(f"input_{name}", relax.TensorType(shape, value.dtype.numpy().name))
+
+    def _dimension(self, value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
+        if isinstance(dim, int):
+            return dim
+        return self.dims.variable(dim.value or f"{value.name}_{axis}")
+
+    def describe(self, value: ir.Value, tensor: relax.Expr) -> TensorInfo:
+        """An input or output for the manifest."""
+        shape = tuple(dim if isinstance(dim, int) else _readable(dim) for dim in self.shape_of(tensor))
+        return TensorInfo(value.name or "", str(tensor.ty.dtype), shape, self.ranges.get(value))
+
+    def finish(self, parameters: list[relax.Var]) -> tvm.IRModule:
+        """The module, with the weights bound from the tuple before everything else.
+
+        The tuple's elements are fetched without type checks: the loader made them from the artifact's own manifest.
+        """
+        function = self.builder.get()["main"]
+        bundle = parameters[-1]
+        bindings = []
+        for index, variable in enumerate(self._weight_variables.values()):
+            fetch = relax.op.call_pure_packed(
+                "vm.builtin.tuple_getitem", bundle, tirx.IntImm("int64", index), ty_args=variable.ty
+            )
+            bindings.append(relax.VarBinding(variable, fetch))
+        body = relax.SeqExpr([relax.BindingBlock(bindings), *function.body.blocks], function.body.body)
+        module = self.builder.get()
+        module["main"] = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+        return module
+
+
+_OPAQUE = 8
+
+
+def _readable(dim: Any) -> str:
+    return str(dim).replace("T.int64(", "").replace(")", "") if isinstance(dim, tirx.Var) else str(dim)
+
+
+def lower(model: ir.Model, target: Target) -> Lowered:
+    """Turn a canonical model into Relax.
+
+    Args:
+        model: canonical form; not changed.
+        target: decides which kernels are used.
+
+    Raises:
+        InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
+    """
+    from xopt.targets.ops import has_kernel
+
+    model = model.clone()
+    InlinePass(criteria=lambda function: not has_kernel(function.domain, function.name))(model)
+    lowering = Lowering(target)
+    parameters = [lowering.parameter(value) for value in model.graph.inputs]
+    bundle = relax.Var("weights", relax.ObjectType())
+    with lowering.builder.function("main", [*parameters, bundle]):
+        with lowering.builder.dataflow():
+            lowering.values.update(zip(model.graph.inputs, parameters))
+            lowering.walk(model.graph)
+            results = [lowering.tensor(value) for value in model.graph.outputs]
+            output = lowering.builder.emit_output(relax.Tuple(results))
+        lowering.builder.emit_func_output(output)
+    return Lowered(
+        lowering.finish([*parameters, bundle]),
+        lowering.weights,
+        tuple(lowering.describe(value, parameter) for value, parameter in zip(model.graph.inputs, parameters)),
+        tuple(lowering.describe(value, result) for value, result in zip(model.graph.outputs, results)),
+    )
+
+
+def attributes_of(node: ir.Node) -> Mapping[str, Any]:
+    """The values of a node's attributes by name."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}

@@ -1,0 +1,59 @@
+"""The table: which function emits which operator.
+
+One row per (domain, operator type). Rows of :data:`KERNELS` emit our own kernels and stand aside (return None) where
+the target has no templates or the workload does not fit; rows of :data:`OPERATORS` emit Relax operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import tvm
+
+from xopt.targets.ops import attention, elementwise, fallback, indexing, layout, linear, norm, reduction
+from xopt.targets.ops.call import Call, Emitter
+
+if TYPE_CHECKING:
+    from xopt.targets.lowering import Lowering, Value
+
+OPERATORS: dict[tuple[str, str], Emitter] = {
+    ("", name): emitter
+    for table in (elementwise, layout, indexing, reduction, linear, norm, attention)
+    for name, emitter in table.OPS.items()
+}
+"""Emitters of Relax operators by (domain, operator type)."""
+
+KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {}
+"""Emitters of our kernels by (domain, operator type); None from one means: use the Relax operators."""
+
+
+def has_kernel(domain: str, name: str) -> bool:
+    """Whether an xopt function has a kernel of its own, so that its body is not inlined."""
+    return (domain, name) in KERNELS
+
+
+def plan_fusion(lowering: Lowering, graph: ir.Graph) -> None:
+    """Decide which nodes are computed inside another node's kernel."""
+
+
+def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
+    """Emit one node and return its outputs.
+
+    Raises:
+        InputError: E-UNSUPPORTED-OP names the node and what is not supported about it.
+    """
+    call = Call(lowering, node)
+    key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+    try:
+        if (kernel := KERNELS.get(key)) is not None and (result := kernel(call)) is not None:
+            return [result]
+        if (emitter := OPERATORS.get(key)) is not None:
+            result = emitter(call)
+            return result if isinstance(result, list) else [result]
+    except (tvm.error.InternalError, ValueError, TypeError) as error:
+        raise call.unsupported(str(error).strip().splitlines()[-1][:200]) from error
+    if key[0] == "" and fallback.supports(node.op_type):
+        return fallback.convert(call)
+    raise call.unsupported(f"there is no operator {':'.join(filter(None, key))}")

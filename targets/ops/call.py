@@ -1,0 +1,109 @@
+"""One node as its emitter sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax
+
+from xopt.errors import InputError
+from xopt.targets.symbolic import Dim, Dimensions
+
+if TYPE_CHECKING:
+    from xopt.targets.lowering import Lowering, Value
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node to emit, with its inputs in the forms that emitters ask for."""
+
+    lowering: Lowering
+    node: ir.Node
+
+    @property
+    def dims(self) -> Dimensions:
+        """The symbolic dimensions of the model."""
+        return self.lowering.dims
+
+    def has(self, index: int) -> bool:
+        """Whether the optional input ``index`` is given."""
+        return index < len(self.node.inputs) and self.node.inputs[index] is not None
+
+    def input(self, index: int) -> ir.Value:
+        """The ONNX value of an input. Raises InputError E-FORMAT when it is missing."""
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        if value is None:
+            raise self.unsupported(f"input {index} is missing")
+        return value
+
+    def x(self, index: int = 0) -> relax.Expr:
+        """Input ``index`` as a run-time tensor."""
+        return self.lowering.tensor(self.input(index))
+
+    def xs(self) -> list[relax.Expr]:
+        """All given inputs as run-time tensors."""
+        return [self.lowering.tensor(value) for value in self.node.inputs if value is not None]
+
+    def shape(self, index: int = 0) -> list[Dim]:
+        """The shape of input ``index``."""
+        return self.lowering.shape(self.input(index))
+
+    def const(self, index: int) -> np.ndarray | None:
+        """Input ``index`` when it is a constant, else None."""
+        if not self.has(index):
+            return None
+        value = self.lowering.value(self.input(index))
+        return value if isinstance(value, np.ndarray) else None
+
+    def known(self, index: int) -> np.ndarray | None:
+        """Input ``index`` as an object array when its elements are known, else None; missing is None too."""
+        return self.lowering.known(self.node.inputs[index]) if self.has(index) else None
+
+    def ints(self, index: int, attribute: str | None = None) -> list[Dim] | None:
+        """Known integers of input ``index``, or of the attribute that older opsets had; None when neither is given.
+
+        Raises:
+            InputError: E-UNSUPPORTED-OP, the input is given but depends on the data.
+        """
+        if self.has(index):
+            array = self.known(index)
+            if array is None:
+                raise self.unsupported(f"input {index} depends on the data")
+            return list(array.reshape(-1))
+        given = self.attr(attribute) if attribute else None
+        return None if given is None else [int(x) for x in given]
+
+    def numbers(self, index: int, attribute: str | None = None) -> list[int] | None:
+        """Like :meth:`ints`, for plain numbers only."""
+        values = self.ints(index, attribute)
+        if values is not None and not all(isinstance(x, (int, float)) for x in values):
+            raise self.unsupported(f"input {index} depends on a dynamic dimension")
+        return None if values is None else [int(x) for x in values]
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """Attribute ``name``."""
+        return self.node.attributes[name].value if name in self.node.attributes else default
+
+    def axis(self, default: int, rank: int) -> int:
+        """Attribute ``axis``, not negative."""
+        return int(self.attr("axis", default)) % max(rank, 1)
+
+    def emit(self, expression: relax.Expr) -> relax.Var:
+        """Bind a Relax expression."""
+        return self.lowering.emit(expression)
+
+    def aligned(self, *tensors: relax.Expr) -> list[relax.Expr]:
+        """Tensors that broadcast against each other."""
+        return self.lowering.aligned(tensors)
+
+    def unsupported(self, reason: str) -> InputError:
+        """The error for a node that cannot be compiled."""
+        where = f"node {self.node.name or self.node.outputs[0].name}"
+        return InputError("E-UNSUPPORTED-OP", f"{self.node.op_type} cannot be compiled: {reason}", where=where)
+
+
+Emitter = Callable[[Call], "Value | Sequence[Value]"]

@@ -1,0 +1,168 @@
+"""Operators that work element by element, with broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tvm import relax, tirx
+
+from xopt.targets.ops.call import Call, Emitter
+
+if TYPE_CHECKING:
+    from xopt.targets.lowering import Value
+
+
+def is_integer(tensor: relax.Expr) -> bool:
+    """Whether a tensor holds integers."""
+    return "int" in str(tensor.ty.dtype)
+
+
+def scalar(value: float, like: relax.Expr) -> relax.Expr:
+    """A constant of the type of ``like``."""
+    return relax.const(value, str(like.ty.dtype))
+
+
+def _unary(function: Callable[[relax.Expr], relax.Expr]) -> Emitter:
+    return lambda call: call.emit(function(call.x()))
+
+
+def _binary(function: Callable[[relax.Expr, relax.Expr], relax.Expr]) -> Emitter:
+    """Two operands or, for Min, Max, Sum and Mean, any number of them."""
+
+    def emit(call: Call) -> Value:
+        def step(a: relax.Expr, b: relax.Expr) -> relax.Expr:
+            return call.emit(function(*call.aligned(a, b)))
+
+        return reduce(step, call.xs())
+
+    return emit
+
+
+def _divide(a: relax.Expr, b: relax.Expr) -> relax.Expr:
+    return relax.op.divide(a, b)
+
+
+def _division(call: Call) -> Value:
+    if not is_integer(call.x()):
+        return _binary(_divide)(call)
+    # ONNX divides integers towards zero.
+    return _integer_binary(call, "integer_quotient", tirx.truncdiv)
+
+
+def _integer_binary(call: Call, name: str, function: Callable[[Any, Any], Any]) -> relax.Var:
+    a, b = call.aligned(call.x(0), call.x(1))
+    shape = call.dims.broadcast(call.lowering.shape_of(a), call.lowering.shape_of(b))
+    a, b = (call.emit(relax.op.broadcast_to(x, shape)) for x in (a, b))
+    return call.lowering.compute(name, shape, lambda x, y, *i: function(x(*i), y(*i)), a, b)
+
+
+def _remainder(call: Call) -> Value:
+    if call.attr("fmod", 0):
+        return _integer_binary(call, "remainder", tirx.truncmod if is_integer(call.x()) else tirx.fmod)
+    return _binary(relax.op.floor_mod)(call)
+
+
+def _power(call: Call) -> Value:
+    exponent = call.const(1)
+    base = call.x()
+    if exponent is not None and exponent.size == 1 and not is_integer(base):
+        return call.emit(_constant_power(base, float(exponent.reshape(-1)[0])))
+    return _binary(lambda a, b: relax.op.power(a, b if a.ty.dtype == b.ty.dtype else relax.op.astype(b, a.ty.dtype)))(
+        call
+    )
+
+
+def _constant_power(base: relax.Expr, exponent: float) -> relax.Expr:
+    if exponent == 2.0:
+        return relax.op.multiply(base, base)
+    if exponent == 0.5:
+        return relax.op.sqrt(base)
+    if exponent == -0.5:
+        return relax.op.divide(scalar(1.0, base), relax.op.sqrt(base))
+    if exponent == 3.0:
+        return relax.op.multiply(base, relax.op.multiply(base, base))
+    return relax.op.power(base, scalar(exponent, base))
+
+
+def _mean(call: Call) -> Value:
+    total = _binary(relax.op.add)(call)
+    assert isinstance(total, relax.Expr)
+    return call.emit(relax.op.divide(total, scalar(float(len(call.node.inputs)), total)))
+
+
+def _where(call: Call) -> Value:
+    condition, x, y = call.aligned(call.x(0), call.x(1), call.x(2))
+    return call.emit(relax.op.where(condition, x, y))
+
+
+def _gelu(call: Call) -> Value:
+    tanh = call.attr("approximate", "none") == "tanh"
+    return call.emit((relax.op.nn.gelu_tanh if tanh else relax.op.nn.gelu)(call.x()))
+
+
+def _swish(call: Call) -> Value:
+    x, alpha = call.x(), float(call.attr("alpha", 1.0))
+    scaled = x if alpha == 1.0 else relax.op.multiply(x, scalar(alpha, x))
+    return call.emit(relax.op.multiply(x, relax.op.sigmoid(scaled)))
+
+
+def _clip(call: Call) -> Value:
+    x = call.x()
+    for index, function in ((1, relax.op.maximum), (2, relax.op.minimum)):
+        if call.has(index):
+            x = call.emit(function(x, call.x(index)))
+    return x
+
+
+def _cast(call: Call) -> Value:
+    import onnx_ir as ir
+
+    x = call.x()
+    if call.node.op_type == "CastLike":
+        dtype = str(call.x(1).ty.dtype)
+    else:
+        dtype = ir.DataType(call.attr("to")).numpy().name
+    source = str(x.ty.dtype)
+    if source == dtype:
+        return x
+    if dtype == "bool":
+        return call.emit(relax.op.not_equal(x, scalar(0, x)))
+    return call.emit(relax.op.astype(x, dtype))
+
+
+def _is_infinite(call: Call) -> Value:
+    x = call.x()
+    positive, negative = call.attr("detect_positive", 1), call.attr("detect_negative", 1)
+    if positive and negative:
+        return call.emit(relax.op.isinf(x))
+    return call.emit(relax.op.equal(x, scalar(np.inf if positive else -np.inf, x)))
+
+
+def _reciprocal(x: relax.Expr) -> relax.Expr:
+    return relax.op.divide(scalar(1.0, x), x)
+
+
+def _identity(call: Call) -> Value:
+    return call.lowering.value(call.input(0))
+
+
+op = relax.op
+OPS: dict[str, Emitter] = {
+    "Abs": _unary(op.abs), "Neg": _unary(op.negative), "Exp": _unary(op.exp), "Log": _unary(op.log),
+    "Sqrt": _unary(op.sqrt), "Erf": _unary(op.erf), "Tanh": _unary(op.tanh), "Sigmoid": _unary(op.sigmoid),
+    "Relu": _unary(op.nn.relu), "Floor": _unary(op.floor), "Ceil": _unary(op.ceil), "Round": _unary(op.round),
+    "Not": _unary(op.logical_not), "IsNaN": _unary(op.isnan), "IsInf": _is_infinite, "Sin": _unary(op.sin),
+    "Cos": _unary(op.cos), "Sign": _unary(op.sign), "Reciprocal": _unary(_reciprocal),
+    "Gelu": _gelu, "Swish": _swish, "Clip": _clip, "Cast": _cast, "CastLike": _cast,
+    "Identity": _identity, "Dropout": _identity,
+    "Add": _binary(op.add), "Sub": _binary(op.subtract), "Mul": _binary(op.multiply), "Div": _division,
+    "Pow": _power, "Mod": _remainder, "Min": _binary(op.minimum), "Max": _binary(op.maximum),
+    "Sum": _binary(op.add), "Mean": _mean, "And": _binary(op.logical_and), "Or": _binary(op.logical_or),
+    "Xor": _binary(op.logical_xor), "Equal": _binary(op.equal), "Less": _binary(op.less),
+    "LessOrEqual": _binary(op.less_equal), "Greater": _binary(op.greater),
+    "GreaterOrEqual": _binary(op.greater_equal), "Where": _where,
+}  # fmt: skip
+"""Emitters by operator type."""

@@ -1,0 +1,89 @@
+"""MatMul, Gemm, Einsum and Conv."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tvm import relax
+
+from xopt.targets.ops.call import Call, Emitter
+
+if TYPE_CHECKING:
+    from xopt.targets.lowering import Value
+
+
+def _matmul(call: Call) -> Value:
+    a, b = call.x(0), call.x(1)
+    if len(call.shape(0)) > 2 and len(call.shape(1)) > 2:
+        a, b = _batched(call, a, b)
+    return call.emit(relax.op.matmul(a, b))
+
+
+def _batched(call: Call, a: relax.Expr, b: relax.Expr) -> tuple[relax.Expr, relax.Expr]:
+    """Operands whose batch and inner dimensions are provably equal."""
+    x, y = call.lowering.shape_of(a), call.lowering.shape_of(b)
+    wanted = [*y[:-2], x[-1], y[-1]]
+    if len(x) == len(y):
+        wanted = [dy if call.dims.equal(dy, 1) or call.dims.equal(dx, 1) else dx for dx, dy in zip(x[:-2], y[:-2])]
+        wanted += [x[-1], y[-1]]
+    if not call.dims.same_shape(wanted, y):
+        b = call.lowering.builder.match_cast(b, relax.TensorType(wanted, b.ty.dtype))
+    return a, b
+
+
+def _gemm(call: Call) -> Value:
+    op = relax.op
+    a, b = call.x(0), call.x(1)
+    a = op.permute_dims(a) if call.attr("transA", 0) else a
+    b = op.permute_dims(b) if call.attr("transB", 0) else b
+    alpha, beta = float(call.attr("alpha", 1.0)), float(call.attr("beta", 1.0))
+    dtype = str(call.x(0).ty.dtype)
+    result = call.emit(op.matmul(a, b))
+    if alpha != 1.0:
+        result = call.emit(op.multiply(result, relax.const(alpha, dtype)))
+    if call.has(2):
+        c = call.x(2) if beta == 1.0 else op.multiply(call.x(2), relax.const(beta, dtype))
+        result = call.emit(op.add(*call.aligned(result, call.emit(c))))
+    return result
+
+
+def _einsum(call: Call) -> Value:
+    return call.emit(relax.op.einsum(tuple(call.xs()), call.attr("equation").replace(" ", "")))
+
+
+def _padding(call: Call, rank: int) -> list[int]:
+    """Padding before and after each spatial axis, ``auto_pad`` resolved."""
+    kind = call.attr("auto_pad", "NOTSET")
+    if kind in ("NOTSET", "VALID"):
+        return [int(p) for p in call.attr("pads", [0] * (2 * rank))] if kind == "NOTSET" else [0] * (2 * rank)
+    before, after = [], []
+    strides, dilations = call.attr("strides", [1] * rank), call.attr("dilations", [1] * rank)
+    for dim, size, stride, dilation in zip(call.shape(0)[2:], call.shape(1)[2:], strides, dilations):
+        if not isinstance(dim, int):
+            raise call.unsupported("auto_pad on a dynamic dimension")
+        total = max((-(-dim // stride) - 1) * stride + (int(size) - 1) * dilation + 1 - dim, 0)
+        small, large = total // 2, total - total // 2
+        before.append(small if kind == "SAME_UPPER" else large)
+        after.append(large if kind == "SAME_UPPER" else small)
+    return before + after
+
+
+def _conv(call: Call) -> Value:
+    rank = len(call.shape(0)) - 2
+    functions = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
+    if rank not in functions:
+        raise call.unsupported(f"convolution over {rank} axes")
+    strides = [int(x) for x in call.attr("strides", [1] * rank)]
+    dilations = [int(x) for x in call.attr("dilations", [1] * rank)]
+    groups = int(call.attr("group", 1))
+    padding = _padding(call, rank)
+    x, weight = call.x(0), call.x(1)
+    result = call.emit(functions[rank](x, weight, strides=strides, padding=padding, dilation=dilations, groups=groups))
+    if not call.has(2):
+        return result
+    bias = call.lowering.reshape(call.x(2), [1, call.shape(2)[0], *[1] * rank])
+    return call.emit(relax.op.add(result, bias))
+
+
+OPS: dict[str, Emitter] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Conv": _conv}
+"""Emitters by operator type."""

@@ -1,0 +1,82 @@
+"""LayerNormalization, RMSNormalization and RotaryEmbedding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tvm import relax
+
+from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.ops.layout import strided
+
+if TYPE_CHECKING:
+    from xopt.targets.lowering import Value
+
+
+def _layer_norm(call: Call) -> Value:
+    x, shape = call.x(), call.shape()
+    axes = list(range(call.axis(-1, len(shape)), len(shape)))
+    scale = call.x(1)
+    if call.has(2):
+        bias = call.x(2)
+    else:
+        bias = call.emit(relax.op.zeros(call.shape(1), str(x.ty.dtype)))
+    return call.emit(relax.op.nn.layer_norm(x, scale, bias, axes, float(call.attr("epsilon", 1e-5))))
+
+
+def _rms_norm(call: Call) -> Value:
+    x, shape = call.x(), call.shape()
+    axes = list(range(call.axis(-1, len(shape)), len(shape)))
+    return call.emit(relax.op.nn.rms_norm(x, call.x(1), axes, float(call.attr("epsilon", 1e-5))))
+
+
+def _rotary(call: Call) -> Value:
+    """The ONNX definition in Relax operators, for inputs [B, S, H*d] and [B, H, S, d]."""
+    x, shape = call.x(), call.shape()
+    lowering, dims = call.lowering, call.dims
+    if len(shape) == 3:
+        heads = int(call.attr("num_heads", 0))
+        size = dims.quotient([shape[2]], [heads])
+        x = lowering.reshape(x, [shape[0], shape[1], heads, size])
+    else:
+        size = shape[3]
+        x = call.emit(relax.op.permute_dims(x, [0, 2, 1, 3]))
+    width = int(call.attr("rotary_embedding_dim", 0)) or size
+    cos, sin = (_angles(call, index, width // 2) for index in (1, 2))
+    turned = strided(call, x, {3: (0, width, 1)})
+    rest = strided(call, x, {3: (width, dims.simplify(size - width), 1)}) if width != size else None
+    interleaved = bool(call.attr("interleaved", 0))
+    first, second = ((0, 2), (1, 2)) if interleaved else ((0, 1), (width // 2, 1))
+    a, b = (strided(call, turned, {3: (start, width // 2, step)}) for start, step in (first, second))
+    op = relax.op
+    real = op.subtract(op.multiply(a, cos), op.multiply(b, sin))
+    imaginary = op.add(op.multiply(b, cos), op.multiply(a, sin))
+    if interleaved:
+        half = [*lowering.shape_of(a), 1]
+        pair = op.concat([op.reshape(real, half), op.reshape(imaginary, half)], 4)
+        result = call.emit(op.reshape(pair, lowering.shape_of(turned)))
+    else:
+        result = call.emit(op.concat([real, imaginary], 3))
+    if rest is not None:
+        result = call.emit(op.concat([result, rest], 3))
+    if len(shape) == 3:
+        return lowering.reshape(result, shape)
+    return call.emit(op.permute_dims(result, [0, 2, 1, 3]))
+
+
+def _angles(call: Call, index: int, half: int) -> relax.Expr:
+    """The cosines or sines as [B or 1, S, 1, half], gathered by position when positions are given."""
+    table, shape = call.x(index), call.shape(index)
+    if call.has(3):
+        positions = call.x(3)
+        shape = [*call.shape(3), shape[-1]]
+        table = call.lowering.compute(
+            "angles", shape, lambda data, where, b, s, d: data(where(b, s), d), table, positions
+        )
+    return call.lowering.reshape(table, [shape[0], shape[1], 1, half])
+
+
+OPS: dict[str, Emitter] = {
+    "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm, "RotaryEmbedding": _rotary,
+}  # fmt: skip
+"""Emitters by operator type."""

@@ -1,0 +1,52 @@
+"""Operators that reduce over axes, and softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tvm import relax
+
+from xopt.targets.ops.call import Call, Emitter
+
+if TYPE_CHECKING:
+    from xopt.targets.lowering import Value
+
+Reduce = Callable[[relax.Expr, "list[int] | None", bool], relax.Expr]
+
+
+def _reduction(reduce: Reduce) -> Emitter:
+    def emit(call: Call) -> Value:
+        axes = call.numbers(1, "axes")
+        if not axes and call.attr("noop_with_empty_axes", 0):
+            return call.x()
+        return call.emit(reduce(call.x(), axes or None, bool(call.attr("keepdims", 1))))
+
+    return emit
+
+
+def _log_sum_exp(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
+    top = relax.op.max(x, axes, True)
+    total = relax.op.log(relax.op.sum(relax.op.exp(relax.op.subtract(x, top)), axes, True))
+    result = relax.op.add(total, top)
+    return result if keep else relax.op.squeeze(result, axes)
+
+
+def _norm2(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
+    return relax.op.sqrt(relax.op.sum(relax.op.multiply(x, x), axes, keep))
+
+
+def _softmax(function: Callable[[relax.Expr, int], relax.Expr]) -> Emitter:
+    return lambda call: call.emit(function(call.x(), call.axis(-1, len(call.shape()))))
+
+
+OPS: dict[str, Emitter] = {
+    "ReduceSum": _reduction(relax.op.sum), "ReduceMean": _reduction(relax.op.mean),
+    "ReduceMax": _reduction(relax.op.max), "ReduceMin": _reduction(relax.op.min),
+    "ReduceProd": _reduction(relax.op.prod), "ReduceL2": _reduction(_norm2),
+    "ReduceL1": _reduction(lambda x, axes, keep: relax.op.sum(relax.op.abs(x), axes, keep)),
+    "ReduceSumSquare": _reduction(lambda x, axes, keep: relax.op.sum(relax.op.multiply(x, x), axes, keep)),
+    "ReduceLogSumExp": _reduction(_log_sum_exp),
+    "Softmax": _softmax(relax.op.nn.softmax), "LogSoftmax": _softmax(relax.op.nn.log_softmax),
+}  # fmt: skip
+"""Emitters by operator type."""

@@ -1,0 +1,245 @@
+"""Run a compiled artifact with nothing but TVM's runtime: neither the compiler, torch nor onnx is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xopt.errors import InputError
+from xopt.runtime.manifest import (
+    ALIGNMENT,
+    Manifest,
+    TensorInfo,
+    digest,
+    machine_features,
+    manifest_path,
+    weights_path,
+)
+
+_POOLED_ALLOCATOR = 2
+_BIG_CORES = 1
+
+
+class Session:
+    """A loaded artifact.
+
+    Attributes:
+        inputs: what ``run`` takes, in order.
+        outputs: what ``run`` returns, in order.
+        manifest: everything recorded at compile time.
+
+    ``run`` is not safe to call from several threads at once; load one session per thread.
+    """
+
+    def __init__(self, machine: Any, weights: Any, manifest: Manifest) -> None:
+        self.machine = machine
+        self.inputs: tuple[TensorInfo, ...] = manifest.inputs
+        self.outputs: tuple[TensorInfo, ...] = manifest.outputs
+        self.manifest = manifest
+        self._main = machine["main"]
+        self._weights = weights
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
+        """Load the artifact ``path`` (the ``.so``, or its folder when the library is called ``model.so``).
+
+        Args:
+            path: the library; its weights and manifest lie beside it.
+            threads: threads that kernels run on, pinned one to a core; physical cores by default. It holds for
+                all sessions of the process.
+
+        Raises:
+            InputError: E-ARTIFACT, a file is missing, changed since it was written, or of another format; E-CPU,
+                the code is for another machine.
+        """
+        library = Path(path).resolve()
+        library = library / "model.so" if library.is_dir() else library
+        manifest, code = _checked(library)
+        runtime = _runtime(threads)
+        machine = _load_code(runtime, code)["vm_load_executable"]()
+        if manifest.device == 1:
+            machine["vm_initialization"](1, 0, _POOLED_ALLOCATOR)
+        else:
+            machine["vm_initialization"](manifest.device, 0, _POOLED_ALLOCATOR, 1, 0, _POOLED_ALLOCATOR)
+        return cls(machine, _map_weights(runtime, library, manifest), manifest)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the model once.
+
+        Args:
+            feeds: a numpy array or CPU torch tensor per input; they are read in place when they are contiguous and
+                64-byte aligned, and copied otherwise.
+
+        Returns:
+            The outputs by name: torch tensors when an input was one, else numpy arrays. They own their memory.
+
+        Raises:
+            InputError: E-DATA, a name, dtype, rank, dimension or index does not fit the model.
+        """
+        sizes: dict[str, int] = {}
+        if feeds.keys() != {info.name for info in self.inputs}:
+            _refuse_names(feeds, self.inputs)
+        arrays = [_argument(info, feeds[info.name], sizes) for info in self.inputs]
+        results = self._main(*arrays, self._weights)
+        if any(type(value).__module__ == "torch" for value in feeds.values()):
+            import torch
+
+            return {info.name: torch.from_dlpack(result) for info, result in zip(self.outputs, results)}
+        return {info.name: np.from_dlpack(result) for info, result in zip(self.outputs, results)}
+
+
+def _checked(library: Path) -> tuple[Manifest, bytes]:
+    """The manifest and the code, after the files were compared with their digests and the CPU with the code's needs."""
+    where = str(library)
+    for file in (library, manifest_path(library), weights_path(library)):
+        if not file.is_file():
+            raise InputError(
+                "E-ARTIFACT", f"{file.name} is missing", where=where, cure="keep the artifact's files together"
+            )
+    manifest = Manifest.from_json(manifest_path(library).read_text(), str(manifest_path(library)))
+    code = library.read_bytes()
+    found = {library.name: hashlib.sha256(code).hexdigest(), weights_path(library).name: digest(weights_path(library))}
+    for name, value in found.items():
+        if manifest.digests.get(name) != value:
+            raise InputError(
+                "E-ARTIFACT",
+                f"{name} is not the file that was compiled",
+                where=where,
+                cure="compile the model again, and do not load artifacts from untrusted places",
+            )
+    missing = [name for name in manifest.features if name not in machine_features()]
+    if missing:
+        raise InputError(
+            "E-CPU",
+            f"the code is for {manifest.target} and needs {', '.join(missing)}",
+            where=where,
+            cure="compile it on this machine, or for a target that this machine has",
+        )
+    return manifest, code
+
+
+def _load_code(runtime: Any, code: bytes) -> Any:
+    """Load a shared library from memory: exactly the bytes that were checked, under a name that was never used before.
+
+    (The dynamic linker takes a library of the same name for the same library, even after the file was replaced.)
+    """
+    descriptor = os.memfd_create("xopt-model")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(code)
+        with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
+            link = Path(folder) / "model.so"
+            link.symlink_to(f"/proc/self/fd/{descriptor}")
+            return runtime.load_module(str(link), keep_module_alive=False)
+    finally:
+        os.close(descriptor)
+
+
+_LIBRARY: ctypes.CDLL | None = None
+
+
+def _runtime(threads: int | None) -> Any:
+    """``tvm_ffi`` with TVM's runtime library loaded."""
+    global _LIBRARY
+    import tvm_ffi
+
+    if _LIBRARY is None:
+        os.environ.setdefault("TVM_NUM_THREADS", str(threads or physical_cores()))
+        spec = find_spec("tvm")
+        if spec is None or spec.origin is None:
+            raise InputError("E-TOOLCHAIN", "TVM's runtime is missing", cure="install the package apache-tvm")
+        folder = Path(spec.origin).parent / "lib"
+        _LIBRARY = ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+    if threads is not None:
+        tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+    return tvm_ffi
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may run on."""
+    allowed = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(topology.read_text().strip() if topology.exists() else str(cpu))
+    return max(len(siblings), 1)
+
+
+def _map_weights(runtime: Any, library: Path, manifest: Manifest) -> Any:
+    """The tuple of weights as tensors over the mapped file; pages are shared until somebody writes to them."""
+    path = weights_path(library)
+    size = path.stat().st_size
+    if any(info.offset < 0 or info.offset + info.bytes > size for info in manifest.weights):
+        raise InputError("E-ARTIFACT", "the manifest names weights outside the file", where=str(path))
+    if not manifest.weights:
+        return runtime.convert([])
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+    tensors = []
+    for info in manifest.weights:
+        count = int(np.prod(info.shape, dtype=np.int64))
+        array = np.frombuffer(content, np.dtype(info.dtype), count, info.offset).reshape(info.shape)
+        tensors.append(runtime.from_dlpack(array))
+    return runtime.convert(tensors)
+
+
+def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
+    """An input as the runtime takes it, after its type, shape and range were checked against the manifest."""
+    array = value if isinstance(value, np.ndarray) else _as_numpy(info, value)
+    if array.dtype != info.dtype:
+        raise _data_error(info, f"has dtype {array.dtype}, the model takes {info.dtype}")
+    if array.ndim != len(info.shape):
+        raise _data_error(info, f"has rank {array.ndim}, the model takes {_shape(info)}")
+    for given, wanted in zip(array.shape, info.shape):
+        if given == 0:
+            raise _data_error(info, f"is empty: its shape is {list(array.shape)}")
+        if given != (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, given)):
+            raise _data_error(info, f"has shape {list(array.shape)}, the model takes {_shape(info)}")
+    if info.values is not None and (array.min() < info.values[0] or array.max() > info.values[1]):
+        raise _data_error(info, f"holds values outside {info.values[0]} to {info.values[1]}")
+    return _aligned(array)
+
+
+def _as_numpy(info: TensorInfo, value: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
+    except (RuntimeError, TypeError, ValueError, BufferError) as error:
+        raise _data_error(info, f"is neither a numpy array nor a CPU tensor ({error})") from error
+
+
+def _aligned(array: np.ndarray) -> Any:
+    """The array itself when the runtime can read it in place, else an aligned copy."""
+    import tvm_ffi
+
+    if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.flags.writeable:
+        buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % ALIGNMENT
+        copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        array = copy
+    return tvm_ffi.from_dlpack(array)
+
+
+def _shape(info: TensorInfo) -> str:
+    return "[" + ", ".join(str(dim) for dim in info.shape) + "]"
+
+
+def _data_error(info: TensorInfo, what: str) -> InputError:
+    return InputError("E-DATA", f"input {info.name} {what}", cure="give inputs as the manifest lists them")
+
+
+def _refuse_names(feeds: Mapping[str, Any], inputs: Sequence[TensorInfo]) -> None:
+    names = [info.name for info in inputs]
+    missing = [name for name in names if name not in feeds]
+    extra = [name for name in feeds if name not in names]
+    what = f"input {missing[0]} is missing" if missing else f"there is no input {extra[0]}"
+    raise InputError("E-DATA", what, where=f"inputs are {', '.join(names)}", cure="give exactly these")
