@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import _c_api_utils
 
 from xopt.errors import InputError
+from xopt.ir.untrusted import bounded_memory
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -24,7 +25,8 @@ def infer_shapes(model: ir.Model) -> None:
     declared = {value: value.shape for value in model.graph.outputs}
     clear_inferred(model)
     try:
-        proto = _c_api_utils.call_onnx_api(_infer, model)
+        with bounded_memory():
+            proto = _c_api_utils.call_onnx_api(_infer, model)
     except Exception as error:
         for value, shape in declared.items():
             value.shape = shape

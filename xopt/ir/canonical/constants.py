@@ -20,6 +20,7 @@ from onnx_ir.passes.common import (
 from xopt.errors import InputError
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.shapes import infer_shapes
+from xopt.ir.untrusted import bounded_memory
 
 LARGEST_INPUT = 1 << 12
 """Elements of an operand beyond which a node is not folded (weights are no business of this step)."""
@@ -50,13 +51,14 @@ def _fold(model: ir.Model) -> None:
     functions = dict(model.functions)
     model.functions.clear()  # bodies of xopt ops stay as their authors wrote them
     try:
-        fold_constants(
-            model,
-            onnx_shape_inference=True,
-            input_size_limit=LARGEST_INPUT,
-            output_size_limit=LARGEST_OUTPUT,
-            should_fold=_may_fold,
-        )
+        with bounded_memory():
+            fold_constants(
+                model,
+                onnx_shape_inference=True,
+                input_size_limit=LARGEST_INPUT,
+                output_size_limit=LARGEST_OUTPUT,
+                should_fold=_may_fold,
+            )
     except Exception as error:
         raise InputError("E-FORMAT", f"a constant expression cannot be computed: {error.__cause__ or error}") from error
     finally:

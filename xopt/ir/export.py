@@ -1,0 +1,38 @@
+"""The graph for runtimes that know plain ONNX only: what they lack is written out in primitive ops.
+
+``Attention``, ``RotaryEmbedding``, ``RMSNormalization`` and ``Swish`` are expanded into forms that onnxruntime and
+OpenVINO run fast: keys are transposed once, masks that layers share are computed once, grouped queries broadcast
+instead of repeating keys. xopt's own ops keep their function bodies in the file, or are inlined.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from xopt.ir.edit import remove_dead
+from xopt.ir.expand import Expander
+from xopt.ir.shapes import infer_shapes
+
+
+def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
+    """New model with the meaning of ``model`` in ops that common runtimes have; weights are shared.
+
+    Args:
+        model: in canonical form (other models pass through where they use nothing unusual).
+        inline: put the bodies of xopt's ops into the graph, for runtimes without model-local functions.
+
+    Raises:
+        InputError: ``E-UNSUPPORTED-OP``: an ``Attention`` with a key-value cache, or one whose scale is neither written
+            nor known from its shapes.
+    """
+    plain = model.clone()
+    if inline:
+        InlinePass()(plain)
+    infer_shapes(plain)
+    Expander(plain.graph).run()
+    for function in plain.functions.values():
+        Expander(function).run()
+    remove_dead(plain)
+    infer_shapes(plain)
+    return plain

@@ -1,0 +1,233 @@
+"""Load and save ONNX files. A file is untrusted input, and an output file is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import google.protobuf.message  # type: ignore[import-untyped]
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import _c_api_utils
+
+from xopt.errors import InputError
+from xopt.ir.untrusted import bounded_memory, check_proto, check_weights, drop_value_info
+
+LARGEST_MESSAGE = (1 << 31) - 1
+"""Bytes of a protobuf message; a larger model needs external data."""
+EMBEDDED_WEIGHTS = 1_800_000_000
+"""Bytes of weights up to which they are written into the model file itself."""
+LARGEST_EMBEDDED_TENSOR = 1024
+"""Bytes up to which a tensor stays in the model file even when the others are external."""
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive (a PyTorch checkpoint?)",
+    b"\x80": "a Python pickle",
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x7fELF": "a compiled library",
+    b"\x1f\x8b": "a gzip archive",
+    b"<": "markup (an error page or a Git LFS pointer?)",
+    b"version https://git-lfs": "a Git LFS pointer",
+    b"{": "JSON",
+}
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file, opsets 13 to 25, with external data beside it (which is mapped, and read when used).
+
+    The graph is as it was exported, except that the exporter's notes about intermediate values are dropped.
+
+    Raises:
+        InputError: ``E-FILE`` (not there, not readable), ``E-FORMAT`` (no ONNX, truncated, contradictory),
+            ``E-EXTERNAL-DATA`` (missing, outside of the model's folder, wrong size), ``E-NAN-WEIGHTS``,
+            ``E-UNSUPPORTED-OP`` (an op that ai.onnx does not have).
+    """
+    path = Path(path)
+    proto = _parse(_read(path), path)
+    folder = path.parent
+    try:
+        check_proto(proto, folder)
+        drop_value_info(proto)
+        return from_checked_proto(proto, folder)
+    except InputError as error:
+        where = f"{error.where} of {path}" if error.where else f"file {path}"
+        raise InputError(error.code, error.what, where=where, cure=error.cure) from error.__cause__
+
+
+def from_checked_proto(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
+    """Model of a ``ModelProto`` whose tensors are known to be sound; the rest of it is checked here.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    try:
+        with bounded_memory():
+            model: ir.Model = ir.from_proto(proto)
+            if folder is not None:
+                ir.external_data.set_base_dir(model.graph, folder)
+            _c_api_utils.call_onnx_api(onnx.checker.check_model, model)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _malformed(error) from error
+    check_weights(model)
+    return model
+
+
+def _malformed(error: Exception) -> InputError:
+    """An error of onnx or onnx_ir about the content of a model, in our words."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(str(cause).split()).split(" ==> ")[0][:300] or type(cause).__name__
+    if "No Op registered" in text or "No schema registered" in text or "Unrecognized" in text:
+        return InputError("E-UNSUPPORTED-OP", text, cure="export the model with standard ONNX ops")
+    return InputError("E-FORMAT", f"the graph is malformed: {text}", cure="export or download the model again")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise InputError("E-FILE", "the model is a folder", where=str(path), cure="name the .onnx file in it")
+        if path.stat().st_size > LARGEST_MESSAGE:
+            raise InputError(
+                "E-FORMAT",
+                "the file is larger than 2 GB, which ONNX does not allow",
+                where=str(path),
+                cure="save the model with external data",
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(
+            "E-FILE", f"the model cannot be read: {reason}", where=str(path), cure="check the path"
+        ) from error
+
+
+def _parse(data: bytes, path: Path) -> onnx.ModelProto:
+    for magic, kind in _FOREIGN.items():
+        if data.startswith(magic):
+            raise InputError(
+                "E-FORMAT",
+                f"this is {kind}, not an ONNX model",
+                where=str(path),
+                cure="export it with torch.onnx.export",
+            )
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except (google.protobuf.message.DecodeError, RecursionError, MemoryError) as error:
+        raise InputError(
+            "E-FORMAT",
+            "the file is truncated or not an ONNX model",
+            where=str(path),
+            cure="export or download it again",
+        ) from error
+    if not proto.HasField("graph") or not proto.graph.output or not proto.ir_version:
+        raise InputError(
+            "E-FORMAT", "the file holds no ONNX graph", where=str(path), cure="export or download it again"
+        )
+    return proto
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` to ``path``: the same model gives the same bytes, and an interrupted run leaves the old file.
+
+    Weights beyond 1.8 GB go to one file beside it, ``<stem>-<digest>.data``. Its name follows its content, so that a
+    model file never meets the data of another.
+
+    Raises:
+        InputError: ``E-OUTPUT``: the folder is not there or not writable, the disk is full.
+    """
+    path = Path(path)
+    with output_errors(path):
+        if weight_bytes(model) > EMBEDDED_WEIGHTS:
+            data = _with_external_data(model, path).SerializeToString(deterministic=True)
+        else:
+            data = to_bytes(model)
+        with replacing(path) as file:
+            file.write(data)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """``model`` as one ONNX file with all weights in it; the same model gives the same bytes."""
+    copy = model.clone()
+    ir.external_data.load_to_model(copy)
+    data: bytes = ir.to_proto(copy).SerializeToString(deterministic=True)
+    return data
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _with_external_data(model: ir.Model, path: Path) -> onnx.ModelProto:
+    """Write all large tensors to one file in the order of the graph; returns the model that refers to it."""
+    copy = model.clone()
+    values = [value for graph in copy.graphs() for value in graph.initializers.values()]
+    digest, placed, offset = hashlib.sha256(), [], 0
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.data")
+    try:
+        with partial.open("wb") as file:
+            for value in values:
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes <= LARGEST_EMBEDDED_TENSOR or tensor.dtype == ir.DataType.STRING:
+                    continue
+                data = tensor.tobytes()
+                digest.update(data)
+                file.write(data)
+                placed.append((value, tensor, offset))
+                offset += len(data)
+            file.flush()
+            os.fsync(file.fileno())
+        location = f"{path.stem}-{digest.hexdigest()[:16]}.data"
+        partial.replace(path.with_name(location))
+    finally:
+        partial.unlink(missing_ok=True)
+    for value, tensor, start in placed:
+        value.const_value = ir.ExternalTensor(
+            location,
+            start,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=value.name or "",
+            base_dir=path.parent,
+        )
+    return ir.to_proto(copy)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into an ``E-OUTPUT`` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise InputError(
+            "E-OUTPUT",
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            cure="free some space" if full else "choose a folder that exists and is writable",
+        ) from error

@@ -1,0 +1,222 @@
+"""What a model file claims, checked before anything is allocated or opened because of it.
+
+Every tensor must carry exactly the bytes that its type and dimensions ask for; external data must lie in the model's
+folder; weights must be numbers. Each failure is an ``InputError`` that names the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from xopt.errors import InputError
+
+NATIVE_MEMORY = 4 << 30
+"""Bytes that native code may allocate on the word of a model file (shape inference, constant folding)."""
+LARGEST_DIMENSION = 1 << 40
+WEIGHT_OPS = frozenset(
+    [
+        "MatMul",
+        "Gemm",
+        "Conv",
+        "ConvTranspose",
+        "Einsum",
+        "LayerNormalization",
+        "RMSNormalization",
+        "BatchNormalization",
+    ]
+)
+_TYPED_FIELDS = {
+    "float_data": (onnx.TensorProto.FLOAT, onnx.TensorProto.COMPLEX64),
+    "double_data": (onnx.TensorProto.DOUBLE, onnx.TensorProto.COMPLEX128),
+    "int64_data": (onnx.TensorProto.INT64,),
+    "uint64_data": (onnx.TensorProto.UINT32, onnx.TensorProto.UINT64),
+    "string_data": (onnx.TensorProto.STRING,),
+}
+
+
+@contextmanager
+def bounded_memory(extra: int = NATIVE_MEMORY) -> Iterator[None]:
+    """Let the process grow by at most ``extra`` bytes inside the block, so that a hostile size is a ``MemoryError``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    wanted = pages * resource.getpagesize() + extra
+    if soft != resource.RLIM_INFINITY and soft <= wanted:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def check_proto(proto: onnx.ModelProto, folder: Path) -> None:
+    """Check all tensors, inputs and outputs of ``proto``; external data is looked for under ``folder``.
+
+    Raises:
+        InputError: ``E-FORMAT``, ``E-EXTERNAL-DATA`` or ``E-UNSUPPORTED-OP`` (sparse tensors).
+    """
+    for value in [*proto.graph.input, *proto.graph.output]:
+        _check_value(value)
+    for nodes, graphs in _scopes(proto):
+        for graph in graphs:
+            if graph.sparse_initializer:
+                raise InputError(
+                    "E-UNSUPPORTED-OP", "the model has sparse initializers", cure="export it with dense weights"
+                )
+            for tensor in graph.initializer:
+                check_tensor(tensor, folder)
+        for node in nodes:
+            for attr in node.attribute:
+                for tensor in [attr.t, *attr.tensors] if attr.HasField("t") else attr.tensors:
+                    check_tensor(tensor, folder, where=f"constant of node {node.name or node.op_type!r}")
+
+
+def drop_value_info(proto: onnx.ModelProto) -> None:
+    """Forget what the exporter noted about intermediate values: it is often stale, and is inferred afresh."""
+    for _, graphs in _scopes(proto):
+        for graph in graphs:
+            del graph.value_info[:]
+    for function in proto.functions:
+        del function.value_info[:]
+
+
+def _scopes(proto: onnx.ModelProto) -> Iterator[tuple[Iterable[onnx.NodeProto], list[onnx.GraphProto]]]:
+    """All lists of nodes, each with the graph that holds it (none for a function's body), subgraphs included."""
+    pending: list[tuple[Iterable[onnx.NodeProto], list[onnx.GraphProto]]] = [(proto.graph.node, [proto.graph])]
+    pending += [(function.node, []) for function in proto.functions]
+    while pending:
+        scope = pending.pop()
+        yield scope
+        for node in scope[0]:
+            for attr in node.attribute:
+                inner = [attr.g, *attr.graphs] if attr.HasField("g") else list(attr.graphs)
+                pending += [(graph.node, [graph]) for graph in inner]
+
+
+def _check_value(value: onnx.ValueInfoProto) -> None:
+    """An input or output of the model: a tensor, with dimensions that can be."""
+    if not value.type.HasField("tensor_type"):
+        raise InputError(
+            "E-FORMAT",
+            "inputs and outputs must be tensors with a declared type",
+            where=f"value {value.name!r}",
+            cure="export the model again",
+        )
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value") and not 0 <= dim.dim_value <= LARGEST_DIMENSION:
+            raise InputError(
+                "E-FORMAT",
+                f"dimension {dim.dim_value} cannot be",
+                where=f"value {value.name!r}",
+                cure="name dynamic dimensions instead",
+            )
+
+
+def check_tensor(tensor: onnx.TensorProto, folder: Path, where: str = "") -> None:
+    """Compare the size that ``tensor`` declares with the data that it has."""
+    where = where or f"tensor {tensor.name!r}"
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError:
+        dtype = ir.DataType.UNDEFINED
+    if dtype == ir.DataType.UNDEFINED:
+        raise _bad_tensor(f"element type {tensor.data_type} is unknown", where)
+    if any(not 0 <= dim <= LARGEST_DIMENSION for dim in tensor.dims):
+        raise _bad_tensor(f"dimensions {list(tensor.dims)} cannot be", where)
+    count = math.prod(tensor.dims)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if dtype == ir.DataType.STRING:
+            raise _bad_tensor("strings cannot be external data", where)
+        _check_external(tensor, math.ceil(count * dtype.bitwidth / 8), folder, where)
+    elif tensor.HasField("raw_data"):
+        if dtype == ir.DataType.STRING or len(tensor.raw_data) != math.ceil(count * dtype.bitwidth / 8):
+            raise _bad_tensor(f"{len(tensor.raw_data)} bytes do not make {list(tensor.dims)} of {dtype.name}", where)
+    else:
+        field = next((name for name, types in _TYPED_FIELDS.items() if tensor.data_type in types), "int32_data")
+        per_value = {ir.DataType.COMPLEX64: 2, ir.DataType.COMPLEX128: 2}.get(dtype, min(1, dtype.bitwidth / 8))
+        if len(getattr(tensor, field)) != math.ceil(count * per_value):
+            found = len(getattr(tensor, field))
+            raise _bad_tensor(f"{found} values do not make {list(tensor.dims)} of {dtype.name}", where)
+
+
+def _bad_tensor(what: str, where: str) -> InputError:
+    return InputError("E-FORMAT", what, where=where, cure="the file is damaged: export or download it again")
+
+
+def _check_external(tensor: onnx.TensorProto, size: int, folder: Path, where: str) -> None:
+    """External data must be a regular file inside ``folder`` that holds all ``size`` bytes at the offset."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    path = folder / location
+    if not location or "\0" in location or Path(location).is_absolute():
+        raise _bad_external(f"external data at {location!r} is not a path in the model's folder", where)
+    root = folder.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise _bad_external(f"external data at {location!r} cannot be reached: {error}", where) from error
+    if root not in real.parents or Path(*Path(location).parts).as_posix().startswith(".."):
+        raise _bad_external(f"external data at {location!r} lies outside of the model's folder", where)
+    if not real.is_file():
+        raise InputError(
+            "E-EXTERNAL-DATA", f"{path} is missing", where=where, cure="put the data file beside the model file"
+        )
+    status = real.stat()
+    if status.st_nlink > 1:
+        raise _bad_external(f"{path} has several hard links", where)
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
+    except ValueError:
+        raise _bad_external("offset and length of external data are not numbers", where) from None
+    if offset < 0 or length != size:
+        raise _bad_external(f"{length} bytes at {offset} do not make {list(tensor.dims)} ({size} bytes)", where)
+    if offset + length > status.st_size:
+        raise InputError(
+            "E-EXTERNAL-DATA",
+            f"{path} ends at byte {status.st_size}, data to byte {offset + length} is needed",
+            where=where,
+            cure="the file is truncated: copy it again",
+        )
+
+
+def _bad_external(what: str, where: str) -> InputError:
+    return InputError("E-EXTERNAL-DATA", what, where=where, cure="keep the data as plain files beside the model file")
+
+
+def check_weights(model: ir.Model) -> None:
+    """Refuse weights that are not finite; constants that mask with infinities are no weights.
+
+    Raises:
+        InputError: ``E-NAN-WEIGHTS``: NaN anywhere, or an infinity in a linear layer, convolution or norm.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point() or tensor.size == 0:
+                continue
+            low, high = _extremes(tensor)
+            weight = any(use.node.op_type in WEIGHT_OPS for use in value.uses())
+            if math.isnan(low) or (weight and (math.isinf(low) or math.isinf(high))):
+                raise InputError(
+                    "E-NAN-WEIGHTS",
+                    "the model holds weights that are not finite numbers",
+                    where=f"tensor {value.name!r}",
+                    cure="check the checkpoint it was exported from",
+                )
+
+
+def _extremes(tensor: ir.TensorProtocol) -> tuple[float, float]:
+    """Least and greatest element, NaN when any is; without a temporary of the tensor's size."""
+    array = tensor.numpy()
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float32)
+    return float(array.min()), float(array.max())

@@ -1,0 +1,128 @@
+"""What a model means: its exported graph, run in onnxruntime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from xopt.errors import InputError
+from xopt.ir import io
+from xopt.ir.export import export
+
+Array = npt.NDArray[np.generic]
+
+
+class ReferenceSession:
+    """Runs ``model`` (canonical or not) in onnxruntime on the CPU, through ``export``.
+
+    Args:
+        model: left as it is.
+        threads: threads that one operator may use.
+
+    Raises:
+        InputError: ``E-UNSUPPORTED-OP``: onnxruntime cannot run the exported graph.
+    """
+
+    def __init__(self, model: ir.Model, threads: int = 2) -> None:
+        exported = export(model)
+        self._session = _session(exported, threads)
+        self.inputs: dict[str, ir.Value] = {value.name or "": value for value in exported.graph.inputs}
+        self.outputs: list[str] = [value.name or "" for value in exported.graph.outputs]
+
+    def run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+        """Outputs by name.
+
+        Args:
+            feeds: one array per input, with the input's type and fixed dimensions; integers and floats of another width
+                are converted.
+
+        Raises:
+            InputError: ``E-DATA``: an input is missing, unknown, empty, or of another shape or kind.
+        """
+        arrays = check_feeds(self.inputs, feeds)
+        try:
+            results = self._session.run(self.outputs, arrays)
+        except Exception as error:
+            raise InputError(
+                "E-DATA", f"the model does not run on this data: {_brief(error)}", cure="check the shapes of the inputs"
+            ) from error
+        return dict(zip(self.outputs, results))
+
+
+def check_feeds(inputs: Mapping[str, ir.Value], feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+    """``feeds`` as arrays of the types that ``inputs`` declare, with symbolic dimensions that agree with each other.
+
+    Raises:
+        InputError: ``E-DATA``, as ``ReferenceSession.run``.
+    """
+    unknown = [name for name in feeds if name not in inputs]
+    missing = [name for name in inputs if name not in feeds]
+    if unknown or missing:
+        problem = f"input {unknown[0]!r} is unknown" if unknown else f"input {missing[0]!r} is missing"
+        raise InputError("E-DATA", problem, cure=f"the model's inputs are: {', '.join(inputs)}")
+    sizes: dict[str, int] = {}
+    return {name: _checked(value, np.asarray(feeds[name]), sizes) for name, value in inputs.items()}
+
+
+def _checked(value: ir.Value, array: Array, sizes: dict[str, int]) -> Array:
+    """``array`` in the type of ``value``; ``sizes`` remembers what each named dimension was."""
+    where = f"input {value.name!r}"
+    wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
+    if array.dtype != wanted:
+        if not np.can_cast(array.dtype, wanted, casting="same_kind"):
+            raise InputError("E-DATA", f"{array.dtype} given, {wanted} needed", where=where, cure="convert the data")
+        array = array.astype(wanted)
+    if array.size == 0:
+        raise InputError(
+            "E-DATA", f"the data is empty: shape {list(array.shape)}", where=where, cure="give at least one element"
+        )
+    if value.shape is None:
+        return array
+    fits = len(value.shape) == array.ndim
+    for dim, size in zip(value.shape, array.shape) if fits else ():
+        name = dim.value if isinstance(dim, ir.SymbolicDim) else None
+        fits &= size == (sizes.setdefault(name, size) if name else dim) if name or isinstance(dim, int) else True
+    if not fits:
+        known = f" (with {', '.join(f'{k}={v}' for k, v in sizes.items())})" if sizes else ""
+        raise InputError(
+            "E-DATA",
+            f"shape {list(array.shape)} given, [{', '.join(str(d) for d in value.shape)}] needed{known}",
+            where=where,
+            cure="give data of the model's shape",
+        )
+    return array
+
+
+def _session(model: ir.Model, threads: int) -> Any:
+    """An onnxruntime session that makes no noise; a model beyond protobuf's 2 GB goes through a temporary folder."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
+            source: bytes | str
+            if io.weight_bytes(model) > io.EMBEDDED_WEIGHTS:
+                source = str(Path(folder) / "model.onnx")
+                io.save(model, source)
+            else:
+                source = io.to_bytes(model)
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            "E-UNSUPPORTED-OP", f"onnxruntime refuses the model: {_brief(error)}", cure="export the model differently"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
