@@ -1,0 +1,231 @@
+"""Building blocks of the templates: a finished loop nest is emitted statement by statement through TVM's IR builder.
+
+Python loops unroll, builder loops stay loops; accumulators are local arrays with constant indices, which LLVM keeps in
+registers.  All index arithmetic is int64, as the symbolic dimensions are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+from tvm import s_tir, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+# TVM ships no types: an expression, a buffer or a function is Any to mypy, and named for the reader.
+Expr: TypeAlias = Any
+Buffer: TypeAlias = Any
+PrimFunc: TypeAlias = Any
+
+
+def prim_func(name: str, body: Callable[[], None]) -> PrimFunc:
+    """Run ``body`` (which declares arguments and emits statements) and wrap the result as relax wants it.
+
+    Relax's analyses need a root block; the loop nest inside it is final and never scheduled.
+    """
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        body()
+    func = builder.get()
+    root = s_tir.SBlock([], [], [], "root", func.body)
+    return func.with_body(s_tir.SBlockRealize([], True, root))
+
+
+def i64(value: int | Expr) -> Expr:
+    """An int64 index from a Python int or an expression of any integer type."""
+    return tirx.const(value, "int64") if isinstance(value, int) else value.astype("int64")
+
+
+def dim(value: int | None, name: str) -> Expr:
+    """A static dimension, or a fresh symbol when ``value`` is None."""
+    return tirx.Var(name, "int64") if value is None else i64(value)
+
+
+def dims(values: Sequence[int | None], prefix: str) -> list[Expr]:
+    return [dim(value, f"{prefix}{axis}") for axis, value in enumerate(values)]
+
+
+def argument(name: str, shape: Sequence[int | Expr], dtype: str = "float32") -> Buffer:
+    """Declare the next tensor argument."""
+    handle = T.arg(name, T.handle())
+    return T.match_buffer(handle, tuple(i64(extent) for extent in shape), dtype, layout=None)
+
+
+def flat(buffer: Buffer, shape: Sequence[int | Expr]) -> Buffer:
+    """The same memory under another (dense) shape."""
+    return T.decl_buffer(tuple(i64(e) for e in shape), buffer.dtype, data=buffer.data, layout=None)
+
+
+def local(shape: Sequence[int], dtype: str = "float32") -> Buffer:
+    """A small array on the stack; in registers when every index is constant."""
+    return T.alloc_buffer(tuple(shape), dtype, scope="local", layout=None)
+
+
+def workspace(shape: Sequence[int | Expr], dtype: str = "float32") -> Buffer:
+    """A heap array whose size may be symbolic."""
+    return T.alloc_buffer(tuple(i64(e) for e in shape), dtype, layout=None)
+
+
+def serial(extent: int | Expr) -> Any:
+    return T.serial(i64(0), i64(extent))
+
+
+def parallel(extent: int | Expr) -> Any:
+    return T.parallel(i64(0), i64(extent))
+
+
+def bind(value: Expr) -> Expr:
+    """Name a value, so that it is computed once."""
+    return T.bind(value)
+
+
+def keep(value: Expr, lanes: int) -> Expr:
+    """Hold a vector in a register of its own.
+
+    Unlike `bind` it stops TVM's simplifier, which would substitute a long expression into each of its uses.
+    """
+    register = local((lanes,))
+    store(register, value, 0, lanes=lanes)
+    return load(register, 0, lanes=lanes)
+
+
+def when(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+    with T.If(condition):
+        with T.Then():
+            then()
+        if otherwise is not None:
+            with T.Else():
+                otherwise()
+
+
+def switch(value: Expr, cases: Iterable[int], emit: Callable[[int], None]) -> None:
+    """Emit one specialized copy per case, chosen at run time; a constant value takes its copy alone."""
+    if isinstance(value, tirx.IntImm):
+        emit(int(value.value))
+        return
+    for case in cases:
+        when(value == i64(case), lambda case=case: emit(case))  # type: ignore[misc]
+
+
+def product(values: Iterable[Expr]) -> Expr:
+    total: Expr = i64(1)
+    for value in values:
+        total = total * value
+    return total
+
+
+def ceil_div(a: Expr, b: int | Expr) -> Expr:
+    return (a + (b - 1)) // b
+
+
+def lanes_at(base: int | Expr, lanes: int) -> Expr:
+    """The index of ``lanes`` neighbours from ``base`` on."""
+    return tirx.Ramp(i64(base), i64(1), lanes)
+
+
+def splat(value: float | Expr, lanes: int, dtype: str = "float32") -> Expr:
+    """A vector with the same value in every lane."""
+    scalar = tirx.const(value, dtype) if isinstance(value, float | int) else value
+    return tirx.Broadcast(scalar, lanes)
+
+
+def load(buffer: Buffer, *index: int | Expr, lanes: int) -> Expr:
+    """``lanes`` neighbours along the last axis."""
+    *outer, last = index
+    return buffer[(*(i64(i) for i in outer), lanes_at(last, lanes))]
+
+
+def store(buffer: Buffer, value: Expr, *index: int | Expr, lanes: int) -> None:
+    *outer, last = index
+    T.buffer_store(buffer, value, [*(i64(i) for i in outer), lanes_at(last, lanes)])
+
+
+def put(buffer: Buffer, value: Expr, *index: int | Expr) -> None:
+    """Store one element."""
+    T.buffer_store(buffer, value, [i64(i) for i in index])
+
+
+def partial_load(buffer: Buffer, *index: int | Expr, count: int, lanes: int, fill: Expr | None = None) -> Expr:
+    """The first ``count`` neighbours, then ``fill`` (zeros), without reading past them."""
+    *outer, last = index
+    spill = local((lanes,))
+    store(spill, splat(0.0, lanes) if fill is None else fill, 0, lanes=lanes)
+    for lane in range(count):
+        put(spill, buffer[(*(i64(i) for i in outer), i64(last + lane))], lane)
+    return load(spill, 0, lanes=lanes)
+
+
+def partial_store(buffer: Buffer, value: Expr, *index: int | Expr, count: int, lanes: int) -> None:
+    """Store the first ``count`` lanes."""
+    *outer, last = index
+    spill = local((lanes,))
+    store(spill, value, 0, lanes=lanes)
+    for lane in range(count):
+        put(buffer, spill[i64(lane)], *outer, last + lane)
+
+
+def _reduce(intrinsic: str, *operands: Expr) -> Expr:
+    function = tirx.op.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.{intrinsic}")
+    return tirx.call_llvm_pure_intrin("float32", function, *operands)
+
+
+def reduce_add(vector: Expr) -> Expr:
+    """The sum of the lanes."""
+    return _reduce("fadd", tirx.const(0.0, "float32"), vector)
+
+
+def reduce_max(vector: Expr) -> Expr:
+    """The largest lane; NaN lanes are ignored."""
+    return _reduce("fmax", vector)
+
+
+def outer_product(
+    rows: int,
+    vectors: int,
+    depth: int | Expr,
+    row_value: Callable[[int, Expr], Expr],
+    vector_value: Callable[[int, Expr], Expr],
+    finish: Callable[[int, int, Expr], None],
+    *,
+    lanes: int,
+    chains: int,
+    start: Callable[[int, int], Expr] | None = None,
+) -> None:
+    """The register tile: ``acc[r, v] = start(r, v) + sum_k row_value(r, k) * vector_value(v, k)``.
+
+    Each sum then goes through ``finish(r, v, acc)``.  ``row_value`` is a scalar that is broadcast, ``vector_value`` a
+    vector.  A tile with fewer accumulators than the multiply-add latency needs sums several k at once in separate chains.
+    """
+    split = 1
+    while 2 * split * rows * vectors <= 2 * chains and split < 8:
+        split *= 2
+    acc = local((split, rows, vectors, lanes))
+    zero = splat(0.0, lanes)
+    for s in range(split):
+        for r in range(rows):
+            for v in range(vectors):
+                first = start(r, v) if start is not None and s == 0 else zero
+                store(acc, first, s, r, v, 0, lanes=lanes)
+
+    def step(s: int, k: Expr) -> None:
+        operands = [bind(vector_value(v, k)) for v in range(vectors)]
+        for r in range(rows):
+            factor = bind(splat(row_value(r, k), lanes))
+            for v in range(vectors):
+                store(acc, load(acc, s, r, v, 0, lanes=lanes) + factor * operands[v], s, r, v, 0, lanes=lanes)
+
+    trips = depth // split
+    with serial(trips) as k:
+        for s in range(split):
+            step(s, k * split + s)
+    if split > 1 and not (isinstance(depth, int) and depth % split == 0):
+        with serial(depth - trips * split) as k:
+            step(0, i64(trips) * split + k)
+    for r in range(rows):
+        for v in range(vectors):
+            total = load(acc, 0, r, v, 0, lanes=lanes)
+            for s in range(1, split):
+                total = total + load(acc, s, r, v, 0, lanes=lanes)
+            finish(r, v, total)

@@ -1,0 +1,33 @@
+"""What a template must know of the vector unit: width, registers, latency; one template then serves every CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """A vector instruction set as seen by a register-tiled kernel.
+
+    Args:
+        name: identifier, part of kernel names and of database keys.
+        lanes: float32 values in one vector register.
+        registers: architectural vector registers.
+        chains: independent multiply-adds in flight that hide the latency (pipes times latency).
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    chains: int
+
+    def tile_rows(self, vectors: int) -> int:
+        """Rows of an outer-product tile ``vectors`` wide: accumulators, one row of operands and a broadcast fit."""
+        return max(1, (self.registers - 1 - vectors) // vectors)
+
+
+AVX512 = Isa("avx512", lanes=16, registers=32, chains=8)
+AVX2 = Isa("avx2", lanes=8, registers=16, chains=8)
+NEON = Isa("neon", lanes=4, registers=32, chains=8)
+
+BY_NAME = {isa.name: isa for isa in (AVX512, AVX2, NEON)}

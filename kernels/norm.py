@@ -1,0 +1,186 @@
+"""LayerNormalization and RMSNormalization over the last axis, with an optional residual added first.
+
+    for row:                       in parallel, rows [low, high) of X [*rows, D]
+        sum (x + r)                one pass over the row, which then lies in the first-level cache
+        sum (x + r - mean)**2      a second pass: the exact variance, no cancellation
+        (x + r - mean) * rsqrt(variance + epsilon) * scale + bias
+
+Any D: the last partial vector is gathered lane by lane.  NaN and infinity propagate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+
+from xopt.kernels.emit import (
+    Buffer,
+    Expr,
+    PrimFunc,
+    argument,
+    bind,
+    dims,
+    flat,
+    i64,
+    keep,
+    load,
+    local,
+    parallel,
+    partial_load,
+    partial_store,
+    prim_func,
+    product,
+    put,
+    reduce_add,
+    serial,
+    splat,
+    store,
+)
+from xopt.kernels.isa import Isa
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One normalization.
+
+    Args:
+        rows: leading dimensions, None where dynamic.
+        width: the normalized last axis.
+        epsilon: added to the variance (or mean square).
+        rms: RMSNormalization: no mean, no bias.
+        bias: LayerNormalization with its bias.
+        residual: normalize x + r, and also give x + r as a second output.
+    """
+
+    rows: tuple[int | None, ...]
+    width: int
+    epsilon: float
+    rms: bool = False
+    bias: bool = True
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """``chains`` independent partial sums hide the latency of the additions."""
+
+    chains: int
+
+
+def space(workload: Workload, isa: Isa) -> Iterator[Config]:
+    for chains in (1, 2, 4, 8):
+        if chains * isa.lanes <= max(workload.width, isa.lanes):
+            yield Config(chains)
+
+
+def heuristic(workload: Workload, isa: Isa) -> Config:
+    return max((c for c in space(workload, isa) if c.chains <= 4), key=lambda c: c.chains)
+
+
+def pack_vector(values: npt.NDArray[np.float32], isa: Isa) -> npt.NDArray[np.float32]:
+    """Scale or bias [D], zero padded to whole vectors."""
+    return np.pad(values.astype(np.float32), (0, -len(values) % isa.lanes))
+
+
+def name(workload: Workload, config: Config, isa: Isa) -> str:
+    rows = "x".join("any" if extent is None else str(extent) for extent in workload.rows)
+    kind = "rms_norm" if workload.rms else "layer_norm"
+    parts = [part for part in ("bias", "residual") if getattr(workload, part) and not (part == "bias" and workload.rms)]
+    epsilon = f"{workload.epsilon:g}".replace("-", "m").replace(".", "p").replace("+", "")
+    return "_".join([kind, rows, str(workload.width), epsilon, *parts, isa.name, str(config.chains)])
+
+
+def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
+    """The kernel over (X [*rows, D], [R], scale, [bias], [X + R], Y); scale and bias packed by `pack_vector`."""
+    w, lanes = workload, isa.lanes
+    padded = -(-w.width // lanes) * lanes
+
+    def body() -> None:
+        rows = dims(w.rows, "m")
+        shape = (*rows, w.width)
+        x_full = argument("x", shape)
+        r_full = argument("r", shape) if w.residual else None
+        scale = argument("scale", (padded,))
+        bias = argument("bias", (padded,)) if w.bias and not w.rms else None
+        sum_full = argument("sum", shape) if w.residual else None
+        y_full = argument("y", shape)
+        m = bind(product(rows))
+        x, r, total, y = (t if t is None else flat(t, (m, w.width)) for t in (x_full, r_full, sum_full, y_full))
+        with parallel(m) as row:
+            if r is not None:
+                _add(x, r, total, row, w.width, lanes)
+            _normalize(w, config, isa, total if r is not None else x, scale, bias, y, row)
+
+    return prim_func(name(w, config, isa), body)
+
+
+def _add(x: Buffer, r: Buffer, total: Buffer, row: Expr, width: int, lanes: int) -> None:
+    if whole := width // lanes:
+        with serial(whole) as v:
+            column = v * lanes
+            store(
+                total, load(x, row, column, lanes=lanes) + load(r, row, column, lanes=lanes), row, column, lanes=lanes
+            )
+    for column in range(width - width % lanes, width):
+        put(total, x[row, i64(column)] + r[row, i64(column)], row, column)
+
+
+def _normalize(
+    w: Workload, config: Config, isa: Isa, x: Buffer, scale: Buffer, bias: Buffer | None, y: Buffer, row: Expr
+) -> None:
+    lanes = isa.lanes
+    mean = None if w.rms else _mean(w, config, isa, x, row, None)
+    square = _mean(w, config, isa, x, row, splat(0.0, lanes) if mean is None else splat(mean, lanes))
+    factor = bind(tirx.const(1.0, "float32") / tirx.sqrt(square + tirx.const(w.epsilon, "float32")))
+
+    def normalized(value: Expr, column: int | Expr) -> Expr:
+        centred = value if mean is None else value - splat(mean, lanes)
+        result = centred * splat(factor, lanes) * load(scale, column, lanes=lanes)
+        return result if bias is None else result + load(bias, column, lanes=lanes)
+
+    whole, tail = divmod(w.width, lanes)
+    if whole:
+        with serial(whole) as v:
+            column = v * lanes
+            store(y, normalized(load(x, row, column, lanes=lanes), column), row, column, lanes=lanes)
+    if tail:
+        column = whole * lanes
+        partial_store(y, normalized(partial_load(x, row, column, count=tail, lanes=lanes), column), row, column,
+                      count=tail, lanes=lanes)  # fmt: skip
+
+
+def _mean(w: Workload, config: Config, isa: Isa, x: Buffer, row: Expr, centre: Expr | None) -> Expr:
+    """The mean of the row, or of its squared distance from ``centre``."""
+    lanes = isa.lanes
+    sums = local((config.chains, lanes))
+
+    def add(chain: int, value: Expr) -> None:
+        if centre is not None:
+            distance = keep(value - centre, lanes)
+            value = distance * distance
+        store(sums, load(sums, chain, 0, lanes=lanes) + value, chain, 0, lanes=lanes)
+
+    for chain in range(config.chains):
+        store(sums, splat(0.0, lanes), chain, 0, lanes=lanes)
+    whole, tail = divmod(w.width, lanes)
+    trips, rest = divmod(whole, config.chains)
+    if trips:
+        with serial(trips) as v:
+            for chain in range(config.chains):
+                add(chain, load(x, row, (v * config.chains + chain) * lanes, lanes=lanes))
+    for chain in range(rest):
+        add(chain, load(x, row, (trips * config.chains + chain) * lanes, lanes=lanes))
+    if tail:
+        # Lanes past the row hold the centre itself, so that they add nothing.
+        fill = splat(0.0, lanes) if centre is None else centre
+        add(0, partial_load(x, row, whole * lanes, count=tail, lanes=lanes, fill=fill))
+    total = load(sums, 0, 0, lanes=lanes)
+    for chain in range(1, config.chains):
+        total = total + load(sums, chain, 0, lanes=lanes)
+    return bind(reduce_add(total) * tirx.const(1.0 / w.width, "float32"))
