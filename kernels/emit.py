@@ -166,19 +166,35 @@ def partial_store(buffer: Buffer, value: Expr, *index: int | Expr, count: int, l
         put(buffer, spill[i64(lane)], *outer, last + lane)
 
 
-def _reduce(intrinsic: str, *operands: Expr) -> Expr:
-    function = tirx.op.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.{intrinsic}")
-    return tirx.call_llvm_pure_intrin("float32", function, *operands)
+def shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
+    """Pick lanes, by number, out of the concatenation of ``vectors``."""
+    return tirx.Shuffle(list(vectors), [tirx.const(i, "int32") for i in indices])
 
 
-def reduce_add(vector: Expr) -> Expr:
-    """The sum of the lanes."""
-    return _reduce("fadd", tirx.const(0.0, "float32"), vector)
+def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], lanes: int) -> Expr:
+    """Combine all lanes pairwise, in log2(lanes) steps, into a vector that holds the result in every lane."""
+    step = lanes // 2
+    while step:
+        vector = keep(vector, lanes)
+        vector = combine(vector, shuffle([vector], [lane ^ step for lane in range(lanes)]))
+        step //= 2
+    return keep(vector, lanes)
 
 
-def reduce_max(vector: Expr) -> Expr:
-    """The largest lane; NaN lanes are ignored."""
-    return _reduce("fmax", vector)
+def transpose(vectors: Sequence[Expr]) -> list[Expr]:
+    """Transpose a square of as many vectors as they have lanes, by log2(lanes) rounds of shuffles."""
+    lanes = len(vectors)
+    square = list(vectors)
+    step = 1
+    while step < lanes:
+        upper = [i for i in range(lanes) if not i & step]
+        for i in upper:
+            a, b = square[i], square[i + step]
+            low = [lane if not lane & step else lanes + lane - step for lane in range(lanes)]
+            high = [lane + step if not lane & step else lanes + lane for lane in range(lanes)]
+            square[i], square[i + step] = keep(shuffle([a, b], low), lanes), keep(shuffle([a, b], high), lanes)
+        step *= 2
+    return square
 
 
 def outer_product(
@@ -196,7 +212,7 @@ def outer_product(
     """The register tile: ``acc[r, v] = start(r, v) + sum_k row_value(r, k) * vector_value(v, k)``.
 
     Each sum then goes through ``finish(r, v, acc)``.  ``row_value`` is a scalar that is broadcast, ``vector_value`` a
-    vector.  A tile with fewer accumulators than the multiply-add latency needs sums several k at once in separate chains.
+    vector.  A tile with too few accumulators to hide the latency sums several k at once in separate chains.
     """
     split = 1
     while 2 * split * rows * vectors <= 2 * chains and split < 8:

@@ -10,6 +10,7 @@ Any D: the last partial vector is gathered lane by lane.  NaN and infinity propa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ from xopt.kernels.emit import (
     prim_func,
     product,
     put,
-    reduce_add,
+    reduce_lanes,
     serial,
     splat,
     store,
@@ -135,13 +136,13 @@ def _normalize(
     w: Workload, config: Config, isa: Isa, x: Buffer, scale: Buffer, bias: Buffer | None, y: Buffer, row: Expr
 ) -> None:
     lanes = isa.lanes
-    mean = None if w.rms else _mean(w, config, isa, x, row, None)
-    square = _mean(w, config, isa, x, row, splat(0.0, lanes) if mean is None else splat(mean, lanes))
-    factor = bind(tirx.const(1.0, "float32") / tirx.sqrt(square + tirx.const(w.epsilon, "float32")))
+    mean = None if w.rms else _mean(w, config, isa, x, row)
+    square = _mean(w, config, isa, x, row, splat(0.0, lanes) if mean is None else mean)
+    factor = keep(splat(1.0, lanes) / tirx.sqrt(square + splat(w.epsilon, lanes)), lanes)
 
     def normalized(value: Expr, column: int | Expr) -> Expr:
-        centred = value if mean is None else value - splat(mean, lanes)
-        result = centred * splat(factor, lanes) * load(scale, column, lanes=lanes)
+        centred = value if mean is None else value - mean
+        result = centred * factor * load(scale, column, lanes=lanes)
         return result if bias is None else result + load(bias, column, lanes=lanes)
 
     whole, tail = divmod(w.width, lanes)
@@ -155,8 +156,8 @@ def _normalize(
                       count=tail, lanes=lanes)  # fmt: skip
 
 
-def _mean(w: Workload, config: Config, isa: Isa, x: Buffer, row: Expr, centre: Expr | None) -> Expr:
-    """The mean of the row, or of its squared distance from ``centre``."""
+def _mean(w: Workload, config: Config, isa: Isa, x: Buffer, row: Expr, centre: Expr | None = None) -> Expr:
+    """The mean of the row, or of its squared distance from ``centre``, in every lane."""
     lanes = isa.lanes
     sums = local((config.chains, lanes))
 
@@ -183,4 +184,4 @@ def _mean(w: Workload, config: Config, isa: Isa, x: Buffer, row: Expr, centre: E
     total = load(sums, 0, 0, lanes=lanes)
     for chain in range(1, config.chains):
         total = total + load(sums, chain, 0, lanes=lanes)
-    return bind(reduce_add(total) * tirx.const(1.0 / w.width, "float32"))
+    return keep(reduce_lanes(total, operator.add, lanes) * splat(1.0 / w.width, lanes), lanes)
