@@ -241,7 +241,8 @@ def _embeddings(batch: Batch) -> np.ndarray:
     mask = batch.inputs.get("attention_mask")
     weight = np.ones(tokens.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
     summed: np.ndarray = (tokens * weight[..., None]).sum(1)
-    return summed / np.maximum(weight.sum(1, keepdims=True), 1)
+    mean: np.ndarray = summed / np.maximum(weight.sum(1, keepdims=True), 1)
+    return mean
 
 
 def _next_token_nats(batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -46,14 +46,16 @@ def describe() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Installed version of each package that the results depend on; packages that are missing are left out."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Installed version of each package that the results depend on; those that are missing are left out."""
+    return {package: found for package in PACKAGES if (found := version_of(package))}
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; ``"source"`` for xopt run from a source tree, empty for what is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "source" if package == "xopt" else ""
 
 
 def cpu_features() -> list[str]:

@@ -85,6 +85,14 @@ class Choice:
         return "one of " + ", ".join(self.values)
 
 
+@dataclass(frozen=True)
+class Strength:
+    """This option says how much is changed; at ``harmless`` the pass changes nothing. A pass that costs too much
+    accuracy is run again with such options moved towards it."""
+
+    harmless: float
+
+
 _KIND_WORDS: dict[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
 
 
@@ -99,6 +107,8 @@ class Option:
     optional: bool
     legal: Between | Choice | None
     default: OptionValue
+    harmless: float | None = None
+    """Value at which the pass changes nothing, where the option is its strength."""
 
     def __str__(self) -> str:
         one = str(self.legal) if isinstance(self.legal, Choice) else _KIND_WORDS[self.kind]
@@ -182,9 +192,11 @@ def _options_of(cls: type[Pass]) -> Mapping[str, Option]:
 
 def _option(declared: dataclasses.Field[Any], hint: Any) -> Option:
     legal: Between | Choice | None = None
+    harmless: float | None = None
     if get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
         legal = next((note for note in notes if isinstance(note, (Between, Choice))), None)
+        harmless = next((note.harmless for note in notes if isinstance(note, Strength)), None)
     optional = get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
     if optional:
         (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
@@ -193,7 +205,7 @@ def _option(declared: dataclasses.Field[Any], hint: Any) -> Option:
         hint = get_args(hint)[0]
     if hint not in _KIND_WORDS or declared.default is dataclasses.MISSING:
         raise TypeError(f"option {declared.name}: it needs a known kind and a default")
-    return Option(declared.name, hint, many, optional, legal, cast("OptionValue", declared.default))
+    return Option(declared.name, hint, many, optional, legal, cast("OptionValue", declared.default), harmless)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""What is in a model: size, work, transformer blocks, and how two models differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from xopt.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from xopt.data.dataset import Dataset
+
+SEQUENCE = 128
+"""Size of a symbolic axis that the caller said nothing about; the first axis, samples, counts as one."""
+
+
+def assumed_dims(model: ir.Model, given: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A size for each symbolic axis of the inputs: the given one, else 1 for samples and ``SEQUENCE`` for others."""
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                sizes.setdefault(str(dim.value), 1 if axis == 0 else SEQUENCE)
+    unknown = sorted(set(given or {}) - set(sizes))
+    if unknown:
+        cure = f"it has {', '.join(sizes)}" if sizes else "all its axes are fixed"
+        raise InputError("E-OPTION", f"the model has no symbolic axis {unknown[0]!r}", where="--dim", cure=cure)
+    return sizes | dict(given or {})
+
+
+def describe(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
+    """The facts of a canonical model: the JSON of ``xopt inspect`` (docs/cli-json.md)."""
+    from xopt.ir.cost import cost
+    from xopt.ir.structure import transformer_blocks
+
+    price = cost(model, dims)
+    return {
+        "parameters": int(price.parameters),
+        "bytes": int(price.bytes),
+        "macs": int(price.macs),
+        "blocks": [_block(block) for block in transformer_blocks(model)],
+        "dims": dict(dims),
+        "opset": model.opset_imports.get("", 0),
+        "inputs": [_value(value) for value in model.graph.inputs if value.name not in model.graph.initializers],
+        "outputs": [_value(value) for value in model.graph.outputs],
+        "ops": dict(sorted(op_counts(model).items())),
+    }
+
+
+def op_counts(model: ir.Model) -> Counter[str]:
+    """How often each operator occurs, with its domain where it is not ONNX's own."""
+    return Counter(
+        node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+        for node in model.graph.all_nodes()
+    )
+
+
+def differences(a: ir.Model, b: ir.Model, data: Dataset, dims: Mapping[str, int]) -> dict[str, Any]:
+    """How canonical model ``b`` differs from ``a``: the JSON of ``xopt diff``.
+
+    The numbers of ``outputs`` come from running both on the data.
+    """
+    from xopt.ir.cost import cost
+    from xopt.pipeline.verify import compare, outputs_of
+
+    prices = [cost(model, dims) for model in (a, b)]
+    counts = [op_counts(model) for model in (a, b)]
+    changes = compare(outputs_of(a, data, len(data)), outputs_of(b, data, len(data)))
+    return {
+        "parameters": [int(price.parameters) for price in prices],
+        "bytes": [int(price.bytes) for price in prices],
+        "macs": [int(price.macs) for price in prices],
+        "ops": {op: [count[op] for count in counts] for op in sorted(counts[0] | counts[1])},
+        "outputs": {
+            name: {"max_abs": c.largest, "scale": c.scale, "cosine": c.cosine, "mismatch": c.mismatch or None}
+            for name, c in changes.items()
+        },
+        "samples": len(data),
+        "data": data.name,
+    }
+
+
+def _block(block: Any) -> dict[str, Any]:
+    site, ffn = block.attention, block.ffn
+    return {
+        "attention": None
+        if site is None
+        else {
+            "heads": site.heads,
+            "kv_heads": site.kv_heads,
+            "head_dim": site.head_dim,
+            "causal": bool(site.causal),
+            "cross": bool(site.cross),
+        },
+        "ffn": None if ffn is None else {"width": ffn.width, "gated": bool(ffn.gated)},
+    }
+
+
+def _value(value: ir.Value) -> dict[str, Any]:
+    shape = None if value.shape is None else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return {"name": value.name, "dtype": str(value.dtype.numpy()) if value.dtype is not None else None, "shape": shape}

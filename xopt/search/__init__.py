@@ -1,0 +1,1 @@
+"""Which passes are kept, and how strong: each is tried, measured, and kept, weakened or rolled back."""
