@@ -53,29 +53,42 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     try:
         check_proto(proto, folder)
         drop_value_info(proto)
-        return from_checked_proto(proto, folder)
+        model = _deserialize(proto, folder)
+        check_graph(model)
     except InputError as error:
         where = f"{error.where} of {path}" if error.where else f"file {path}"
         raise InputError(error.code, error.what, where=where, cure=error.cure) from error.__cause__
+    return model
 
 
-def from_checked_proto(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
-    """Model of a ``ModelProto`` whose tensors are known to be sound; the rest of it is checked here.
+def check_graph(model: ir.Model) -> None:
+    """Check a model whose tensors are known to be sound: its nodes by ONNX's own checker, its weights for NaN.
 
     Raises:
-        InputError: as ``load``.
+        InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``, ``E-NAN-WEIGHTS``.
     """
     try:
         with bounded_memory():
-            model: ir.Model = ir.from_proto(proto)
-            if folder is not None:
-                ir.external_data.set_base_dir(model.graph, folder)
-            _c_api_utils.call_onnx_api(onnx.checker.check_model, model)
-    except InputError:
-        raise
+            _c_api_utils.call_onnx_api(_check_nodes, model)
     except Exception as error:
         raise _malformed(error) from error
     check_weights(model)
+
+
+def _check_nodes(proto: onnx.ModelProto) -> None:
+    """ONNX's checker, on a copy without weights; it wants shapes that a model need not declare, and ignores them."""
+    for value in [*proto.graph.input, *proto.graph.output]:
+        value.type.tensor_type.shape.SetInParent()
+    onnx.checker.check_model(proto)
+
+
+def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:
+    try:
+        with bounded_memory():
+            model: ir.Model = ir.from_proto(proto)
+            ir.external_data.set_base_dir(model.graph, folder)
+    except Exception as error:
+        raise _malformed(error) from error
     return model
 
 
