@@ -20,13 +20,13 @@ from tvm import relax, te, tirx
 
 from xopt.errors import InputError
 from xopt.runtime.manifest import TensorInfo
-from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Dim, Dimensions, Ints, Undecided, evaluate, known
+from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Dim, Dimensions, Ints, UndecidedError, evaluate, known
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
 
 Value = relax.Expr | np.ndarray | Ints
-"""What an ONNX value is while lowering: a run-time tensor, a constant, or a small integer tensor known by its shapes."""
+"""An ONNX value while lowering: a run-time tensor, a constant, or a small integer tensor known by its shapes."""
 
 
 @dataclass
@@ -49,7 +49,6 @@ class Lowering:
     values: dict[ir.Value, Value] = field(default_factory=dict)
     weights: list[tuple[str, np.ndarray]] = field(default_factory=list)
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
-    absorbed: dict[ir.Node, Callable[[Lowering], Value]] = field(default_factory=dict)
     _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
@@ -86,6 +85,15 @@ class Lowering:
             self.weights.append((name, array))
             variable = relax.Var(f"weight_{len(self.weights) - 1}", relax.TensorType(array.shape, str(array.dtype)))
             self._weight_variables[key] = variable
+        return self._weight_variables[key]
+
+    def packed(self, value: ir.Value, layout: object, pack: Callable[[np.ndarray], np.ndarray]) -> relax.Expr:
+        """A constant in a kernel's own layout, packed once for equal ``layout``."""
+        key = (value, layout)
+        if key not in self._weight_variables:
+            content = self.value(value)
+            assert isinstance(content, np.ndarray)
+            return self.constant(pack(content), value.name or "", key)
         return self._weight_variables[key]
 
     def materialized(self, ints: Ints) -> relax.Expr:
@@ -190,10 +198,15 @@ class Lowering:
     # -- the walk --------------------------------------------------------------------------------------------------
     def walk(self, graph: ir.Graph) -> None:
         """Lower every node of a graph in order."""
-        from xopt.targets.ops import emit_node, plan_fusion
+        from xopt.targets.ops import emit_node
+        from xopt.targets.ops.fusion import emit_chain, plan_fusion
 
-        plan_fusion(self, graph)
+        plan = plan_fusion(graph)
         for node in graph:
+            if node in plan:
+                if (chain := plan[node]) is not None:
+                    self.values[node.outputs[0]] = emit_chain(self, chain)
+                continue
             results = self._evaluated(node)
             if results is None:
                 results = emit_node(self, node)
@@ -215,7 +228,7 @@ class Lowering:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         try:
             return [known(evaluate(node.op_type, inputs, attributes, self.dims), dtype)]
-        except Undecided:
+        except UndecidedError:
             return None
 
     def _shape_tensor(self, node: ir.Node) -> np.ndarray:

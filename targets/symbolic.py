@@ -24,7 +24,7 @@ MAX_ELEMENTS = 256
 """Larger integer tensors are data, not shapes."""
 
 
-class Undecided(Exception):
+class UndecidedError(Exception):
     """The value cannot be told while lowering: compute it at run time instead."""
 
 
@@ -76,7 +76,7 @@ class Dimensions:
         """The outcome of a comparison.
 
         Raises:
-            Undecided: it depends on the dimensions.
+            UndecidedError: it depends on the dimensions.
         """
         if isinstance(condition, (bool, np.bool_)):
             return bool(condition)
@@ -84,7 +84,7 @@ class Dimensions:
             return True
         if self.proves(tirx.Not(condition)):
             return False
-        raise Undecided
+        raise UndecidedError
 
     def product(self, dims: Sequence[Dim]) -> Dim:
         """The number of elements of a shape."""
@@ -150,7 +150,7 @@ def _choose(compare: Callable[[Any, Any], Any], dims: Dimensions) -> Callable[[A
     def choose(a: Any, b: Any) -> Any:
         try:
             return a if dims.truth(compare(a, b)) else b
-        except Undecided:
+        except UndecidedError:
             return build(_expression(a), _expression(b))
 
     return choose
@@ -170,7 +170,7 @@ def evaluate(op: str, inputs: Sequence[np.ndarray], attributes: dict[str, Any], 
         dims: the symbolic dimensions of the model.
 
     Raises:
-        Undecided: the result depends on the dimensions in a way that only run time can tell.
+        UndecidedError: the result depends on the dimensions in a way that only run time can tell.
     """
     arithmetic: dict[str, Callable[..., Any]] = {
         "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": _truncated_quotient,
@@ -203,7 +203,7 @@ def _same(a: Any, b: Any, dims: Dimensions) -> bool:
     difference = dims.simplify(a - b)
     if dims.proves(_expression(difference) > 0) or dims.proves(_expression(difference) < 0):
         return False
-    raise Undecided
+    raise UndecidedError
 
 
 def _where(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
@@ -236,7 +236,7 @@ def _squeeze(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray
 
 def _numbers(array: np.ndarray) -> list[int]:
     if not all(_is_number(x) for x in array.reshape(-1)):
-        raise Undecided
+        raise UndecidedError
     return [int(x) for x in array.reshape(-1)]
 
 
@@ -253,7 +253,7 @@ def _slice(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
 def _range(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
     start, limit, delta = (_numbers(x)[0] for x in inputs)
     if abs((limit - start) // delta) > MAX_ELEMENTS:
-        raise Undecided
+        raise UndecidedError
     return np.arange(start, limit, delta).astype(object)
 
 
@@ -264,14 +264,14 @@ def _reshape(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
 def _constant_of_shape(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
     shape, value = _numbers(inputs[0]), attributes.get("value")
     if np.prod(shape) > MAX_ELEMENTS:
-        raise Undecided
+        raise UndecidedError
     return np.full(shape, 0.0 if value is None else value.numpy().reshape(-1)[0].item(), dtype=object)
 
 
 def _expand(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
     shape = np.broadcast_shapes(inputs[0].shape, tuple(_numbers(inputs[1])))
     if np.prod(shape) > MAX_ELEMENTS:
-        raise Undecided
+        raise UndecidedError
     return np.broadcast_to(inputs[0], shape)
 
 

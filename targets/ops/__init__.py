@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import tvm
 
-from xopt.targets.ops import attention, elementwise, fallback, indexing, layout, linear, norm, reduction
+from xopt.targets.ops import attention, elementwise, fallback, indexing, layout, linear, norm, reduction, templates
 from xopt.targets.ops.call import Call, Emitter
 
 if TYPE_CHECKING:
@@ -25,17 +25,13 @@ OPERATORS: dict[tuple[str, str], Emitter] = {
 }
 """Emitters of Relax operators by (domain, operator type)."""
 
-KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {}
+KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = templates.KERNELS
 """Emitters of our kernels by (domain, operator type); None from one means: use the Relax operators."""
 
 
 def has_kernel(domain: str, name: str) -> bool:
     """Whether an xopt function has a kernel of its own, so that its body is not inlined."""
     return (domain, name) in KERNELS
-
-
-def plan_fusion(lowering: Lowering, graph: ir.Graph) -> None:
-    """Decide which nodes are computed inside another node's kernel."""
 
 
 def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
