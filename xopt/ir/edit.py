@@ -88,9 +88,10 @@ def set_attributes(node: ir.Node, **attributes: AttributeValue) -> None:
 
 
 def unique_name(graph: ir.Graph, stem: str) -> str:
-    """``stem``, or ``stem_1``, ``stem_2``… : the first that no value of ``graph`` or its subgraphs carries."""
+    """``stem``, or ``stem_1``, ``stem_2``… : the first that no value and no node of ``graph`` carries."""
     taken = set(graph.initializers) | {value.name for value in graph.inputs}
     for node in graph.all_nodes():
+        taken.add(node.name)
         taken.update(output.name for output in node.outputs)
     name, count = stem, 0
     while name in taken:
@@ -167,16 +168,14 @@ def insert_many(
     stem = name or f"{site.name}/{op_type}"
     if dtype is None and inputs and inputs[0] is not None:
         dtype = inputs[0].dtype
-    node.name = stem
     owner = graph.graph if isinstance(graph, ir.Function) else graph
-    for value in node.outputs:
+    node.name = unique_name(owner, stem)
+    for index, value in enumerate(node.outputs):
+        value.name = node.name if outputs == 1 else unique_name(owner, f"{node.name}/{index}")
         if dtype is not None:
             value.type = ir.TensorType(dtype)
         value.shape = ir.Shape(shape) if shape is not None else None
     graph.insert_before(site, node)
-    for value in node.outputs:
-        value.name = None
-        value.name = unique_name(owner, stem)
     return tuple(node.outputs)
 
 

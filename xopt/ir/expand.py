@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -285,11 +286,11 @@ class Expander:
         allowed = mask if boolean else None
         if triangle is not None:
             a, b = allowed, triangle
-            allowed = b if a is None else self._once(("and", a, b), lambda: self._op(node, "And", [a, b]))
+            allowed = b if a is None else self._once(("and", a, b), lambda: self._both(node, "And", a, b))
         bias = None if allowed is None else self._additive(node, allowed, dtype)
         if mask is not None and not boolean:
             a, b = bias, mask
-            bias = b if a is None else self._once(("sum", a, b), lambda: self._op(node, "Add", [b, a]))
+            bias = b if a is None else self._once(("sum", a, b), lambda: self._both(node, "Add", b, a))
         visible = self._visible(node, allowed, dtype) if boolean and allowed is not None else None
         grouped = repeat > 1
         return (
@@ -297,13 +298,20 @@ class Expander:
             self._grouped(node, visible, groups, repeat) if grouped and visible is not None else visible,
         )
 
+    def _both(self, node: ir.Node, op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Elementwise ``a op b`` with its shape as far as the operands tell."""
+        if a.shape is None or b.shape is None:
+            return self._op(node, op_type, [a, b])
+        pairs = zip_longest(reversed(list(a.shape)), reversed(list(b.shape)), fillvalue=1)
+        return edit.insert(node, op_type, [a, b], shape=reversed([y if x == 1 else x for x, y in pairs]))
+
     def _additive(self, node: ir.Node, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:
         """0 where attended; elsewhere what wins over any score and yet leaves a row that is all masked finite."""
         lowest = -6e4 if dtype == ir.DataType.FLOAT16 else -1e30
 
         def build() -> ir.Value:
             numbers = [self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, lowest)]
-            return self._op(node, "Where", [allowed, *numbers], dtype=dtype)
+            return edit.insert(node, "Where", [allowed, *numbers], dtype=dtype, shape=allowed.shape)
 
         return self._once(("additive", allowed, dtype), build)
 
@@ -312,7 +320,8 @@ class Expander:
 
         def build() -> ir.Value:
             number = self._op(node, "Cast", [allowed], dtype=dtype, to=int(dtype))
-            return self._op(node, "ReduceMax", [number, self._ints(node, -1)], keepdims=1)
+            shape = [*allowed.shape[:-1], 1] if allowed.shape is not None else None
+            return edit.insert(node, "ReduceMax", [number, self._ints(node, -1)], {"keepdims": 1}, shape=shape)
 
         return self._once(("visible", allowed, dtype), build)
 
@@ -327,7 +336,8 @@ class Expander:
                 for index in (0, 1)
             )
             column = self._op(node, "Unsqueeze", [rows, self._ints(node, 1)])
-            return self._op(node, "GreaterOrEqual", [column, columns], dtype=ir.DataType.BOOL)
+            sizes = [length if isinstance(length, (int, str)) else None for length in (queries, keys)]
+            return edit.insert(node, "GreaterOrEqual", [column, columns], dtype=ir.DataType.BOOL, shape=sizes)
 
         if isinstance(queries, int) and isinstance(keys, int):
             return self._constant(node, "causal", np.tri(queries, keys, dtype=np.bool_))

@@ -8,7 +8,7 @@ instead of repeating keys. xopt's own ops keep their function bodies in the file
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, NameFixPass
 
 from xopt.ir.edit import remove_dead
 from xopt.ir.expand import Expander
@@ -34,5 +34,6 @@ def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
     for function in plain.functions.values():
         Expander(function).run()
     remove_dead(plain)
+    NameFixPass()(plain)
     infer_shapes(plain)
     return plain

@@ -1,4 +1,4 @@
-"""Inline model-local functions.
+"""Inline model-local functions, and give every value and node a name of its own.
 
     before   y = pkg::Layer(x)          after   y = Add(MatMul(x, w), b)
 Calls of the domain ``xopt`` stay: their bodies define xopt's own ops, and passes and kernels know them by name.
@@ -7,16 +7,29 @@ Calls of the domain ``xopt`` stay: their bodies define xopt's own ops, and passe
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
+from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedFunctionsPass
 
 from xopt.errors import InputError
 from xopt.ir.canonical.report import CanonicalizeReport
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
-    """Inline every function but xopt's own."""
-    if not model.functions:
-        return
+    """Inline every function but xopt's own; refuse ops that then are left without a meaning."""
+    if model.functions:
+        _inline(model, report)
+    NameFixPass()(model)
+    for node in model.graph.all_nodes():
+        if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
+            raise InputError(
+                "E-UNSUPPORTED-OP",
+                f"op {node.domain}::{node.op_type} is not standard ONNX",
+                where=f"node {node.name!r}",
+                cure="export the model without optimizations for one runtime",
+            )
+        node.domain = "" if node.domain == "ai.onnx" else node.domain
+
+
+def _inline(model: ir.Model, report: CanonicalizeReport) -> None:
     try:
         result = InlinePass(criteria=lambda function: function.domain != "xopt")(model)
     except Exception as error:
