@@ -20,9 +20,14 @@ STEPS = (
     "opset",
     "constants",
     "cleanup",
+    "dimensions",
+    "cleanup",
     "linear",
     "norm",
     "activation",
+    "attention",
+    "cleanup",
+    "linear",
 )
 
 

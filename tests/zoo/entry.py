@@ -1,0 +1,68 @@
+"""What a zoo model is: how to build it, what to feed it, and the attention blocks it must show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Axes = dict[int, str]
+"""Names of an input's dynamic axes."""
+
+
+@dataclass(frozen=True)
+class Expect:
+    """Attention blocks of the canonical model.
+
+    ``mask`` is ``"padding"`` for a mask over keys alone ([B,1,1,T]), ``"bias"`` for any other mask.
+    """
+
+    count: int
+    heads: int | tuple[int, ...]
+    kv_heads: int | None = None
+    causal: bool = False
+    mask: Literal["none", "padding", "bias"] = "none"
+    fused: bool = False
+    softcap: float = 0.0
+    scale: float | None = None
+    rotary: bool = False
+    float_mask: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One zoo model.
+
+    Args:
+        build: attention implementation ("sdpa", "eager", or "" for models of our own) -> module in eval mode.
+        inputs: names of the forward arguments, in order.
+        feeds: (batch, sequence) -> random arguments in that order.
+        axes: dynamic axes of each argument, in order.
+    """
+
+    name: str
+    build: Callable[[str], nn.Module]
+    inputs: tuple[str, ...]
+    feeds: Callable[[int, int], tuple[Tensor, ...]]
+    axes: tuple[Axes, ...]
+    expect: Expect
+    attentions: tuple[str, ...] = ("",)
+
+
+def ids(batch: int, seq: int, vocab: int) -> Tensor:
+    """int64 [batch, seq] token ids that use the whole vocabulary."""
+    return torch.randint(0, vocab, (batch, seq), generator=torch.Generator().manual_seed(batch * 1000 + seq))
+
+
+def mask(batch: int, seq: int) -> Tensor:
+    """int64 [batch, seq] of 1 (token) and 0 (padding on the right; each sample keeps at least one token)."""
+    lengths = torch.tensor([max(1, seq - 2 * sample) for sample in range(batch)])
+    return (torch.arange(seq)[None, :] < lengths[:, None]).long()
+
+
+def normal(*shape: int) -> Tensor:
+    """float32 standard normal values."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))

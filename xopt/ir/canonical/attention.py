@@ -1,0 +1,258 @@
+"""Attention blocks of every exporter's dialect as ``Attention(Q, K, V, attn_mask?)`` in 3-D form.
+
+    before   Q4, K4, V4 = Transpose(Reshape(Q, [B,S,H,d])) ...
+             Y4 = Softmax(Q4 @ K4^T * scale + mask) @ V4;  Y = Reshape(Transpose(Y4), [B,S,H*d])
+    after    Y = Attention(Q, K, V, mask)  with q_num_heads, kv_num_heads, scale, is_causal, softcap
+Anchored at Softmax, and at Attention nodes that the exporter wrote (opset 23 on, 4-D). Operands are followed by the layout of
+their axes, not by op pattern; see operands, scores, masks. An attention that is 4-D by nature stays a 4-D ``Attention``.
+Refuses  "weights-read-elsewhere", "no-product", "mask-inside-softcap", "head-layout", ...: left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from xopt.ir.canonical.layout import Axes, Axis, after, axis, merged
+from xopt.ir.canonical.masks import Mask, Masks, Term
+from xopt.ir.canonical.operands import Operand, assemble, trace
+from xopt.ir.canonical.placing import in_four_axes
+from xopt.ir.canonical.poly import ONE, Poly, product
+from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.canonical.scores import (
+    DEPTH,
+    KEY,
+    QUERY,
+    VALUE,
+    NotAttention,
+    PlacedTerm,
+    attention_scale,
+    read_scores,
+    read_values,
+    softmax_axes,
+)
+from xopt.ir.canonical.symbolic import Symbols, integer
+from xopt.ir.edit import attribute, consumers, initializer, input_at, insert, is_op, remove_dead, replace_uses
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention as found: operands with layouts over common axes [batch..., query, key]."""
+
+    anchor: ir.Node
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    q_axes: Axes
+    k_axes: Axes
+    v_axes: Axes
+    axes: Axes
+    scale: float
+    softcap: float
+    causal: bool
+    terms: Sequence[PlacedTerm]
+    output: ir.Value
+    output_axes: Axes
+
+
+def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
+    """Put every attention into canonical form."""
+    symbols = Symbols(model.graph)
+    masks = Masks(symbols)
+    for node in list(model.graph):
+        if not (is_op(node, "Softmax", "Attention") and node.outputs[0].uses()):
+            continue
+        try:
+            site = _of_softmax(symbols, node) if node.op_type == "Softmax" else _of_attention(symbols, node)
+            if site is not None:
+                _canonical(symbols, masks, site, report)
+                report.rewrote("attention")
+        except NotAttention as reason:
+            if str(reason) != "no-product":
+                report.refuse("attention", node.name, str(reason))
+    remove_dead(model)
+
+
+def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
+    axes = softmax_axes(symbols, node)
+    assert node.inputs[0] is not None
+    scores = read_scores(symbols, node.inputs[0], axes)
+    weighted = read_values(symbols, node, axes)
+    return Site(
+        weighted.node, scores.q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
+        scores.scale / (scores.softcap or 1.0), scores.softcap, False, scores.terms,
+        weighted.node.outputs[0], weighted.axes,
+    )  # fmt: skip
+
+
+def _of_attention(symbols: Symbols, node: ir.Node) -> Site | None:
+    """A 4-D Attention of the exporter; None for one that is canonical already."""
+    q, k, v = node.inputs[:3]
+    q_dims, k_dims, v_dims = symbols.dims(q), symbols.dims(k), symbols.dims(v)
+    if q_dims is None or k_dims is None or v_dims is None or q is None or k is None or v is None:
+        raise NotAttention("rank")
+    if len(q_dims) == 3:
+        _write_attributes(node, q_dims[-1])
+        return None
+    if any(input_at(node, i) is not None for i in (4, 5, 6)) or any(output.uses() for output in node.outputs[1:]):
+        raise NotAttention("cache-or-weights")
+    batch, heads = axis("batch0", q_dims[0]), axis("batch1", q_dims[1])
+    query, key = axis(QUERY, q_dims[2]), axis(KEY, k_dims[2])
+    head_dim = q_dims[3].constant
+    if head_dim is None:
+        raise NotAttention("head-dim-unknown")
+    axes: Axes = (batch, heads, query, key)
+    mask = input_at(node, 3)
+    kind = "keep" if mask is not None and mask.dtype == ir.DataType.BOOL else "add"
+    terms = [PlacedTerm(kind, mask, 1.0, axes)] if mask is not None else []
+    return Site(
+        node, q, k, v, (batch, heads, query, axis(DEPTH, q_dims[3])),
+        (batch, _shared(heads, q_dims[1], k_dims[1]), key, axis(DEPTH, k_dims[3])),
+        (batch, _shared(heads, q_dims[1], v_dims[1]), key, axis(VALUE, v_dims[3])), axes,
+        attention_scale(node, head_dim), float(attribute(node, "softcap", 0.0) or 0.0),
+        bool(integer(node, "is_causal", 0)), terms, node.outputs[0], (batch, heads, query, axis(VALUE, v_dims[3])),
+    )  # fmt: skip
+
+
+def _shared(heads: Axis, count: Poly, kv_count: Poly) -> Axis:
+    """Axis of key heads that groups of query heads share."""
+    group = count.exactly(kv_count)
+    if group is None:
+        raise NotAttention("head-groups")
+    if group == ONE:
+        return heads
+    return () if kv_count == ONE else (_group_digit(heads, kv_count, group),)
+
+
+def _group_digit(heads: Axis, kv_count: Poly, group: Poly):  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    return replace(heads[0], count=kv_count, radix=kv_count, stride=group)
+
+
+def _write_attributes(node: ir.Node, width: Poly) -> None:
+    """All attributes of a 3-D Attention, spelled out."""
+    head_dim = (width // integer(node, "q_num_heads", 1)).constant
+    attributes = {
+        "scale": attention_scale(node, head_dim or 1),
+        "is_causal": integer(node, "is_causal", 0),
+        "softcap": float(attribute(node, "softcap", 0.0) or 0.0),
+    }
+    for attr in ir.convenience.convert_attributes(attributes):
+        node.attributes[attr.name] = attr
+
+
+def _canonical(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:
+    """Replace the site by its canonical form."""
+    q = trace(symbols, site.q, site.q_axes, site.axes[-2], DEPTH)
+    k = trace(symbols, site.k, site.k_axes, site.axes[-1], DEPTH)
+    v = trace(symbols, site.v, site.v_axes, site.axes[-1], VALUE)
+    if q is None or k is None or v is None or not _agree(q, k, v):
+        _keep_four(symbols, masks, site, report)
+        return
+    mask = _mask(symbols, masks, site, q.lead, q.head)
+    attributes = _attributes(site, mask, site.scale * q.scale * k.scale)
+    attributes |= {"q_num_heads": q.heads, "kv_num_heads": k.heads}
+    inputs = [*assemble(site.anchor, (q, k, v)), *([mask.value] if mask.value is not None else [])]
+    y = insert(
+        site.anchor, "Attention", inputs, attributes, name=f"{site.anchor.name}/attention", dtype=site.output.dtype
+    )
+    _visit(symbols, y)
+    if v.scale != 1.0:
+        y = _scaled(site.anchor, y, v.scale)
+        _visit(symbols, y)
+    _connect(symbols, site, y, q)
+
+
+def _attributes(site: Site, mask: Mask, scale: float) -> dict[str, int | float]:
+    return {"scale": float(scale), "is_causal": int(mask.causal or site.causal), "softcap": float(site.softcap)}
+
+
+def _agree(q: Operand, k: Operand, v: Operand) -> bool:
+    """Whether the operands have the same batch, and consecutive query heads share a key head."""
+    if not q.lead == k.lead == v.lead or k.heads != v.heads or q.heads % k.heads or q.head_dim != k.head_dim:
+        return False
+    if not k.head or not q.head:
+        return not k.head and not v.head
+    top = q.head[0].stride * q.head[0].count
+    same = all(x.head and x.head[0].label == q.head[0].label for x in (k, v))
+    return same and all(x.head[0].stride * x.head[0].count == top for x in (k, v)) and q.head[0].stride == ONE
+
+
+def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) -> Mask:
+    """Canonical mask; terms met where the scores had other axes are brought to [B,H,S,T] first."""
+    frame: Axes = (lead, head, site.axes[-2], site.axes[-1])
+    terms = [Term(t.kind, in_four_axes(symbols, site.anchor, t.value, t.axes, frame), t.factor) for t in site.terms]
+    return masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
+
+
+def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:
+    """A 4-D Attention, when the operands are 4-D tensors and nothing more is known about them."""
+    if len(site.axes) != 4 or any(len(merged(row)) > 1 for row in site.axes):
+        raise NotAttention("head-layout")
+    mask = _mask(symbols, masks, site, site.axes[0], site.axes[1])
+    if is_op(site.anchor, "Attention"):
+        k = site.k
+    else:
+        k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
+        if any(row == () and full != () for row, full in zip(site.k_axes[:2], site.axes[:2])):
+            raise NotAttention("head-layout")
+    inputs = [site.q, k, site.v, *([mask.value] if mask.value is not None else [])]
+    attributes = _attributes(site, mask, site.scale)
+    y = insert(
+        site.anchor, "Attention", inputs, attributes, name=f"{site.anchor.name}/attention", dtype=site.output.dtype
+    )
+    _visit(symbols, y)
+    replace_uses(site.output, y)
+    report.refuse("attention-3d", site.anchor.name, "head-layout")
+
+
+def _scaled(site: ir.Node, value: ir.Value, factor: float) -> ir.Value:
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    return insert(site, "Mul", [value, initializer(graph, "scale", np.asarray(factor, np.float32))])
+
+
+def _connect(symbols: Symbols, site: Site, y: ir.Value, q: Operand) -> None:
+    """Let the readers of the old output read ``y`` [B,S,H*d]."""
+    value, axes = site.output, site.output_axes
+    wanted = (q.lead, site.axes[-2], (*q.head, *axes[-1]))
+    while tuple(merged(row) for row in axes) != wanted:
+        readers = consumers(value)
+        moved = after(symbols, readers[0], axes) if len(readers) == 1 and not value.is_graph_output() else None
+        if moved is None:
+            replace_uses(site.output, _four_again(symbols, site, y))
+            return
+        value, axes = readers[0].outputs[0], moved
+    replace_uses(value, y)
+
+
+def _four_again(symbols: Symbols, site: Site, y: ir.Value) -> ir.Value:
+    """``y`` [B,S,H*d] in the layout that unusual readers expect; head counts stay out of the shapes."""
+    graph, size = site.anchor.graph, product(digit.count for digit in site.output_axes[-1]).constant
+    assert isinstance(graph, ir.Graph) and size is not None
+    apart = insert(site.anchor, "Reshape", [y, initializer(graph, "apart", np.asarray([0, 0, -1, size], np.int64))])
+    _visit(symbols, apart)
+    turned = insert(site.anchor, "Transpose", [apart], {"perm": [0, 2, 1, 3]})
+    _visit(symbols, turned)
+    if len(site.axes) == 4:
+        return turned
+    flat = initializer(graph, "flat", np.asarray([-1, *_tail(symbols, site)], np.int64))
+    return insert(site.anchor, "Reshape", [turned, flat])
+
+
+def _tail(symbols: Symbols, site: Site) -> list[int]:
+    dims = symbols.dims(site.output)
+    tail = [dim.constant for dim in (dims or ())[1:]]
+    if len(tail) != len(site.axes) - 1 or None in tail:
+        raise NotAttention("output-layout")
+    return tail  # type: ignore[return-value]
+
+
+def _visit(symbols: Symbols, value: ir.Value) -> None:
+    node = value.producer()
+    if node is not None:
+        symbols.visit(node)

@@ -1,0 +1,276 @@
+"""Masks of attention: what is causal, what is padding, what is a bias.
+
+    where(k <= q and attention_mask[b, k], 0, -inf)          ->   is_causal=1, attn_mask = bool [B,1,1,T]
+    position_bias[h, q, k] + where(...)                      ->   attn_mask = float [1|B,H,S,T]
+A mask that is only causal vanishes, one that depends on keys alone becomes [B,1,1,T], any other stays as it is with four axes.
+A row without any key to attend to has no meaning: exporters make it zeros, NaN or the mean; boolean masks make it zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, negated
+from xopt.ir.canonical.poly import ONE, Poly
+from xopt.ir.canonical.symbolic import Symbols
+from xopt.ir.edit import constant, initializer, insert, producer
+
+LOWEST = -1e4
+"""Added to a score, anything at or below this leaves a weight of zero."""
+BATCH, HEAD, QUERY, KEY = (Poly.of(name) for name in ("@batch", "@head", "@query", "@key"))
+POSITION = (BATCH, HEAD, QUERY, KEY)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One mask on the scores [B,H,S,T]: ``value`` (broadcast from the right) times ``factor``.
+
+    ``kind`` is ``"add"``, or for booleans ``"keep"`` (True attends) or ``"drop"`` (True does not).
+    """
+
+    kind: str
+    value: ir.Value
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The canonical mask."""
+
+    value: ir.Value | None
+    causal: bool
+
+
+@dataclass
+class Masks:
+    """Builds the masks of one graph; sites that need the same mask share it."""
+
+    symbols: Symbols
+    made: dict[object, ir.Value] = field(default_factory=dict)
+
+    def build(self, site: ir.Node, terms: Sequence[Term], sizes: Sequence[Poly]) -> Mask:
+        """Canonical mask of all ``terms`` over scores of ``sizes`` [B,H,S,T], put before ``site``."""
+        if not terms:
+            return Mask(None, False)
+        reader = Reader(self.symbols, {next(iter(p.symbols)): size for p, size in zip(POSITION, sizes)})
+        split = [part for term in terms for part in _summands(term)]
+        conditions = [_condition(reader, part) for part in split]
+        biases = [part for part, condition in zip(split, conditions) if condition is None]
+        causal, rest = _sorted_out(conditions)
+        if not causal and biases and rest != TRUE:
+            return Mask(self._as_it_is(site, terms), False)
+        keep = None if rest == TRUE else self._boolean(site, rest)
+        if rest != TRUE and keep is None:
+            return Mask(self._as_it_is(site, terms), False)
+        bias = self._sum(site, [self._bias(site, reader, part) for part in biases])
+        if bias is not None and keep is not None:
+            bias, keep = self._masked(site, keep, bias), None
+        return Mask(bias if bias is not None else keep, causal)
+
+    def _as_it_is(self, site: ir.Node, terms: Sequence[Term]) -> ir.Value:
+        """All terms, with four axes, without a closer look at what they are."""
+        added = self._sum(site, [self._scaled(site, t) for t in terms if t.kind == "add"])
+        keep = None
+        for term in terms:
+            if term.kind != "add":
+                wanted = self._four_axes(site, term.value)
+                wanted = self._made(site, "Not", [wanted]) if term.kind == "drop" else wanted
+                keep = wanted if keep is None else self._made(site, "And", [keep, wanted])
+        if added is None or keep is None:
+            result = added if added is not None else keep
+            assert result is not None
+            return result
+        return self._masked(site, keep, added)
+
+    def _masked(self, site: ir.Node, keep: ir.Value, bias: ir.Value) -> ir.Value:
+        lowest = self._number(site, float(np.finfo(np.float32).min))
+        return self._made(site, "Where", [keep, bias, lowest], dtype=bias.dtype)
+
+    def _sum(self, site: ir.Node, values: Sequence[ir.Value]) -> ir.Value | None:
+        total: ir.Value | None = None
+        for value in values:
+            total = value if total is None else self._made(site, "Add", [total, value])
+        return total
+
+    def _bias(self, site: ir.Node, reader: Reader, term: Term) -> ir.Value:
+        """An additive term, reduced to [B,1,1,T] when it depends on keys alone."""
+        dims = self.symbols.dims(term.value)
+        element = reader.broadcast(term.value, POSITION)
+        if element is None or dims is None or len(dims) < 2 or dims[-2] == ONE:
+            return self._scaled(site, term)
+        if element.symbols & (HEAD.symbols | QUERY.symbols):
+            return self._scaled(site, term)
+        emitted = self._emit(site, element, boolean=False)
+        if emitted is None:
+            return self._scaled(site, term)
+        return emitted if term.factor == 1 else self._made(site, "Mul", [emitted, self._number(site, term.factor)])
+
+    def _scaled(self, site: ir.Node, term: Term) -> ir.Value:
+        value = self._four_axes(site, term.value)
+        return value if term.factor == 1 else self._made(site, "Mul", [value, self._number(site, term.factor)])
+
+    def _four_axes(self, site: ir.Node, value: ir.Value) -> ir.Value:
+        """``value`` with leading axes of size 1 up to four."""
+        rank = self.symbols.rank(value)
+        if rank is None or rank >= 4:
+            return value
+        key = ("rank", value)
+        if key not in self.made:
+            array = constant(value)
+            graph = site.graph
+            assert isinstance(graph, ir.Graph)
+            if array is not None:
+                shaped = array.reshape((1,) * (4 - rank) + array.shape)
+                self.made[key] = initializer(graph, f"{value.name}/mask", shaped)
+            else:
+                axes = initializer(graph, "axes", np.arange(4 - rank, dtype=np.int64))
+                self.made[key] = self._insert(site, "Unsqueeze", [value, axes])
+        return self.made[key]
+
+    def _boolean(self, site: ir.Node, element: Element) -> ir.Value | None:
+        """A boolean [B|1, H|1, S|1, T|1] of the element; None when it cannot be written as ops on its leaves."""
+        return self._emit(site, element, boolean=True)
+
+    def _emit(self, site: ir.Node, element: Element, boolean: bool) -> ir.Value | None:
+        key = (element, boolean)
+        if key not in self.made:
+            found = self._emitted(site, element, boolean)
+            if found is None:
+                return None
+            self.made[key] = found
+        return self.made[key]
+
+    def _emitted(self, site: ir.Node, element: Element, boolean: bool) -> ir.Value | None:
+        if element.op == "leaf":
+            value = self._leaf(site, element)
+            wanted = ir.DataType.BOOL if boolean else ir.DataType.FLOAT
+            if value is None or (value.dtype == wanted):
+                return value
+            return self._made(site, "Cast", [value], {"to": int(wanted)}, dtype=wanted)
+        if element.op == "number" and not boolean:
+            return self._number(site, element.value)
+        if element.op == "truth":
+            return self._emit(site, element.args[0], True) if boolean else None
+        op = {"and": "And", "or": "Or", "not": "Not", "add": "Add", "mul": "Mul"}.get(element.op)
+        if op is None or (op in ("Add", "Mul")) == boolean:
+            return None
+        args = [self._emit(site, arg, boolean) for arg in element.args]
+        return None if None in args else self._made(site, op, args)
+
+    def _leaf(self, site: ir.Node, leaf: Element) -> ir.Value | None:
+        """The leaf's tensor with its indices moved to the four axes."""
+        dims, value = self.symbols.dims(leaf.tensor), leaf.tensor
+        if dims is None or value is None:
+            return None
+        places = [POSITION.index(index) if index in POSITION else None for index in leaf.at]
+        if any(p is None and dim != ONE for p, dim in zip(places, dims)):
+            return None
+        kept = [p for p in places if p is not None]
+        if len(set(kept)) != len(kept):
+            return None
+        if len(dims) == 4 and all(p in (None, i) for i, p in enumerate(places)):
+            return value
+        graph = site.graph
+        assert isinstance(graph, ir.Graph)
+        dropped = [i for i, p in enumerate(places) if p is None]
+        if dropped:
+            value = self._insert(site, "Squeeze", [value, initializer(graph, "axes", np.asarray(dropped, np.int64))])
+        if kept != sorted(kept):
+            value = self._insert(site, "Transpose", [value], {"perm": [int(i) for i in np.argsort(kept)]})
+        missing = [i for i in range(4) if i not in kept]
+        return self._insert(site, "Unsqueeze", [value, initializer(graph, "axes", np.asarray(missing, np.int64))])
+
+    def _number(self, site: ir.Node, value: float) -> ir.Value:
+        graph = site.graph
+        assert isinstance(graph, ir.Graph)
+        if value not in self.made:
+            self.made[value] = initializer(graph, "mask/number", np.asarray(value, np.float32))
+        return self.made[value]
+
+    def _made(
+        self,
+        site: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, int] | None = None,
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
+        """A node's output, shared between sites."""
+        key = (op, tuple(inputs), tuple(sorted((attributes or {}).items())))
+        if key not in self.made:
+            self.made[key] = self._insert(site, op, inputs, attributes, dtype)
+        return self.made[key]
+
+    def _insert(
+        self,
+        site: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, int] | dict[str, list[int]] | None = None,
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
+        value = insert(site, op, inputs, attributes, name=f"mask/{op}", dtype=dtype)
+        node = value.producer()
+        assert node is not None
+        self.symbols.visit(node)
+        return value
+
+
+def _summands(term: Term) -> list[Term]:
+    """The parts that an additive term is the sum of."""
+    add = producer(term.value, "Add") if term.kind == "add" else None
+    if add is None:
+        return [term]
+    return [part for value in add.inputs if value is not None for part in _summands(Term("add", value, term.factor))]
+
+
+def _condition(reader: Reader, term: Term) -> Element | None:
+    """The condition to attend that the term stands for; None when it is a bias (or not understood)."""
+    element = reader.broadcast(term.value, POSITION)
+    if element is None:
+        return None
+    if term.kind == "add":
+        return _as_condition(element, term.factor)
+    return element if term.kind == "keep" else negated(element)
+
+
+def _as_condition(element: Element, factor: float) -> Element | None:
+    if element.op == "number":
+        return TRUE if element.value == 0 else FALSE if element.value * factor <= LOWEST else None
+    if element.op == "add":
+        a, b = (_as_condition(arg, factor) for arg in element.args)
+        return None if a is None or b is None else both(a, b)
+    if element.op != "where":
+        return None
+    condition, a, b = element.args[0], _as_condition(element.args[1], factor), _as_condition(element.args[2], factor)
+    if a is None or b is None:
+        return None
+    if b == FALSE:
+        return both(condition, a)
+    return both(negated(condition), b) if a == FALSE else None
+
+
+def _sorted_out(conditions: Sequence[Element | None]) -> tuple[bool, Element]:
+    """Whether one of the conditions is causal, and all the others."""
+    causal, rest = False, TRUE
+    pending = [condition for condition in conditions if condition is not None]
+    while pending:
+        condition = pending.pop(0)
+        if condition.op == "and":
+            pending = [*condition.args, *pending]
+        elif _is_causal(condition):
+            causal = True
+        else:
+            rest = both(rest, condition)
+    return causal, rest
+
+
+def _is_causal(condition: Element) -> bool:
+    """``query >= key``."""
+    if condition.op != "ge" or any(arg.op != "index" for arg in condition.args):
+        return False
+    return condition.args[0].position - condition.args[1].position == QUERY - KEY

@@ -1,0 +1,87 @@
+"""A mask that was applied to scores of other axes (windows, flattened heads), as one over [B, H, S, T]."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from xopt.ir.canonical.layout import Axes, merged
+from xopt.ir.canonical.poly import ONE, Poly, product
+from xopt.ir.canonical.scores import NotAttention
+from xopt.ir.canonical.symbolic import Symbols
+from xopt.ir.edit import initializer, insert
+
+
+def in_four_axes(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, frame: Axes) -> ir.Value:
+    """``value``, which broadcasts over ``axes``, as one that broadcasts over ``frame`` [batch, head, query, key].
+
+    Both are the same digits in the same order, grouped differently. Where one axis of the frame is made of a broadcast and a
+    present part (windows shared by all images), the value is expanded to the whole axis.
+
+    Raises:
+        NotAttention: the axes were permuted, or a size that is needed is not known.
+    """
+    if [merged(row) for row in axes] == list(frame):
+        return value
+    if [d for row in axes for d in row] != [d for row in _refined(frame, axes) for d in row]:
+        raise NotAttention("mask-layout")
+    dims = symbols.dims(value)
+    if dims is None:
+        raise NotAttention("mask-rank")
+    dims = (ONE,) * (len(axes) - len(dims)) + dims
+    present = {digit for row, dim in zip(axes, dims) if dim != ONE for digit in row}
+    target: list[Poly] = []
+    shared = False
+    for row in _refined(frame, axes):
+        inside = [digit in present for digit in row]
+        shared = shared or (any(inside) and not all(inside))
+        target.append(product(d.count for d in row) if any(inside) else ONE)
+    if shared:
+        value = _expanded(symbols, site, value, axes, dims)
+    return _reshaped(symbols, site, value, target)
+
+
+def _refined(frame: Axes, axes: Axes) -> Axes:
+    """``frame`` written with the digits that ``axes`` is written with."""
+    digits = [digit for row in axes for digit in row]
+    rows = []
+    for row in frame:
+        left, taken = product(d.count for d in row), []
+        while left != ONE and digits:
+            digit = digits.pop(0)
+            rest = left.exactly(digit.count)
+            if rest is None:
+                raise NotAttention("mask-layout")
+            taken.append(digit)
+            left = rest
+        rows.append(tuple(taken))
+    return tuple(rows)
+
+
+def _expanded(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, dims: tuple[Poly, ...]) -> ir.Value:
+    """Every axis but the head's at full size. A symbolic size is written as -1, so that one is enough for the reshape after."""
+    sizes = [product(d.count for d in row) for row in axes]
+    symbolic = [i for i, size in enumerate(sizes) if size.constant is None and dims[i] == ONE]
+    if symbolic:
+        raise NotAttention("mask-expand")
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    shape = [
+        1 if dim == ONE and i >= len(axes) - 3 else int(size.constant or 1)
+        for i, (size, dim) in enumerate(zip(sizes, dims))
+    ]
+    out = insert(site, "Expand", [value, initializer(graph, "windows", np.asarray(shape, np.int64))])
+    symbols.visit(out.producer())  # type: ignore[arg-type]
+    return out
+
+
+def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Poly]) -> ir.Value:
+    numbers = [size.constant for size in target]
+    if numbers.count(None) > 1:
+        raise NotAttention("mask-sizes")
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    shape = [-1 if number is None else number for number in numbers]
+    out = insert(site, "Reshape", [value, initializer(graph, "mask_shape", np.asarray(shape, np.int64))])
+    symbols.visit(out.producer())  # type: ignore[arg-type]
+    return out

@@ -1,0 +1,127 @@
+"""Integers known as polynomials: dimensions, shape arithmetic and tensor indices.
+
+A symbol is a name: a dimension of the input model (``batch``), an index of a tensor under study (``i2``), or the canonical text
+of an operation that polynomials cannot say (``floor((seq+1)/2)``). Equal polynomials are equal numbers; unequal ones may be.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+Monomial = tuple[str, ...]
+
+_fresh = itertools.count()
+
+
+@dataclass(frozen=True)
+class Poly:
+    """Sum of ``coefficient * symbol * symbol ...``; ``terms`` is sorted and free of zeros."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    @staticmethod
+    def of(value: int | str | Poly) -> Poly:
+        """The polynomial of a number or of one symbol."""
+        if isinstance(value, Poly):
+            return value
+        return _build({(value,): 1}) if isinstance(value, str) else _build({(): int(value)})
+
+    @staticmethod
+    def unknown() -> Poly:
+        """A number about which nothing is known, equal to no other."""
+        return Poly.of(f"?{next(_fresh)}")
+
+    @property
+    def constant(self) -> int | None:
+        """The number, when no symbol is left."""
+        if not self.terms:
+            return 0
+        monomial, coefficient = self.terms[0]
+        return coefficient if len(self.terms) == 1 and not monomial else None
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """All symbols that occur."""
+        return frozenset(symbol for monomial, _ in self.terms for symbol in monomial)
+
+    @property
+    def is_symbol(self) -> bool:
+        """Whether this is one symbol and nothing else."""
+        return len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1
+
+    def __add__(self, other: Poly | int) -> Poly:
+        return _build(Counter(dict(self.terms)), Poly.of(other).terms)
+
+    def __sub__(self, other: Poly | int) -> Poly:
+        return self + Poly.of(other) * -1
+
+    def __mul__(self, other: Poly | int) -> Poly:
+        products = ((tuple(sorted(a + b)), m * n) for a, m in self.terms for b, n in Poly.of(other).terms)
+        return _build({}, products)
+
+    def __floordiv__(self, other: Poly | int) -> Poly:
+        """Quotient rounded down; both sides are taken to be non-negative."""
+        other = Poly.of(other)
+        exact = self.exactly(other)
+        if exact is not None:
+            return exact
+        a, b = self.constant, other.constant
+        return Poly.of(a // b) if a is not None and b else Poly.of(f"floor(({self})/({other}))")
+
+    def exactly(self, other: Poly | int) -> Poly | None:
+        """``self / other`` when that is a polynomial (``other`` has one term, or equals ``self``), else None."""
+        other = Poly.of(other)
+        if self == other:
+            return Poly.of(1)
+        if len(other.terms) != 1:
+            return None
+        (divisor, scale), quotient = other.terms[0], {}
+        for monomial, coefficient in self.terms:
+            left = Counter(monomial)
+            left.subtract(divisor)
+            if coefficient % scale or min(left.values(), default=0) < 0:
+                return None
+            quotient[tuple(sorted(left.elements()))] = coefficient // scale
+        return _build(quotient)
+
+    def at_least(self, bound: int) -> bool:
+        """Whether this is surely ``>= bound``, dimensions and indices being non-negative."""
+        if any(coefficient < 0 for monomial, coefficient in self.terms if monomial):
+            return False
+        return dict(self.terms).get((), 0) >= bound
+
+    def replaced(self, symbols: Mapping[str, Poly]) -> Poly:
+        """The polynomial with symbols put in their place."""
+        total = Poly.of(0)
+        for monomial, coefficient in self.terms:
+            product = Poly.of(coefficient)
+            for symbol in monomial:
+                product = product * symbols.get(symbol, Poly.of(symbol))
+            total = total + product
+        return total
+
+    def __str__(self) -> str:
+        if not self.terms:
+            return "0"
+        return "+".join("*".join([*([] if c == 1 and m else [str(c)]), *m]) for m, c in self.terms)
+
+
+def product(values: Iterable[Poly]) -> Poly:
+    """Product of all; 1 for none."""
+    total = ONE
+    for value in values:
+        total = total * value
+    return total
+
+
+def _build(start: Mapping[Monomial, int], more: Iterable[tuple[Monomial, int]] = ()) -> Poly:
+    total = dict(start)
+    for monomial, coefficient in more:
+        total[monomial] = total.get(monomial, 0) + coefficient
+    return Poly(tuple(sorted((m, c) for m, c in total.items() if c)))
+
+
+ONE = Poly.of(1)
