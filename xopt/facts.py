@@ -13,36 +13,34 @@ if TYPE_CHECKING:
 
     from xopt.data.dataset import Dataset
 
-SEQUENCE = 128
-"""Size of a symbolic axis that the caller said nothing about; the first axis, samples, counts as one."""
 
+def checked_dims(model: ir.Model, dims: Mapping[str, int]) -> Mapping[str, int]:
+    """``dims``, when each names a symbolic axis of the model; InputError E-OPTION otherwise."""
+    from xopt.ir.shapes import symbolic_dims
 
-def assumed_dims(model: ir.Model, given: Mapping[str, int] | None = None) -> dict[str, int]:
-    """A size for each symbolic axis of the inputs: the given one, else 1 for samples and ``SEQUENCE`` for others."""
-    sizes: dict[str, int] = {}
-    for value in model.graph.inputs:
-        for axis, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int) and dim.value is not None:
-                sizes.setdefault(str(dim.value), 1 if axis == 0 else SEQUENCE)
-    unknown = sorted(set(given or {}) - set(sizes))
-    if unknown:
-        cure = f"it has {', '.join(sizes)}" if sizes else "all its axes are fixed"
-        raise InputError("E-OPTION", f"the model has no symbolic axis {unknown[0]!r}", where="--dim", cure=cure)
-    return sizes | dict(given or {})
+    known = symbolic_dims(model)
+    for name in dims:
+        if name not in known:
+            cure = f"it has {', '.join(known)}" if known else "all its axes are fixed"
+            raise InputError("E-OPTION", f"the model has no symbolic axis {name!r}", where="--dim", cure=cure)
+    return dims
 
 
 def describe(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
-    """The facts of a canonical model: the JSON of ``xopt inspect`` (docs/cli-json.md)."""
+    """The facts of a canonical model: the JSON of ``xopt inspect`` (docs/cli-json.md).
+
+    Symbolic axes that ``dims`` leaves out are taken as one sample, and as 128 otherwise.
+    """
     from xopt.ir.cost import cost
     from xopt.ir.structure import transformer_blocks
 
-    price = cost(model, dims)
+    price = cost(model, checked_dims(model, dims))
     return {
         "parameters": int(price.parameters),
         "bytes": int(price.bytes),
         "macs": int(price.macs),
         "blocks": [_block(block) for block in transformer_blocks(model)],
-        "dims": dict(dims),
+        "dims": dict(price.dims),
         "opset": model.opset_imports.get("", 0),
         "inputs": [_value(value) for value in model.graph.inputs if value.name not in model.graph.initializers],
         "outputs": [_value(value) for value in model.graph.outputs],
@@ -93,7 +91,6 @@ def _block(block: Any) -> dict[str, Any]:
             "kv_heads": site.kv_heads,
             "head_dim": site.head_dim,
             "causal": bool(site.causal),
-            "cross": bool(site.cross),
         },
         "ffn": None if ffn is None else {"width": ffn.width, "gated": bool(ffn.gated)},
     }

@@ -59,6 +59,11 @@ class Step:
     race: tuple[Latency, Latency] | None = None
     latency: Latency | None = None
     seconds: float = 0.0
+    measured: Candidate = field(init=False)
+    """Whose latency stands for this step: the candidate's, or that of the last exact pass in a row of them."""
+
+    def __post_init__(self) -> None:
+        self.measured = self.candidate
 
     def to_dict(self) -> dict[str, Any]:
         """The step as in report.json (docs/cli-json.md)."""
@@ -84,6 +89,25 @@ class Step:
             else {"candidate": list(self.race[0].samples_ms), "best": list(self.race[1].samples_ms)},
             "seconds": self.seconds,
         }
+
+
+def step_from_record(one: Pass, model: ir.Model, record: dict[str, Any], best: Candidate, lab: Lab) -> Step:
+    """A step that was finished before, from what ``Step.to_dict`` said of it and the model it led to."""
+    from xopt.ir.cost import cost
+    from xopt.pipeline import registry
+    from xopt.pipeline.base import Refusal
+
+    report = PassReport(registry.create(one.name, record["options"]), record["matched"], record["rewritten"])
+    report.refused = [Refusal(**refusal) for refusal in record["refused"]]
+    report.numbers = record["numbers"]
+    candidate = best
+    if report.rewritten:
+        candidate = Candidate(model, record["quality"], record["drop"], cost(model, lab.dims))
+    step = Step(report, record["kept"], record["reason"], candidate, [Trial(**trial) for trial in record["trials"]])
+    if (race := record["decision_samples_ms"]) is not None:
+        step.race = (Latency(tuple(race["candidate"])), Latency(tuple(race["best"])))
+    step.seconds = record["seconds"]
+    return step
 
 
 def exact_step(one: Pass, best: Candidate, lab: Lab, apply: Apply) -> Step:

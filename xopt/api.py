@@ -1,0 +1,251 @@
+"""The whole flow: load or trace a model, optimize it for a target, compile it, save what came of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xopt.data.dataset import Dataset
+from xopt.ir import load, trace
+from xopt.pipeline.context import silent
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from xopt.data.metrics import Metric
+    from xopt.pipeline.base import Pass
+    from xopt.pipeline.instruments import Instrument
+    from xopt.runtime.session import Session
+    from xopt.search.flow import Outcome
+    from xopt.search.job import Job
+    from xopt.targets.base import Target
+
+    DataSource = str | Path | Dataset | Mapping[str, np.ndarray]
+
+__all__ = ["Result", "compile", "load", "optimize", "plan", "run_plan", "trace"]
+
+
+def optimize(
+    model: ir.Model | str | Path,
+    passes: str | Sequence[Pass] | None = None,
+    *,
+    progress: Callable[[str, int, int], None] = silent,
+    **settings: Any,
+) -> Result:
+    """Rewrite a model with passes, and keep what pays: quality and latency are measured after every one.
+
+    Args:
+        model: a graph, or the path of an ONNX file. It is not changed.
+        passes: passes in their order, or a textual pipeline. They come after the exact ones, which always run.
+            By default none; with ``data`` and ``max_drop`` head pruning and token merging are tried.
+        progress: called with (stage, done, total).
+        **settings: as for :func:`plan`.
+
+    Returns:
+        The optimized model with everything that was measured.
+
+    Raises:
+        InputError: the model, the data, a pass, an option or the target is at fault.
+        VerificationError: a pass, or the compiled artifact, does not compute what it should.
+    """
+    return run_plan(plan(model, passes, **settings), progress=progress)
+
+
+def plan(
+    model: ir.Model | str | Path,
+    passes: str | Sequence[Pass] | None = None,
+    *,
+    target: str | Target = "cpu",
+    data: DataSource | None = None,
+    eval_data: DataSource | None = None,
+    metric: str | Metric | Callable[..., float] | None = None,
+    max_drop: float | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    batch: int = 1,
+    dims: Mapping[str, int] | None = None,
+    peers: Sequence[str] | None = None,
+    verify_each: bool = True,
+    dump_ir: str | Path | None = None,
+) -> Job:
+    """Check everything that an optimization needs, and fill in the defaults, without running it.
+
+    Args:
+        model: a graph, or the path of an ONNX file.
+        passes: as for :func:`optimize`.
+        target: ``"cpu"``, ``"arm"``, ``"cuda"``, with a variant (``"cpu:avx2"``), or a target.
+        data: samples that passes may look at: a Dataset, a dict of arrays, an ``.npz`` file, ``module:function``.
+            Without data, seeded random inputs; quality is then the fidelity of the outputs to the original's.
+        eval_data: samples that quality is measured on; ``data`` by default.
+        metric: name, ``module:function``, or function(outputs, labels); by default what the labels suggest.
+        max_drop: how much of the metric may be lost in all; a pass that costs more is weakened or rolled back.
+        threads: CPU threads for what is timed; the physical cores by default.
+        seed: of everything that is random.
+        batch: samples of the run that is timed.
+        dims: sizes of symbolic axes in random data.
+        peers: runtimes to time beside; onnxruntime, openvino and torch by default.
+        verify_each: check each pass: valid ONNX, shapes, outputs as the pass promised.
+        dump_ir: folder for the model after each pass.
+    """
+    from xopt import targets
+    from xopt.runtime.session import physical_cores
+    from xopt.search import job
+
+    path = Path(model) if isinstance(model, (str, Path)) else None
+    graph = load(path) if path is not None else model
+    assert not isinstance(graph, (str, Path))
+    machine = targets.get(target) if isinstance(target, str) else target
+    listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
+    size = job.evaluation_batch(graph, batch)
+    if data is None:
+        calibration = Dataset.random(graph, max(job.RANDOM_SAMPLES // size, 1) * size, seed, dims)
+    else:
+        calibration = Dataset.of(data).matched(graph)
+    evaluation = calibration if eval_data is None else Dataset.of(eval_data).matched(graph)
+    evaluation = job.whole_batches(evaluation, job.evaluation_batch(graph, 1))
+    feeds = job.timed_feeds(evaluation, size)
+    return job.Job(
+        model=graph,
+        path=path,
+        passes=listed,
+        optional=chosen_here,
+        target=machine,
+        calibration=calibration,
+        evaluation=evaluation,
+        metric=job.resolve_metric(metric, evaluation),
+        max_drop=max_drop,
+        threads=threads or physical_cores(),
+        seed=seed,
+        feeds=feeds,
+        dims=job.symbol_sizes(graph, feeds),
+        peers=tuple(job.PEERS if peers is None else peers),
+        verify=verify_each,
+        dump=None if dump_ir is None else Path(dump_ir),
+    )
+
+
+def run_plan(
+    job: Job,
+    *,
+    progress: Callable[[str, int, int], None] = silent,
+    cache: Path | None = None,
+    resume: bool = False,
+    instruments: Sequence[Instrument] = (),
+) -> Result:
+    """Run what :func:`plan` made.
+
+    Args:
+        job: the plan.
+        progress: called with (stage, done, total).
+        cache: folder that finished steps are kept in until the end; None keeps none.
+        resume: take finished steps from the cache.
+        instruments: what watches the passes, besides the verification and the dumps of the plan.
+    """
+    from xopt.pipeline.instruments import DumpIR
+    from xopt.pipeline.reproduce import Reproducer
+    from xopt.pipeline.verify import VerifyEach
+    from xopt.report.record import record
+    from xopt.search.cache import StepCache
+    from xopt.search.flow import run
+
+    watching: list[Instrument] = [*instruments, Reproducer()]
+    if job.dump is not None:
+        watching.insert(0, DumpIR(job.dump))
+    if job.verify:
+        watching.insert(0, VerifyEach())
+    folder = tempfile.TemporaryDirectory(prefix="xopt-", ignore_cleanup_errors=True)
+    steps = StepCache(cache, job, resume=resume)
+    outcome = run(job, Path(folder.name), steps, instruments=watching, progress=progress)
+    result = Result(outcome.best.model, outcome, job, record(job, outcome), folder)
+    steps.forget()
+    return result
+
+
+def compile(
+    model: ir.Model | str | Path,
+    target: str | Target = "cpu",
+    output: str | Path = "model.so",
+    *,
+    dims: Mapping[str, int] | None = None,
+) -> Path:
+    """Compile a model as it is, after the exact passes.
+
+    Args:
+        model: a graph, or the path of an ONNX file. It is not changed.
+        target: as for :func:`plan`.
+        output: the library to write (its weights and manifest go beside it), or a folder for ``model.so``.
+        dims: symbolic axes to fix; the others stay dynamic.
+
+    Returns:
+        Path of the library, for :meth:`xopt.Session.load`.
+    """
+    from xopt import targets
+    from xopt.pipeline.context import PassContext
+    from xopt.pipeline.manager import PassManager
+    from xopt.pipeline.registry import create
+    from xopt.search.job import EXACT
+
+    graph = load(model) if isinstance(model, (str, Path)) else model.clone()
+    PassManager([create(name, {}) for name in EXACT], instruments=()).run(graph, PassContext())
+    path = Path(output)
+    library = path if path.suffix == ".so" else path / "model.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    return targets.compile(graph, target, library, dims=dims)
+
+
+@dataclass
+class Result:
+    """An optimized model.
+
+    Attributes:
+        model: the graph, canonical; ``xopt.ir.export`` makes it plain ONNX.
+        outcome: steps and measurements.
+        job: what was asked for.
+        report: everything in one dict, as in report.json.
+    """
+
+    model: ir.Model
+    outcome: Outcome
+    job: Job
+    report: dict[str, Any]
+    _folder: tempfile.TemporaryDirectory[str]
+
+    def session(self) -> Session:
+        """The compiled model, ready to run; InputError E-CPU where the target is another machine."""
+        from xopt.runtime.session import Session
+
+        assert self.outcome.best.artifact is not None
+        return Session.load(self.outcome.best.artifact, threads=self.job.threads)
+
+    def save(self, output: str | Path) -> Path:
+        """Write model.onnx, model.so, model.weights, manifest.json, pipeline.yaml, report.html and report.json.
+
+        The folder appears whole, or what was there stays. InputError E-OUTPUT; VerificationError when model.onnx,
+        run in onnxruntime, disagrees with the compiled artifact.
+        """
+        import xopt.ir
+        from xopt.folder import replacing
+        from xopt.pipeline.text import to_yaml
+        from xopt.report.page import write_page
+        from xopt.report.record import to_json
+        from xopt.search.proof import prove
+
+        output = Path(output)
+        with replacing(output) as folder:
+            xopt.ir.save(xopt.ir.export(self.model), folder / "model.onnx")
+            artifact = self.outcome.best.artifact
+            assert artifact is not None
+            for file in artifact.parent.iterdir():
+                shutil.copy2(file, folder / file.name)
+            self.report["verification"] = prove(folder / "model.onnx", self.outcome.best, self.job)
+            self.report["output"] = str(output)
+            kept = [step.report.pass_ for step in self.outcome.steps if step.kept]
+            (folder / "pipeline.yaml").write_text(to_yaml(kept), encoding="utf-8")
+            (folder / "report.json").write_text(to_json(self.report), encoding="utf-8")
+            write_page(self.report, folder / "report.html")
+        return output

@@ -1,0 +1,379 @@
+"""The subcommands' work: call the API, print the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xopt import console
+from xopt.errors import InputError, VerificationError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from xopt.data.dataset import Dataset
+    from xopt.measure.latency import Runner
+    from xopt.pipeline.base import Pass
+    from xopt.runtime.manifest import TensorInfo
+
+
+def pipeline(passes: str | None, recipe: Path | None) -> list[Pass] | None:
+    """The passes of ``--passes`` or ``--recipe``; None without either."""
+    from xopt.pipeline import text
+
+    if passes is not None and recipe is not None:
+        raise InputError("E-OPTION", "--passes and --recipe exclude each other", cure="give one of them")
+    if recipe is None:
+        return None if passes is None else text.parse(passes)
+    try:
+        return text.from_yaml(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("E-FILE", f"the recipe cannot be read ({error})", where=str(recipe)) from error
+
+
+def optimize(
+    model: Path,
+    passes: Sequence[Pass] | None,
+    output: Path,
+    *,
+    as_json: bool,
+    command: str,
+    dims: tuple[str, ...],
+    peers: bool,
+    resume: bool,
+    dry_run: bool,
+    time_passes: bool,
+    **settings: Any,
+) -> None:
+    """``xopt optimize``."""
+    from xopt import api, folder
+    from xopt.pipeline.instruments import TimePasses
+    from xopt.report import summary
+
+    folder.check(output)
+    sizes = _dims(dims)
+    job = api.plan(model, passes, dims=sizes, peers=None if peers else (), **settings)
+    if dry_run:
+        summary.print_plan(job.plan(), as_json)
+        return
+    timer = TimePasses()
+    cache = output.absolute().with_name(f".{output.name}.xopt-cache")
+    with console.progress() as progress:
+        result = api.run_plan(job, progress=progress, cache=cache, resume=resume, instruments=[timer])
+        result.report["command"] = command
+        result.save(output)
+    if time_passes:
+        console.say(str(timer))
+    if as_json:
+        console.emit(summary.brief(result.report))
+    else:
+        summary.print_report(result.report)
+
+
+def compile_model(model: Path, target: str, dims: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """``xopt compile``."""
+    from xopt import api
+
+    sizes = _dims(dims)
+    library = api.compile(model, target, output, dims=sizes)
+    if as_json:
+        console.emit({"artifact": str(library), "target": target, "dims": sizes})
+    else:
+        print(library)
+
+
+def run(
+    artifact: Path,
+    *,
+    as_json: bool,
+    data: str | None,
+    batch: int,
+    threads: int | None,
+    seed: int,
+    dims: tuple[str, ...],
+    output: Path | None,
+) -> None:
+    """``xopt run``."""
+    if (artifact / "reproducer.json").is_file():
+        _rerun(artifact, as_json)
+        return
+    from xopt.runtime.session import Session
+
+    session = Session.load(artifact, threads=threads)
+    feeds = _feeds(session.inputs, data, batch, seed, _dims(dims))
+    outputs = session.run(feeds)
+    if output is not None:
+        _save_arrays(output, outputs)
+    shown = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in outputs.items()}
+    if as_json:
+        console.emit({"outputs": shown, "samples": len(next(iter(feeds.values()))), "file": output and str(output)})
+    else:
+        rows = [(name, facts["dtype"], facts["shape"]) for name, facts in shown.items()]
+        console.table("", ["output", "dtype", "shape"], rows, left=3)
+
+
+def bench(
+    model: Path,
+    *,
+    as_json: bool,
+    peers: bool,
+    chosen: tuple[str, ...],
+    data: str | None,
+    batch: int,
+    threads: int | None,
+    seed: int,
+    dims: tuple[str, ...],
+    rounds: int,
+) -> None:
+    """``xopt bench``."""
+    import tempfile
+
+    from xopt.measure import latency, machine
+    from xopt.measure.peers import NAMES
+    from xopt.runtime.session import physical_cores
+
+    names = tuple(dict.fromkeys((*(NAMES if peers else ()), *chosen)))
+    count = threads or physical_cores()
+    with tempfile.TemporaryDirectory(prefix="xopt-") as folder, console.progress() as progress:
+        runners, feeds, skipped = _runners(model, Path(folder), names, data, batch, count, seed, _dims(dims))
+        with latency.pinned(count):
+            times = latency.interleaved(runners, feeds, rounds=rounds, seconds=120, progress=progress)
+    runtimes = {
+        name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms)} for name, t in times.items()
+    }
+    if as_json:
+        shapes = {name: list(array.shape) for name, array in feeds.items()}
+        answer = {"runtimes": runtimes, "threads": count, "machine": machine.describe()}
+        console.emit({**answer, "skipped": skipped, "feeds": shapes})
+        return
+    ours = times["xopt"].median
+    rows = [(name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{t.median / ours:.2f}") for name, t in times.items()]
+    console.table(f"{count} threads", ["runtime", "median ms", "p90 ms", "x xopt"], rows)
+    for name, reason in skipped.items():
+        console.say(f"{name} is left out: {reason}")
+
+
+def inspect(model: Path, dims: tuple[str, ...], as_json: bool) -> None:
+    """``xopt inspect``."""
+    from xopt import facts, ir
+    from xopt.report import summary
+
+    graph = ir.load(model)
+    ir.canonicalize(graph)
+    found = facts.describe(graph, _dims(dims))
+    if as_json:
+        console.emit(found)
+    else:
+        summary.print_facts(found)
+
+
+def passes(name: str | None, as_json: bool) -> None:
+    """``xopt passes``."""
+    from xopt.pipeline import registry
+
+    classes = [registry.get(one) for one in (registry.names() if name is None else [name])]
+    if as_json:
+        console.emit({"passes": [_describe_pass(cls) for cls in classes]})
+    elif name is None:
+        rows = [(cls.name, cls.effect.value, cls.summary()) for cls in classes]
+        console.table("", ["pass", "effect", "what it does"], rows, left=3)
+    else:
+        print((classes[0].__doc__ or "").strip())
+        rows = [(o.name, o.default, str(o)) for o in classes[0].options().values()]
+        console.table("", ["option", "default", "legal"], rows, left=3)
+
+
+def targets(as_json: bool) -> None:
+    """``xopt targets``."""
+    from xopt import targets as known
+
+    found = [known.get(name) for name in known.NAMES]
+    facts = [{"name": t.name, "runs_here": t.can_run(), "tile": t.tile, "features": list(t.features())} for t in found]
+    if as_json:
+        console.emit({"targets": facts})
+        return
+    rows = [
+        (f["name"], "yes" if f["runs_here"] else "no", f["tile"], " ".join(t.features())) for f, t in zip(facts, found)
+    ]
+    console.table("", ["target", "runs here", "tile", "features"], rows, left=4)
+
+
+def diff(before: Path, after: Path, *, as_json: bool, data: str | None, seed: int, dims: tuple[str, ...]) -> None:
+    """``xopt diff``."""
+    from xopt import facts, ir
+    from xopt.report import summary
+
+    sizes = _dims(dims)
+    models = [ir.load(before), ir.load(after)]
+    samples = _samples(models[0], data, seed, sizes)
+    for graph in models:
+        ir.canonicalize(graph)
+    found = facts.differences(models[0], models[1], samples, sizes)
+    if as_json:
+        console.emit(found)
+    else:
+        summary.print_differences(found)
+
+
+def bisect(
+    model: Path,
+    passes: Sequence[Pass] | None,
+    *,
+    as_json: bool,
+    data: str | None,
+    check: str | None,
+    seed: int,
+    dims: tuple[str, ...],
+) -> None:
+    """``xopt bisect``."""
+    import dataclasses
+
+    from xopt import ir
+    from xopt.data.dataset import resolve
+    from xopt.pipeline.bisect import bisect as search
+    from xopt.pipeline.context import PassContext
+    from xopt.pipeline.registry import create
+    from xopt.search.job import EXACT
+
+    graph = ir.load(model)
+    listed = [create(name, {}) for name in EXACT] if passes is None else list(passes)
+    sizes = _dims(dims)
+    context = PassContext(seed=seed, calibration=_samples(graph, data, seed, sizes), dims=sizes)
+    culprit = search(graph, listed, context, None if check is None else resolve(check, "--check"))
+    if as_json:
+        found = None
+        if culprit is not None:
+            facts = dataclasses.asdict(dataclasses.replace(culprit, pass_=None))
+            found = {**facts, "pass": culprit.pass_ and culprit.pass_.name}
+            del found["pass_"]
+        console.emit({"culprit": found})
+    else:
+        print("no pass breaks the check" if culprit is None else culprit)
+    if culprit is not None:
+        raise VerificationError("E-VERIFY", str(culprit))
+
+
+def report(folder: Path, output: Path | None, as_json: bool) -> None:
+    """``xopt report``."""
+    from xopt.report import record, summary
+    from xopt.report.page import write_page
+
+    source = folder / "report.json" if folder.is_dir() else folder
+    content = record.read(source)
+    page = output or source.with_name("report.html")
+    write_page(content, page)
+    if as_json:
+        console.emit({**summary.brief(content), "page": str(page)})
+    else:
+        summary.print_report(content)
+
+
+def doctor(as_json: bool) -> None:
+    """``xopt doctor``."""
+    import dataclasses
+
+    from xopt.doctor import examine
+
+    found = examine()
+    if as_json:
+        console.emit({"checks": [dataclasses.asdict(check) for check in found]})
+    else:
+        console.checks(found)
+    missing = [check for check in found if check.needed and not check.ok]
+    if missing:
+        raise InputError("E-TOOLCHAIN", f"{missing[0].name} is missing or unfit", cure=missing[0].cure)
+
+
+def _dims(pairs: tuple[str, ...]) -> dict[str, int]:
+    """``NAME=SIZE`` options as a dict."""
+    sizes = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        if not name or not number.isdecimal() or int(number) < 1:
+            raise InputError("E-OPTION", f"{pair!r} is not NAME=SIZE", where="--dim", cure="write sequence=128")
+        sizes[name] = int(number)
+    return sizes
+
+
+def _samples(model: ir.Model, data: str | None, seed: int, dims: Mapping[str, int]) -> Dataset:
+    """The user's data as the model takes them, or random ones."""
+    from xopt.data.dataset import Dataset
+    from xopt.pipeline.verify import static_batch
+
+    if data is not None:
+        return Dataset.of(data).matched(model)
+    return Dataset.random(model, 4 * (static_batch(model) or 1), seed, dims)
+
+
+def _feeds(
+    inputs: Sequence[TensorInfo], data: str | None, batch: int, seed: int, dims: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """All of the user's samples for an artifact, or a random batch."""
+    from xopt.data.dataset import Dataset
+    from xopt.data.synthetic import random_feeds
+
+    if data is None:
+        return random_feeds(inputs, batch, seed, dims)
+    arrays = Dataset.of(data).inputs
+    return {info.name: arrays[info.name] for info in inputs if info.name in arrays}
+
+
+def _runners(
+    model: Path,
+    folder: Path,
+    names: tuple[str, ...],
+    data: str | None,
+    batch: int,
+    threads: int,
+    seed: int,
+    dims: Mapping[str, int],
+) -> tuple[dict[str, Runner], dict[str, np.ndarray], dict[str, str]]:
+    """Runners of xopt and the peers, the arrays to feed, and the peers that are left out."""
+    from xopt import api, ir
+    from xopt.measure import peers
+    from xopt.runtime.session import Session
+    from xopt.search.job import evaluation_batch, timed_feeds
+
+    if model.suffix == ".so" or model.is_dir():
+        if names:
+            raise InputError("E-OPTION", "peers take an ONNX file", where=str(model), cure="name the .onnx file")
+        session = Session.load(model, threads=threads)
+        return {"xopt": session.run}, _feeds(session.inputs, data, batch, seed, dims), {}
+    graph = ir.load(model)
+    feeds = timed_feeds(_samples(graph, data, seed, dims), evaluation_batch(graph, batch))
+    session = Session.load(api.compile(graph, "cpu", folder / "model.so"), threads=threads)
+
+    def canonical() -> ir.Model:
+        copy = graph.clone()
+        ir.canonicalize(copy)
+        return copy
+
+    found = peers.prepare(model, canonical, feeds, threads=threads, names=names)
+    return {"xopt": session.run, **found.runners}, feeds, found.skipped
+
+
+def _rerun(folder: Path, as_json: bool) -> None:
+    """Run a reproducer: the same error again, or the word that it is gone."""
+    from xopt.pipeline.reproduce import rerun
+
+    steps = rerun(folder)
+    if as_json:
+        console.emit({"reproduced": False, "steps": [step.pass_.name for step in steps]})
+    else:
+        print("the failure is gone: " + ", ".join(step.pass_.name for step in steps) + " ran and verified")
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    import numpy as np
+
+    from xopt.ir.io import output_errors, replacing
+
+    with output_errors(path), replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+def _describe_pass(cls: type[Pass]) -> dict[str, Any]:
+    options = {o.name: {"legal": str(o), "default": o.default} for o in cls.options().values()}
+    return {"name": cls.name, "effect": cls.effect.value, "summary": cls.summary(), "options": options}

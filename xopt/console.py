@@ -1,0 +1,138 @@
+"""What the command line prints: JSON on standard output, tables, progress and errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xopt.errors import InputError, InternalError, XoptError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from xopt.doctor import Check
+
+SCHEMA = 1
+"""Version of the JSON on standard output and in report.json (docs/cli-json.md)."""
+INTERRUPTED = 130
+
+
+def emit(content: Mapping[str, Any]) -> None:
+    """Print machine-readable output."""
+    print(json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False, default=str))
+
+
+def say(message: str) -> None:
+    """A message for the user, on standard error."""
+    print(message, file=sys.stderr)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
+    """Print a table on standard output; columns after the first ``left`` ones are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, highlight=False, markup=False).print(grid)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error for stages (name, done, total); nothing is drawn where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total, visible=done < total)
+
+        yield show
+
+
+def size(count: float, unit: str = "") -> str:
+    """A count with three digits and a prefix: ``1.23 M``."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(count) < 999.5 or prefix == "T":
+            break
+        count /= 1000
+    return f"{count:.3g} {prefix}{unit}".strip()
+
+
+def milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def checks(found: Sequence[Check]) -> None:
+    """The findings of ``xopt doctor``, one a line."""
+    rows = [
+        ("ok" if c.ok else "missing" if c.needed else "absent", c.name, c.detail, "" if c.ok else c.cure) for c in found
+    ]
+    table("", ["", "what", "found", "to do"], rows, left=4)
+
+
+def run_guarded(command: Callable[[], None]) -> int:
+    """Run a command; returns the exit status, after one line on standard error for whatever went wrong."""
+    import click
+
+    try:
+        command()
+    except click.exceptions.Exit as signal:
+        return signal.exit_code
+    except click.UsageError as error:
+        return _report(_usage(error))
+    except click.ClickException as error:
+        return _report(InputError("E-OPTION", error.format_message()))
+    except (KeyboardInterrupt, click.Abort):
+        say("xopt: interrupted, the output is as it was before")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except XoptError as error:
+        if os.environ.get("XOPT_DEBUG") == "1":
+            raise
+        return _report(error)
+    except Exception as error:
+        if os.environ.get("XOPT_DEBUG") == "1":
+            raise
+        return _report(_internal(error))
+    return 0
+
+
+def _report(error: XoptError) -> int:
+    say("xopt: " + " ".join(str(error).split()))
+    return error.exit_status
+
+
+def _usage(error: Any) -> InputError:
+    command = error.ctx.command_path if error.ctx is not None else "xopt"
+    what = error.format_message().rstrip(".?").replace(". ", ", ")
+    return InputError("E-OPTION", what[:1].lower() + what[1:], cure=f"see {command} --help")
+
+
+def _internal(error: Exception) -> InternalError:
+    """Our own fault: the trace goes to a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="xopt-trace-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write(f"{' '.join(sys.argv)}\n\n")
+        traceback.print_exception(error, file=file)
+    text = " ".join(str(error).split())[:300]
+    cure = f"please report it with {Path(file.name)}"
+    return InternalError("E-INTERNAL", f"{type(error).__name__}: {text}", cure=cure)

@@ -1,0 +1,120 @@
+"""The report in a terminal, and the short form that the command line prints as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xopt import console
+
+STEP_KEYS = ("pass", "options", "kept", "reason", "quality", "latency_ms", "macs", "bytes")
+
+
+def brief(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of ``xopt optimize`` (docs/cli-json.md): the report without its samples."""
+    return {
+        "steps": [{key: step[key] for key in STEP_KEYS} for step in report["steps"]],
+        "output": report["output"],
+        "metric": report["metric"],
+        "target": report["target"]["name"],
+        "runtimes": {
+            name: {key: times[key] for key in ("median_ms", "p90_ms")} for name, times in report["runtimes"].items()
+        },
+        "skipped": report["skipped"],
+    }
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The steps, the peers, and where everything is."""
+    metric = report["metric"]
+    rows: list[tuple[object, ...]] = []
+    for step in report["steps"]:
+        latency = step["latency_ms"]
+        rows.append(
+            (
+                _pipeline_text(step),
+                "kept" if step["kept"] else "left out",
+                step["reason"],
+                f"{step['quality']:.4f}" if step["quality"] is not None else "",
+                console.milliseconds(latency and latency["median"]),
+                console.size(step["macs"]),
+                console.size(step["bytes"], "B"),
+            )
+        )
+    data = f"{metric['data']}, {metric['samples']} samples"
+    title = f"{metric['name']} of the original {metric['baseline']:.4f} ({data})"
+    console.table(title, ["pass", "", "reason", metric["name"], "ms", "MACs", "size"], rows, left=3)
+    if report["runtimes"]:
+        final = report["final"]["latency_ms"]["median"]
+        others = [
+            (name, f"{times['median_ms']:.3f}", f"{times['median_ms'] / final:.2f}x")
+            for name, times in report["runtimes"].items()
+        ]
+        console.table("\nbeside, in turns", ["runtime", "ms", "of xopt's"], [("xopt", f"{final:.3f}", ""), *others])
+    elif not report["target"]["runs_here"]:
+        print(f"latency not measured: {report['target']['name']} does not run on this machine")
+    for name, reason in report["skipped"].items():
+        console.say(f"{name} is left out: {reason}")
+    if report["output"]:
+        print(f"\nreport: {report['output']}/report.html")
+
+
+def print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
+    """What ``--dry-run`` shows."""
+    if as_json:
+        console.emit({"plan": plan})
+        return
+    rows = [(step["effect"], _pipeline_text(step)) for step in plan["passes"]]
+    console.table(f"{plan['model']} for {plan['target']}", ["effect", "pass"], rows, left=2)
+    evaluation, latency = plan["evaluation"], plan["latency"]
+    limit = "no limit" if plan["max_drop"] is None else f"at most {plan['max_drop']:g} lost"
+    print(f"\nquality: {plan['metric']} on {evaluation['samples']} samples of {evaluation['data']}, {limit}")
+    timed = f"{latency['threads']} threads, feeds {latency['feeds']}" if latency["measured"] else "not measured"
+    print(f"latency: {timed}")
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """``xopt inspect``."""
+    sizes = ", ".join(f"{name}={number}" for name, number in facts["dims"].items())
+    print(f"parameters  {console.size(facts['parameters'])}   weights  {console.size(facts['bytes'], 'B')}")
+    print(f"MACs        {console.size(facts['macs'])}{f'   at {sizes}' if sizes else ''}")
+    for kind in ("inputs", "outputs"):
+        for value in facts[kind]:
+            print(f"{kind[:-1]:<11} {value['name']} {value['dtype']} {value['shape']}")
+    rows = [_block_row(index, block) for index, block in enumerate(facts["blocks"])]
+    print()
+    if rows:
+        console.table("", ["block", "heads", "kv heads", "head dim", "causal", "FFN width", "gated"], rows)
+    else:
+        print("no transformer block was found")
+
+
+def print_differences(found: Mapping[str, Any]) -> None:
+    """``xopt diff``."""
+    rows: list[tuple[object, ...]] = [
+        (name, *(console.size(n) for n in found[key]))
+        for name, key in (("parameters", "parameters"), ("bytes", "bytes"), ("MACs", "macs"))
+    ]
+    rows += [(op, *counts) for op, counts in found["ops"].items() if counts[0] != counts[1]]
+    console.table("", ["", "before", "after"], rows)
+    print()
+    outputs = [
+        (name, f"{o['max_abs']:.3g}", f"{o['scale']:.3g}", f"{o['cosine']:.6f}", o["mismatch"] or "")
+        for name, o in found["outputs"].items()
+    ]
+    title = f"outputs on {found['samples']} samples of {found['data']}"
+    console.table(title, ["output", "max difference", "largest", "cosine", ""], outputs)
+
+
+def _block_row(index: int, block: Mapping[str, Any]) -> tuple[object, ...]:
+    site, ffn = block["attention"], block["ffn"]
+    attention: tuple[object, ...] = (None,) * 4
+    if site is not None:
+        attention = (site["heads"], site["kv_heads"], site["head_dim"], "yes" if site["causal"] else "no")
+    return (index, *attention, ffn and ffn["width"], ffn and ("yes" if ffn["gated"] else "no"))
+
+
+def _pipeline_text(step: Mapping[str, Any]) -> str:
+    from xopt.pipeline import registry, text
+
+    return text.render([registry.create(step["pass"], step["options"])])

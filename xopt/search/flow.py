@@ -1,0 +1,203 @@
+"""Run a job: exact passes, then each lossy one on trial, then one measurement of everything side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xopt.errors import InputError
+from xopt.ir.cost import cost
+from xopt.measure import peers
+from xopt.measure.accuracy import BATCH, Evaluator
+from xopt.measure.latency import Latency, Runner
+from xopt.pipeline.base import Effect, Pass, PassReport, Refusal
+from xopt.pipeline.context import PassContext, silent
+from xopt.pipeline.manager import PassManager
+from xopt.runtime.reference import ReferenceSession
+from xopt.search.cache import StepCache
+from xopt.search.job import Job, evaluation_batch
+from xopt.search.lab import Candidate, Lab
+from xopt.search.steps import Step, exact_step, lossy_step, step_from_record
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from xopt.pipeline.instruments import Instrument
+
+Progress = Callable[[str, int, int], None]
+FINAL_ROUNDS = 30
+FINAL_SECONDS = 30.0
+
+
+@dataclass
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        best: the model after all kept passes, with its artifact.
+        steps: one for each pass, in order.
+        baseline: quality of the original.
+        samples: how many samples quality was measured on.
+        runtimes: latency of each peer, and of the optimized ONNX file in onnxruntime.
+        skipped: peers that could not be measured, and why.
+        compiled_quality: the metric of the compiled artifact; None where the target cannot run here.
+    """
+
+    best: Candidate
+    steps: list[Step]
+    baseline: float
+    samples: int
+    runtimes: dict[str, Latency] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    compiled_quality: float | None = None
+
+
+def run(
+    job: Job, folder: Path, cache: StepCache, *, instruments: Sequence[Instrument] = (), progress: Progress = silent
+) -> Outcome:
+    """Run the job; artifacts are left in ``folder``.
+
+    Args:
+        job: what to do.
+        folder: an empty one.
+        cache: steps that were finished before.
+        instruments: what watches each run of a pass.
+        progress: called with (stage, done, total).
+    """
+    original = ReferenceSession(job.model, job.threads)
+    evaluator = Evaluator(job.metric, job.evaluation, original, evaluation_batch(job.model, BATCH))
+    baseline = evaluator.baseline()
+    lab = Lab(job.target, evaluator, baseline, job.feeds, job.dims, job.threads, folder, progress)
+    outcome = _passes(job, lab, cache, instruments)
+    lab.build(outcome.best)
+    if lab.runs:
+        _measure(job, lab, outcome)
+    return outcome
+
+
+def _passes(job: Job, lab: Lab, cache: StepCache, instruments: Sequence[Instrument]) -> Outcome:
+    manager = PassManager(job.all_passes, instruments=instruments)
+    context = PassContext(
+        seed=job.seed,
+        calibration=job.calibration,
+        tile=job.target.tile,
+        dims=dict(job.dims),
+        latency=lab.latency if lab.runs else None,
+        progress=lab.progress,
+    )
+    best = Candidate(job.model, lab.baseline, 0.0, cost(job.model, job.dims))
+    steps: list[Step] = []
+    for index, one in enumerate(manager.passes, start=1):
+        lab.progress(one.name, index - 1, len(manager.passes))
+        apply = _applier(manager, context, index, optional=job.optional and one.effect is Effect.LOSSY)
+        step = _one_step(one, best, lab, apply, job.max_drop, cache)
+        steps.append(step)
+        best = step.candidate if step.kept else best
+        lab.progress(one.name, index, len(manager.passes))
+    return Outcome(best, steps, lab.baseline, lab.evaluator.samples)
+
+
+def _one_step(
+    one: Pass,
+    best: Candidate,
+    lab: Lab,
+    apply: Callable[[Pass, ir.Model], PassReport],
+    max_drop: float | None,
+    cache: StepCache,
+) -> Step:
+    cache.enter(one)
+    if (known := cache.recall()) is not None:
+        return step_from_record(one, *known, best, lab)
+    start = time.perf_counter()
+    if one.effect is Effect.EXACT:
+        step = exact_step(one, best, lab, apply)
+    else:
+        step = lossy_step(one, best, lab, apply, max_drop)
+    step.seconds = time.perf_counter() - start
+    cache.keep(step.candidate.model, step.to_dict())
+    return step
+
+
+def _applier(
+    manager: PassManager, context: PassContext, index: int, *, optional: bool
+) -> Callable[[Pass, ir.Model], PassReport]:
+    """Runs a pass as step ``index`` of the manager, with its instruments."""
+
+    def apply(one: Pass, model: ir.Model) -> PassReport:
+        try:
+            return manager.step(one, model, context, index=index, remaining=manager.passes[index:]).report
+        except InputError as error:
+            if not optional:
+                raise
+            report = PassReport(one)
+            report.refused.append(Refusal(error.where or "model", error.what))
+            return report
+
+    return apply
+
+
+def _measure(job: Job, lab: Lab, outcome: Outcome) -> None:
+    """Time every step and every peer in turns, so that all ratios come from one run."""
+    stages = _stages(outcome.steps)
+    for candidate in stages:
+        lab.build(candidate)
+    runners = {f"step {id(c)}": c.runner for c in stages if c.runner is not None}
+    found = peers.prepare(
+        _original_file(job, lab.folder), lambda: _canonical(job), job.feeds, threads=job.threads, names=job.peers
+    )
+    outcome.skipped = found.skipped
+    optimized = ReferenceSession(outcome.best.model, job.threads)
+    named: dict[str, Runner] = {**found.runners, "onnxruntime-optimized": optimized.run}
+    times = lab.measure({**runners, **named}, rounds=FINAL_ROUNDS, seconds=FINAL_SECONDS)
+    outcome.runtimes = {name: times[name] for name in named}
+    for step in outcome.steps:
+        step.latency = times[f"step {id(step.measured)}"]
+    outcome.compiled_quality = lab.evaluator.evaluate(_Compiled(outcome.best), lab.progress)
+
+
+def _stages(steps: Sequence[Step]) -> list[Candidate]:
+    """The models to time, each once: exact passes in a row are measured after the last of them."""
+    following: Candidate | None = None
+    for step in reversed(steps):
+        exact = step.report.pass_.effect is Effect.EXACT
+        if exact and following is not None:
+            step.measured = following
+        following = step.measured if exact else None
+    found: list[Candidate] = []
+    for step in steps:
+        if all(step.measured is not candidate for candidate in found):
+            found.append(step.measured)
+    return found
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A loaded artifact as something that runs."""
+
+    candidate: Candidate
+
+    def run(self, feeds: Any) -> Any:
+        assert self.candidate.runner is not None
+        return self.candidate.runner(feeds)
+
+
+def _canonical(job: Job) -> ir.Model:
+    from xopt.ir import canonicalize
+
+    model = job.model.clone()
+    canonicalize(model)
+    return model
+
+
+def _original_file(job: Job, folder: Path) -> Path:
+    """The file of the original, written where the model came from memory."""
+    from xopt.ir import save
+
+    if job.path is not None:
+        return job.path
+    path = folder / "original.onnx"
+    save(job.model, path)
+    return path
