@@ -16,11 +16,11 @@ import zipfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from xopt.errors import InputError
+from xopt.runtime.manifest import Manifest, weights_path
 
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64-static"
@@ -83,13 +83,13 @@ def _build_runner(folder: Path) -> Path:
 
 
 def run(
-    artifact: Path, manifest: Mapping[str, Any], feeds: Mapping[str, np.ndarray], repeat: int = 0, cpu: str = "max"
+    artifact: Path, manifest: Manifest, feeds: Mapping[str, np.ndarray], repeat: int = 0, cpu: str = "max"
 ) -> tuple[list[np.ndarray], list[float]]:
     """Run an aarch64 artifact once and ``repeat`` timed times more.
 
     Args:
         artifact: path of ``model.so``; ``model.weights`` lies beside it.
-        manifest: the artifact's manifest (``inputs``, ``weights``).
+        manifest: the artifact's manifest.
         feeds: input name -> array of the manifest's dtype.
         repeat: timed runs. Under emulation the times say nothing of a real board.
         cpu: the emulated CPU (qemu's ``-cpu``).
@@ -115,13 +115,13 @@ def run(
     return outputs, [float(line) for line in printed.split()]
 
 
-def _plan(artifact: Path, manifest: Mapping[str, Any], feeds: Mapping[str, np.ndarray], folder: Path, n: int) -> str:
+def _plan(artifact: Path, manifest: Manifest, feeds: Mapping[str, np.ndarray], folder: Path, n: int) -> str:
     """The runner's plan (see runner.cc); writes the inputs as raw files into ``folder``."""
-    lines = [f"module {artifact.resolve()}", f"weights {(artifact.parent / 'model.weights').resolve()}"]
-    for weight in manifest["weights"]:
-        lines.append(f"param {weight['offset']} {weight['dtype']} {_shape_words(weight['shape'])}")
-    for index, declared in enumerate(manifest["inputs"]):
-        array = np.ascontiguousarray(feeds[declared["name"]], dtype=declared["dtype"])
+    lines = [f"module {artifact.resolve()}", f"weights {weights_path(artifact.resolve())}"]
+    for weight in manifest.weights:
+        lines.append(f"param {weight.offset} {weight.dtype} {_shape_words(weight.shape)}")
+    for index, declared in enumerate(manifest.inputs):
+        array = np.ascontiguousarray(feeds[declared.name], dtype=declared.dtype)
         path = folder / f"input{index}.bin"
         array.tofile(path)
         lines.append(f"input {array.dtype} {_shape_words(array.shape)} {path}")
