@@ -13,17 +13,15 @@ from typing import BinaryIO
 import google.protobuf.message  # type: ignore[import-untyped]
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import _c_api_utils
 
 from xopt.errors import InputError
+from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
 from xopt.ir.untrusted import bounded_memory, check_proto, check_weights, drop_value_info
 
 LARGEST_MESSAGE = (1 << 31) - 1
 """Bytes of a protobuf message; a larger model needs external data."""
 EMBEDDED_WEIGHTS = 1_800_000_000
 """Bytes of weights up to which they are written into the model file itself."""
-LARGEST_EMBEDDED_TENSOR = 1024
-"""Bytes up to which a tensor stays in the model file even when the others are external."""
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive (a PyTorch checkpoint?)",
     b"\x80": "a Python pickle",
@@ -69,7 +67,7 @@ def check_graph(model: ir.Model) -> None:
     """
     try:
         with bounded_memory():
-            _c_api_utils.call_onnx_api(_check_nodes, model)
+            _check_nodes(without_weights(model))
     except Exception as error:
         raise _malformed(error) from error
     check_weights(model)
@@ -86,10 +84,21 @@ def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:
     try:
         with bounded_memory():
             model: ir.Model = ir.from_proto(proto)
-            ir.external_data.set_base_dir(model.graph, folder)
+            for graph in model.graphs():
+                ir.external_data.set_base_dir(graph, folder)
+                _read_small(graph)
     except Exception as error:
         raise _malformed(error) from error
     return model
+
+
+def _read_small(graph: ir.Graph) -> None:
+    """Bring small external tensors into memory: they may be shapes, which shape inference and runtimes must see."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= LARGEST_CONSTANT:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+            tensor.release()
 
 
 def _malformed(error: Exception) -> InputError:
@@ -191,7 +200,7 @@ def _with_external_data(model: ir.Model, path: Path) -> onnx.ModelProto:
         with partial.open("wb") as file:
             for value in values:
                 tensor = value.const_value
-                if tensor is None or tensor.nbytes <= LARGEST_EMBEDDED_TENSOR or tensor.dtype == ir.DataType.STRING:
+                if tensor is None or tensor.nbytes <= LARGEST_CONSTANT or tensor.dtype == ir.DataType.STRING:
                     continue
                 data = tensor.tobytes()
                 digest.update(data)

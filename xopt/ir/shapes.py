@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import _c_api_utils
 
 from xopt.errors import InputError
 from xopt.ir.untrusted import bounded_memory
+
+LARGEST_CONSTANT = 1024
+"""Bytes up to which a constant may matter to shapes; weights are larger."""
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -26,7 +28,7 @@ def infer_shapes(model: ir.Model) -> None:
     clear_inferred(model)
     try:
         with bounded_memory():
-            proto = _c_api_utils.call_onnx_api(_infer, model)
+            proto = _infer(without_weights(model))
     except Exception as error:
         for value, shape in declared.items():
             value.shape = shape
@@ -36,6 +38,20 @@ def infer_shapes(model: ir.Model) -> None:
     _merge(model, ir.from_proto(proto))
     for value, shape in declared.items():
         value.shape = _named(value.shape, shape)
+
+
+def without_weights(model: ir.Model) -> onnx.ModelProto:
+    """``model`` as a small protobuf for ONNX's native code: every large initializer is an input there."""
+    copy = model.clone()
+    for name, value in list(copy.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes > LARGEST_CONSTANT:
+            copy.graph.initializers.pop(name)
+            value.const_value = None
+            if not value.is_graph_input():
+                copy.graph.inputs.append(value)
+    copy.ir_version = max(copy.ir_version, 10)
+    return ir.to_proto(copy)
 
 
 def clear_inferred(model: ir.Model) -> None:

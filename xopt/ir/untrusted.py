@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import resource
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,10 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 
-NATIVE_MEMORY = 4 << 30
+NATIVE_MEMORY = 1 << 30
 """Bytes that native code may allocate on the word of a model file (shape inference, constant folding)."""
 LARGEST_DIMENSION = 1 << 40
+OPSETS = range(13, 26)
 WEIGHT_OPS = frozenset(
     [
         "MatMul",
@@ -44,18 +46,18 @@ _TYPED_FIELDS = {
 
 @contextmanager
 def bounded_memory(extra: int = NATIVE_MEMORY) -> Iterator[None]:
-    """Let the process grow by at most ``extra`` bytes inside the block, so that a hostile size is a ``MemoryError``."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    """Let the heap grow by at most ``extra`` bytes inside the block, so that a hostile size is a ``MemoryError``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
     wanted = pages * resource.getpagesize() + extra
     if soft != resource.RLIM_INFINITY and soft <= wanted:
         yield
         return
-    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def check_proto(proto: onnx.ModelProto, folder: Path) -> None:
@@ -64,6 +66,9 @@ def check_proto(proto: onnx.ModelProto, folder: Path) -> None:
     Raises:
         InputError: ``E-FORMAT``, ``E-EXTERNAL-DATA`` or ``E-UNSUPPORTED-OP`` (sparse tensors).
     """
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            check_opset(opset.version)
     for value in [*proto.graph.input, *proto.graph.output]:
         _check_value(value)
     for nodes, graphs in _scopes(proto):
@@ -78,6 +83,16 @@ def check_proto(proto: onnx.ModelProto, folder: Path) -> None:
             for attr in node.attribute:
                 for tensor in [attr.t, *attr.tensors] if attr.HasField("t") else attr.tensors:
                     check_tensor(tensor, folder, where=f"constant of node {node.name or node.op_type!r}")
+
+
+def check_opset(version: int) -> None:
+    """Refuse versions of ai.onnx that cannot be brought to the canonical one."""
+    if version not in OPSETS:
+        raise InputError(
+            "E-UNSUPPORTED-OP",
+            f"the model uses opset {version} of ai.onnx",
+            cure=f"export it with an opset from {OPSETS[0]} to {OPSETS[-1]}",
+        )
 
 
 def drop_value_info(proto: onnx.ModelProto) -> None:
@@ -166,11 +181,17 @@ def _check_external(tensor: onnx.TensorProto, size: int, folder: Path, where: st
         raise _bad_external(f"external data at {location!r} cannot be reached: {error}", where) from error
     if root not in real.parents or Path(*Path(location).parts).as_posix().startswith(".."):
         raise _bad_external(f"external data at {location!r} lies outside of the model's folder", where)
-    if not real.is_file():
+    try:
+        status = real.stat()
+    except OSError as error:
         raise InputError(
-            "E-EXTERNAL-DATA", f"{path} is missing", where=where, cure="put the data file beside the model file"
-        )
-    status = real.stat()
+            "E-EXTERNAL-DATA",
+            f"external data {location[:200]!r} cannot be read: {error.strerror}",
+            where=where,
+            cure="put the data file beside the model file",
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise _bad_external(f"{path} is not a file", where)
     if status.st_nlink > 1:
         raise _bad_external(f"{path} has several hard links", where)
     try:

@@ -11,20 +11,16 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.untrusted import check_opset
 
-OLDEST, CANONICAL, NEWEST = 13, 24, 25
+CANONICAL = 24
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Convert ``model`` to the canonical opset when it is older."""
     version = model.opset_imports.pop("ai.onnx", None) or model.opset_imports.get("", 0)
     model.opset_imports[""] = version
-    if not OLDEST <= version <= NEWEST:
-        raise InputError(
-            "E-UNSUPPORTED-OP",
-            f"the model uses opset {version} of ai.onnx",
-            cure=f"export it with an opset from {OLDEST} to {NEWEST}",
-        )
+    check_opset(version)
     if version < CANONICAL:
         _convert(model)
         report.rewrote("convert-opset")
