@@ -87,8 +87,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Strength:
-    """This option says how much is changed; at ``harmless`` the pass changes nothing. A pass that costs too much
-    accuracy is run again with such options moved towards it."""
+    """Marks an option that says how much is changed; at ``harmless`` the pass changes nothing.
+
+    A pass that costs too much accuracy is run again with such options moved towards it.
+    """
 
     harmless: float
 

@@ -59,7 +59,7 @@ def write(step: StepResult, model: ir.Model, context: PassContext, error: Except
     samples = context.samples
     if not samples.synthetic:
         labels = {} if samples.labels is None else {"labels": samples.labels}
-        np.savez(folder / "samples.npz", **samples.inputs, **labels)
+        np.savez(folder / "samples.npz", allow_pickle=False, **samples.inputs, **labels)
     record = {
         "format": FORMAT,
         "seed": context.seed,

@@ -21,7 +21,10 @@ from xopt.errors import InternalError
 DOMAIN = "xopt"
 VERSION = 1
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "MergeTokens": "xopt.ir.ops.merge_tokens",
+    "MergeTokensMCTF": "xopt.ir.ops.merge_tokens_mctf",
+}
 """Operator name to the module that defines it."""
 
 
