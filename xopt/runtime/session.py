@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from xopt.errors import InputError
+from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.manifest import (
     ALIGNMENT,
     Manifest,
@@ -40,8 +41,9 @@ class Session:
     ``run`` is not safe to call from several threads at once; load one session per thread.
     """
 
-    def __init__(self, machine: Any, weights: Any, manifest: Manifest) -> None:
+    def __init__(self, machine: Any, weights: Any, manifest: Manifest, transfer: Transfer | None = None) -> None:
         self.machine = machine
+        self._transfer = transfer
         self.inputs: tuple[TensorInfo, ...] = manifest.inputs
         self.outputs: tuple[TensorInfo, ...] = manifest.outputs
         self.manifest = manifest
@@ -65,12 +67,16 @@ class Session:
         library = library / "model.so" if library.is_dir() else library
         manifest, code = _checked(library)
         runtime = _runtime(threads)
+        if manifest.device == CUDA:
+            load_cuda_runtime(_tvm_libraries())
         machine = _load_code(runtime, code)["vm_load_executable"]()
-        if manifest.device == 1:
-            machine["vm_initialization"](1, 0, _POOLED_ALLOCATOR)
-        else:
-            machine["vm_initialization"](manifest.device, 0, _POOLED_ALLOCATOR, 1, 0, _POOLED_ALLOCATOR)
-        return cls(machine, _map_weights(runtime, library, manifest), manifest)
+        weights = _map_weights(runtime, library, manifest)
+        if manifest.device == CPU:
+            machine["vm_initialization"](CPU, 0, _POOLED_ALLOCATOR)
+            return cls(machine, runtime.convert(weights), manifest)
+        machine["vm_initialization"](manifest.device, 0, _POOLED_ALLOCATOR, CPU, 0, _POOLED_ALLOCATOR)
+        transfer = Transfer(manifest.device)
+        return cls(machine, runtime.convert([transfer.to_device(weight) for weight in weights]), manifest, transfer)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model once.
@@ -89,7 +95,11 @@ class Session:
         if feeds.keys() != {info.name for info in self.inputs}:
             _refuse_names(feeds, self.inputs)
         arrays = [_argument(info, feeds[info.name], sizes) for info in self.inputs]
-        results = self._main(*arrays, self._weights)
+        if self._transfer is None:
+            results = self._main(*arrays, self._weights)
+        else:
+            moved = [self._transfer.to_device(array) for array in arrays]
+            results = [self._transfer.to_host(result) for result in self._main(*moved, self._weights)]
         if any(type(value).__module__ == "torch" for value in feeds.values()):
             import torch
 
@@ -154,14 +164,17 @@ def _runtime(threads: int | None) -> Any:
 
     if _LIBRARY is None:
         os.environ.setdefault("TVM_NUM_THREADS", str(threads or physical_cores()))
-        spec = find_spec("tvm")
-        if spec is None or spec.origin is None:
-            raise InputError("E-TOOLCHAIN", "TVM's runtime is missing", cure="install the package apache-tvm")
-        folder = Path(spec.origin).parent / "lib"
-        _LIBRARY = ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+        _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
     if threads is not None:
         tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
     return tvm_ffi
+
+
+def _tvm_libraries() -> Path:
+    spec = find_spec("tvm")
+    if spec is None or spec.origin is None:
+        raise InputError("E-TOOLCHAIN", "TVM's runtime is missing", cure="install the package apache-tvm")
+    return Path(spec.origin).parent / "lib"
 
 
 def physical_cores() -> int:
@@ -174,14 +187,14 @@ def physical_cores() -> int:
     return max(len(siblings), 1)
 
 
-def _map_weights(runtime: Any, library: Path, manifest: Manifest) -> Any:
-    """The tuple of weights as tensors over the mapped file; pages are shared until somebody writes to them."""
+def _map_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
+    """The weights as tensors over the mapped file; pages are shared until somebody writes to them."""
     path = weights_path(library)
     size = path.stat().st_size
     if any(info.offset < 0 or info.offset + info.bytes > size for info in manifest.weights):
         raise InputError("E-ARTIFACT", "the manifest names weights outside the file", where=str(path))
     if not manifest.weights:
-        return runtime.convert([])
+        return []
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
     tensors = []
@@ -189,7 +202,7 @@ def _map_weights(runtime: Any, library: Path, manifest: Manifest) -> Any:
         count = int(np.prod(info.shape, dtype=np.int64))
         array = np.frombuffer(content, np.dtype(info.dtype), count, info.offset).reshape(info.shape)
         tensors.append(runtime.from_dlpack(array))
-    return runtime.convert(tensors)
+    return tensors
 
 
 def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
