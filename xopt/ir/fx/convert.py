@@ -170,7 +170,7 @@ class _Converter:
 
     def _check(self, node: ir.Node, keywords: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
         for name in keywords:
-            if parameters and name not in parameters:
+            if name not in parameters:
                 raise _unsupported(node, f"has the attribute {name}")
         check = CHECKS.get(node.op_type)
         reason = check(**keywords, inputs=len(_inputs(node))) if check is not None else None

@@ -52,7 +52,7 @@ def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
 
 def transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
     """Permute axes; reverse them without ``perm``."""
-    return x.permute(*(perm if perm is not None else reversed(range(x.ndim))))
+    return x.permute(tuple(perm) if perm is not None else tuple(reversed(range(x.ndim))))
 
 
 def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
@@ -94,7 +94,7 @@ def slice_(x: Tensor, starts: Ints, ends: Ints, axes: Ints | None = None, steps:
             x = x.narrow(axis, start, max(stop - start, 0))
             x = x if step == 1 else x[(slice(None),) * (axis % x.ndim) + (slice(None, None, step),)]
         else:
-            x = x.index_select(axis, torch.arange(start, stop, step, device=x.device))
+            x = x.index_select(axis, torch.arange(start, min(start, stop), step, device=x.device))
     return x
 
 
@@ -106,7 +106,7 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Slices of an axis; the indices' shape takes the axis' place."""
     axis = axis % x.ndim
     rows = x.index_select(axis, _from_front(indices.reshape(-1), x.shape[axis]))
-    return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return rows.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
@@ -156,7 +156,7 @@ def expand(x: Tensor, shape: Ints) -> Tensor:
 
 def tile(x: Tensor, repeats: Ints) -> Tensor:
     """Repeat along each axis."""
-    return x.repeat(*integers(repeats))
+    return x.repeat(integers(repeats))
 
 
 def pad(

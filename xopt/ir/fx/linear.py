@@ -76,6 +76,13 @@ def conv(
     return function(x, w, b, strides, border[:rank] if even else 0, dilations, group)
 
 
+def _windows(pooled: Tensor, x: Tensor, strides: Sequence[int], border: Sequence[int]) -> Tensor:
+    """Without the windows of ``ceil_mode`` that start in the padding at the end."""
+    for axis, (stride, before) in enumerate(zip(strides, border), start=2):
+        pooled = pooled.narrow(axis, 0, min(pooled.shape[axis], -(-(x.shape[axis] + before) // stride)))
+    return pooled
+
+
 def average_pool(
     x: Tensor,
     *,
@@ -96,7 +103,8 @@ def average_pool(
     total = pool(pad(x, border, axes=axes), list(kernel_shape), step, ceil_mode=bool(ceil_mode))
     inside = torch.ones_like(x[:1, :1])
     counted = pad(inside, border, 1.0 if count_include_pad else 0.0, axes=axes)
-    return total / pool(counted, list(kernel_shape), step, ceil_mode=bool(ceil_mode))
+    mean = total / pool(counted, list(kernel_shape), step, ceil_mode=bool(ceil_mode))
+    return _windows(mean, x, step, border)
 
 
 def max_pool(
@@ -116,7 +124,7 @@ def max_pool(
     border = _window_pads(x, kernel_shape, step, spread, pads, auto_pad)
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
     padded = pad(x, border, float("-inf"), axes=list(range(2, x.ndim)))
-    return pool(padded, list(kernel_shape), step, 0, spread, bool(ceil_mode))
+    return _windows(pool(padded, list(kernel_shape), step, 0, spread, bool(ceil_mode)), x, step, border)
 
 
 def global_average_pool(x: Tensor) -> Tensor:
