@@ -25,6 +25,7 @@ STEPS = (
     "linear",
     "norm",
     "activation",
+    "rotary",
     "attention",
     "cleanup",
     "linear",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.ir.canonical.poly import ONE, Poly, product
-from xopt.ir.canonical.symbolic import Dims, Symbols, axes_of, integer, permutation, spans_of, split_sizes
+from xopt.ir.canonical.symbolic import Dims, Span, Symbols, axes_of, integer, permutation, spans_of, split_sizes
 from xopt.ir.edit import input_at
 
 
@@ -177,7 +177,7 @@ def _slice(s: Symbols, node: ir.Node, value: ir.Value, axes: Axes) -> Axes | Non
     for place, span in spans.items():
         if span.size == dims[place]:
             continue
-        part = _part(axes[place], span.start, dims[place]) if span.step == 1 else None
+        part = _part(axes[place], span.start, dims[place]) if span.step == 1 else _every(axes[place], span, dims[place])
         if part is None:
             return None
         result[place] = part
@@ -194,6 +194,13 @@ def _split(s: Symbols, node: ir.Node, value: ir.Value, axes: Axes) -> Axes | Non
         start = start + size
     part = _part(axes[place], start, dims[place])
     return None if part is None else (*axes[:place], part, *axes[place + 1 :])
+
+
+def _every(row: Axis, span: Span, total: Poly) -> Axis | None:
+    """The axis of which ``row`` is every ``step``-th element."""
+    if span.step < 1 or span.size * span.step != total or not (Poly.of(span.step - 1) - span.start).at_least(0):
+        return None
+    return (*row, Digit("", ONE, ONE, Poly.of(span.step), span.start))
 
 
 def _part(row: Axis, start: Poly, total: Poly) -> Axis | None:
