@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.data.dataset import Dataset
-from xopt.ir import load, trace
+from xopt.ir.io import load, save
+from xopt.ir.trace import trace
 from xopt.pipeline.context import silent
 
 if TYPE_CHECKING:
@@ -228,8 +229,8 @@ class Result:
         The folder appears whole, or what was there stays. InputError E-OUTPUT; VerificationError when model.onnx,
         run in onnxruntime, disagrees with the compiled artifact.
         """
-        import xopt.ir
         from xopt.folder import replacing
+        from xopt.ir.export import export
         from xopt.pipeline.text import to_yaml
         from xopt.report.page import write_page
         from xopt.report.record import to_json
@@ -237,7 +238,7 @@ class Result:
 
         output = Path(output)
         with replacing(output) as folder:
-            xopt.ir.save(xopt.ir.export(self.model), folder / "model.onnx")
+            save(export(self.model), folder / "model.onnx")
             artifact = self.outcome.best.artifact
             assert artifact is not None
             for file in artifact.parent.iterdir():

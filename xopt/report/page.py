@@ -1,0 +1,102 @@
+"""One self-contained HTML page: the chart, every step, the structure, the machine, the command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xopt import console
+from xopt.errors import InputError
+from xopt.report.chart import figure
+
+
+def write_page(report: Mapping[str, Any], path: Path) -> None:
+    """Write the page; InputError E-OUTPUT where that cannot be done."""
+    try:
+        path.write_text(render(report), encoding="utf-8")
+    except OSError as error:
+        what = f"the page cannot be written ({error.strerror})"
+        raise InputError("E-OUTPUT", what, where=str(path), cure="name another file with -o") from error
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page as text."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("xopt.report", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["size"] = console.size
+    environment.filters["ms"] = console.milliseconds
+    environment.filters["options"] = _options
+    page: str = environment.get_template("page.html.j2").render(
+        report=report,
+        chart=figure(report),
+        cards=_cards(report),
+        blocks=_blocks(report["structure"]),
+        ops=_ops(report["structure"]),
+    )
+    return page
+
+
+def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The result in four numbers: title, value, what it is compared with."""
+    final, metric, before = report["final"], report["metric"], report["structure"]["before"]
+    cards = [_latency_card(report)]
+    lost = f"{metric['baseline']:.4f} before"
+    cards.append({"title": metric["name"], "value": _number(final["quality"]), "note": lost})
+    for title, key, unit in (("MACs", "macs", ""), ("weights", "bytes", "B")):
+        share = final[key] / before[key] if before[key] else 1.0
+        note = f"{share:.0%} of {console.size(before[key], unit)}"
+        cards.append({"title": title, "value": console.size(final[key], unit), "note": note})
+    return cards
+
+
+def _latency_card(report: Mapping[str, Any]) -> dict[str, str]:
+    latency = report["final"]["latency_ms"]
+    if latency is None:
+        return {"title": "latency", "value": "not measured", "note": f"{report['target']['name']} does not run here"}
+    note = f"p90 {latency['p90']:.3f} ms"
+    if "onnxruntime" in report["runtimes"]:
+        times = report["runtimes"]["onnxruntime"]["median_ms"] / latency["median"]
+        note = f"{times:.2f}x the speed of the original in onnxruntime"
+    return {"title": "latency", "value": f"{latency['median']:.3f} ms", "note": note}
+
+
+def _blocks(structure: Mapping[str, Any]) -> list[tuple[int, str, str, str, str]]:
+    """Block, attention before and after, FFN before and after."""
+    before, after = structure["before"]["blocks"], structure["after"]["blocks"]
+    rows = []
+    for index in range(max(len(before), len(after))):
+        pair = [blocks[index] if index < len(blocks) else {} for blocks in (before, after)]
+        rows.append((index, *(_attention(b) for b in pair), *(_ffn(b) for b in pair)))
+    return rows
+
+
+def _attention(block: Mapping[str, Any]) -> str:
+    site = block.get("attention")
+    if not site:
+        return "none"
+    grouped = f" ({site['kv_heads']} kv)" if site["kv_heads"] != site["heads"] else ""
+    return f"{site['heads']} heads{grouped} of {site['head_dim']}"
+
+
+def _ffn(block: Mapping[str, Any]) -> str:
+    ffn = block.get("ffn")
+    return f"{ffn['width']} wide{', gated' if ffn['gated'] else ''}" if ffn else "none"
+
+
+def _ops(structure: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Operators whose number has changed: name, before, after."""
+    before, after = structure["before"]["ops"], structure["after"]["ops"]
+    names = sorted(before.keys() | after.keys())
+    return [(op, before.get(op, 0), after.get(op, 0)) for op in names if before.get(op, 0) != after.get(op, 0)]
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{key}={value}" for key, value in options.items() if value not in (None, "", [], ()))
+    return shown
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

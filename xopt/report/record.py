@@ -1,0 +1,104 @@
+"""Everything that was measured as one dict: the content of report.json (docs/cli-json.md)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xopt.console import SCHEMA
+from xopt.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from xopt.search.flow import Outcome
+    from xopt.search.job import Job
+
+KIND = "xopt-report"
+
+
+def record(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """The report of a finished job, with all raw samples; ``command``, ``output`` and ``verification`` come later."""
+    from xopt.measure import machine
+
+    best = outcome.best
+    last = next((step for step in reversed(outcome.steps) if step.kept), None)
+    latency = None if last is None else last.latency
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "",
+        "model": str(job.path.name if job.path is not None else job.model.graph.name or "model"),
+        "target": {"name": job.target.name, "runs_here": job.target.can_run(), "features": list(job.target.features())},
+        "machine": machine.describe(),
+        "threads": job.threads,
+        "seed": job.seed,
+        "feeds": {name: list(array.shape) for name, array in job.feeds.items()},
+        "metric": {
+            "name": job.metric.name,
+            "higher_is_better": job.metric.higher_is_better,
+            "baseline": outcome.baseline,
+            "max_drop": job.max_drop,
+            "samples": outcome.samples,
+            "data": job.evaluation.name,
+            "synthetic": job.evaluation.synthetic,
+            "calibration": {"data": job.calibration.name, "samples": len(job.calibration)},
+        },
+        "steps": [step.to_dict() for step in outcome.steps],
+        "final": {
+            "quality": best.quality,
+            "compiled_quality": outcome.compiled_quality,
+            "drop": best.drop,
+            "macs": int(best.cost.macs),
+            "bytes": int(best.cost.bytes),
+            "parameters": int(best.cost.parameters),
+            "latency_ms": None if latency is None else latency.to_dict(),
+        },
+        "runtimes": {
+            name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms)}
+            for name, t in outcome.runtimes.items()
+        },
+        "skipped": outcome.skipped,
+        "structure": {"before": _facts(job.model, job.dims), "after": _facts(best.model, job.dims)},
+        "verification": None,
+        "output": None,
+    }
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """The text of report.json; numbers that are not finite become null."""
+    return json.dumps(_finite(report), indent=1) + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a report.json; InputError E-FILE or E-FORMAT."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("E-FILE", f"the report cannot be read ({error.strerror})", where=str(path)) from error
+    except ValueError as error:
+        raise InputError("E-FORMAT", "this is not JSON", where=str(path)) from error
+    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("schema") != SCHEMA:
+        cure = "run xopt optimize again"
+        raise InputError("E-FORMAT", f"this is not a report of schema {SCHEMA}", where=str(path), cure=cure)
+    return content
+
+
+def _facts(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
+    from xopt import facts, ir
+
+    canonical = model.clone()
+    ir.canonicalize(canonical)
+    return facts.describe(canonical, dims)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
