@@ -76,9 +76,19 @@ def parallel(extent: int | Expr) -> Any:
     return T.parallel(i64(0), i64(extent))
 
 
-def bind(value: Expr) -> Expr:
-    """Name a value, so that it is computed once."""
+def let(value: Expr) -> Expr:
+    """Name a value, so that it is computed once; TVM's simplifier still sees through the name."""
     return T.bind(value)
+
+
+def bind(value: Expr) -> Expr:
+    """Hold an index in a register of its own, where TVM's simplifier does not follow it.
+
+    Substituted into every address of an unrolled tile, a few nested divisions take the simplifier minutes.
+    """
+    register = local((1,), "int64")
+    put(register, value, 0)
+    return register[i64(0)]
 
 
 def keep(value: Expr, lanes: int) -> Expr:
@@ -118,6 +128,11 @@ def product(values: Iterable[Expr]) -> Expr:
 
 def ceil_div(a: Expr, b: int | Expr) -> Expr:
     return (a + (b - 1)) // b
+
+
+def at_least_one(value: Expr) -> Expr:
+    """Zero rows are legal; a division by zero blocks is not."""
+    return tirx.max(value, i64(1))
 
 
 def lanes_at(base: int | Expr, lanes: int) -> Expr:
@@ -226,9 +241,9 @@ def outer_product(
                 store(acc, first, s, r, v, 0, lanes=lanes)
 
     def step(s: int, k: Expr) -> None:
-        operands = [bind(vector_value(v, k)) for v in range(vectors)]
+        operands = [let(vector_value(v, k)) for v in range(vectors)]
         for r in range(rows):
-            factor = bind(splat(row_value(r, k), lanes))
+            factor = let(splat(row_value(r, k), lanes))
             for v in range(vectors):
                 store(acc, load(acc, s, r, v, 0, lanes=lanes) + factor * operands[v], s, r, v, 0, lanes=lanes)
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from tvm import tirx
 
 from xopt.kernels import vector
 from xopt.kernels.emit import (
@@ -26,12 +25,14 @@ from xopt.kernels.emit import (
     Expr,
     PrimFunc,
     argument,
+    at_least_one,
     bind,
     ceil_div,
     dims,
     flat,
     i64,
     keep,
+    let,
     load,
     local,
     outer_product,
@@ -157,14 +158,14 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         bias = argument("bias", (panels * nt,)) if w.bias else None
         sides = {side: argument(side, (*rows, w.n)) for side in ("gate", "residual") if getattr(w, side)}
         c_full = argument("c", (*rows, w.n))
-        m = bind(product(rows))
+        m = let(product(rows))
         a = flat(a_full, (m, w.k))
         c = flat(c_full, (m, w.n))
         epilogue = _Epilogue(w, isa, bias, {side: flat(t, (m, w.n)) for side, t in sides.items()}, c)
 
-        blocks = bind(_at_least_one(ceil_div(m, config.mt)))
-        groups = bind(_at_least_one(ceil_div(m * (4 * w.k), GROUP_BYTES)))
-        group = bind(ceil_div(blocks, groups))
+        blocks = let(at_least_one(ceil_div(m, config.mt)))
+        groups = let(at_least_one(ceil_div(m * (4 * w.k), GROUP_BYTES)))
+        group = let(ceil_div(blocks, groups))
         with parallel(groups * panels * group) as task:
             panel = bind(task // group % panels)
             block = bind(task // (group * panels) * group + task % group)
@@ -192,11 +193,6 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
             when(block < blocks, compute)
 
     return prim_func(name(w, config, isa), body)
-
-
-def _at_least_one(value: Expr) -> Expr:
-    """Zero rows are legal; a division by zero blocks is not."""
-    return tirx.max(value, i64(1))
 
 
 def _counts(m: int | None, mt: int) -> list[int]:

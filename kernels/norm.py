@@ -23,11 +23,11 @@ from xopt.kernels.emit import (
     Expr,
     PrimFunc,
     argument,
-    bind,
     dims,
     flat,
     i64,
     keep,
+    let,
     load,
     local,
     parallel,
@@ -111,7 +111,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         bias = argument("bias", (padded,)) if w.bias and not w.rms else None
         sum_full = argument("sum", shape) if w.residual else None
         y_full = argument("y", shape)
-        m = bind(product(rows))
+        m = let(product(rows))
         x, r, total, y = (t if t is None else flat(t, (m, w.width)) for t in (x_full, r_full, sum_full, y_full))
         with parallel(m) as row:
             if r is not None:

@@ -11,7 +11,7 @@ from functools import partial
 
 from tvm import tirx
 
-from xopt.kernels.emit import Expr, bind, keep, splat
+from xopt.kernels.emit import Expr, keep, let, splat
 
 LOG2_E = 1.4426950408889634
 LN_2_HIGH = 0.693359375  # exact in 10 bits, so that n * LN_2_HIGH is exact for every exponent n
@@ -77,8 +77,8 @@ def exp(x: Expr, lanes: int) -> Expr:
     rest = x - n * splat(LN_2_HIGH, lanes) - n * splat(LN_2_LOW, lanes)
     fraction = keep(rest * splat(LOG2_E, lanes), lanes)
     # 2**n in two factors, since n itself may leave the range of one float
-    whole = bind(_integer(n, 0.0, lanes) - splat(MAGIC_BITS, lanes, "int32"))
-    half = bind(whole >> splat(1, lanes, "int32"))
+    whole = let(_integer(n, 0.0, lanes) - splat(MAGIC_BITS, lanes, "int32"))
+    half = let(whole >> splat(1, lanes, "int32"))
     bias = splat(127, lanes, "int32")
     return horner(EXP2, fraction, lanes) * _power(half + bias, lanes) * _power(whole - half + bias, lanes)
 
