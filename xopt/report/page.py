@@ -9,6 +9,7 @@ from typing import Any
 from xopt import console
 from xopt.errors import InputError
 from xopt.report.chart import figure
+from xopt.report.summary import verdict
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:
@@ -29,6 +30,7 @@ def render(report: Mapping[str, Any]) -> str:
     environment.filters["size"] = console.size
     environment.filters["ms"] = console.milliseconds
     environment.filters["options"] = _options
+    environment.filters["verdict"] = verdict
     page: str = environment.get_template("page.html.j2").render(
         report=report,
         chart=figure(report),
@@ -59,7 +61,7 @@ def _latency_card(report: Mapping[str, Any]) -> dict[str, str]:
     note = f"p90 {latency['p90']:.3f} ms"
     if "onnxruntime" in report["runtimes"]:
         times = report["runtimes"]["onnxruntime"]["median_ms"] / latency["median"]
-        note = f"{times:.2f}x the speed of the original in onnxruntime"
+        note = f"{times:.2f}x as fast as the original in onnxruntime"
     return {"title": "latency", "value": f"{latency['median']:.3f} ms", "note": note}
 
 

@@ -32,8 +32,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         latency = step["latency_ms"]
         rows.append(
             (
-                _pipeline_text(step),
-                "kept" if step["kept"] else "left out",
+                step["text"],
+                verdict(step),
                 step["reason"],
                 f"{step['quality']:.4f}" if step["quality"] is not None else "",
                 console.milliseconds(latency and latency["median"]),
@@ -59,12 +59,19 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(f"\nreport: {report['output']}/report.html")
 
 
+def verdict(step: Mapping[str, Any]) -> str:
+    """What became of a step, in a word."""
+    if not step["rewritten"]:
+        return "no change"
+    return "kept" if step["kept"] else "left out"
+
+
 def print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     """What ``--dry-run`` shows."""
     if as_json:
         console.emit({"plan": plan})
         return
-    rows = [(step["effect"], _pipeline_text(step)) for step in plan["passes"]]
+    rows = [(step["effect"], step["text"]) for step in plan["passes"]]
     console.table(f"{plan['model']} for {plan['target']}", ["effect", "pass"], rows, left=2)
     evaluation, latency = plan["evaluation"], plan["latency"]
     limit = "no limit" if plan["max_drop"] is None else f"at most {plan['max_drop']:g} lost"
@@ -112,9 +119,3 @@ def _block_row(index: int, block: Mapping[str, Any]) -> tuple[object, ...]:
     if site is not None:
         attention = (site["heads"], site["kv_heads"], site["head_dim"], "yes" if site["causal"] else "no")
     return (index, *attention, ffn and ffn["width"], ffn and ("yes" if ffn["gated"] else "no"))
-
-
-def _pipeline_text(step: Mapping[str, Any]) -> str:
-    from xopt.pipeline import registry, text
-
-    return text.render([registry.create(step["pass"], step["options"])])

@@ -83,7 +83,7 @@ class Job:
         return {
             "model": str(self.path or "from memory"),
             "target": self.target.name,
-            "passes": [{"pass": p.name, "effect": p.effect.value, "options": p.values()} for p in self.all_passes],
+            "passes": [_planned(p) for p in self.all_passes],
             "metric": self.metric.name,
             "max_drop": self.max_drop,
             "calibration": {"data": self.calibration.name, "samples": len(self.calibration)},
@@ -101,6 +101,10 @@ class Job:
     def all_passes(self) -> list[Pass]:
         """The exact passes, and the others."""
         return [*self.exact, *self.passes]
+
+
+def _planned(one: Pass) -> dict[str, Any]:
+    return {"pass": one.name, "effect": one.effect.value, "options": one.values(), "text": text.render([one])}
 
 
 def resolve_passes(passes: str | Sequence[Pass] | None, *, searching: bool) -> tuple[tuple[Pass, ...], bool]:

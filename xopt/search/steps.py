@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xopt.measure.latency import Latency
+from xopt.pipeline import text
 from xopt.pipeline.base import Effect, OptionValue, Pass, PassReport
 from xopt.search.lab import Candidate, Lab
 from xopt.search.strength import weaker
@@ -78,6 +79,7 @@ class Step:
             "latency_ms": None if latency is None else latency.to_dict(),
             "macs": int(self.candidate.cost.macs),
             "bytes": int(self.candidate.cost.bytes),
+            "text": text.render([self.report.pass_]),
             "parameters": int(self.candidate.cost.parameters),
             "drop": self.candidate.drop,
             "effect": self.report.pass_.effect.value,
