@@ -192,8 +192,22 @@ class Lowering:
                 result.append(tensor)
                 continue
             merged = [dim if self.dims.equal(dim, 1) else want for dim, want in zip(shape, wanted)]
-            result.append(self.builder.match_cast(tensor, relax.TensorType(merged, tensor.ty.dtype)))
+            result.append(self.recast(tensor, merged))
         return result
+
+    def recast(self, tensor: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
+        """``tensor`` with a shape that it must have, though that cannot be proved; checked at run time."""
+        given = self.shape_of(tensor)
+        differing = [(old, new) for old, new in zip(given, shape) if not self.dims.equal(old, new)]
+        if not differing:
+            return tensor
+        if any(self.dims.related(old, new) for old, new in differing):
+            # TVM takes a match of an expression with a variable inside it for a definition, and recurses without end.
+            bounded = [(axis, old) for axis, old in enumerate(given)]
+            return self.compute(
+                "resized", shape, lambda x, *i: x(*[tirx.min(i[a], old - 1) for a, old in bounded]), tensor
+            )
+        return self.builder.match_cast(tensor, relax.TensorType(list(shape), tensor.ty.dtype))
 
     # -- the walk --------------------------------------------------------------------------------------------------
     def walk(self, graph: ir.Graph) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 from tvm.sym import Analyzer
+from tvm.tirx.analysis import undefined_vars
 
 Dim = Any
 """A dimension: a Python int, or a ``tirx`` int64 expression in the symbolic dimensions."""
@@ -41,15 +42,25 @@ class Dimensions:
 
     def __init__(self) -> None:
         self.variables: dict[str, tirx.Var] = {}
+        self.limits: dict[str, int] = {}
         self._analyzer = Analyzer()
 
     def variable(self, name: str) -> tirx.Var:
         """The int64 variable shared by every dimension called ``name``."""
         if name not in self.variables:
-            variable = tirx.Var(name, "int64")
-            self._analyzer.bind(variable, tvm.ir.Range(tirx.IntImm("int64", 1), tirx.IntImm("int64", 1 << 31)))
-            self.variables[name] = variable
+            self.variables[name] = tirx.Var(name, "int64")
+            self._bind(name, 1 << 31)
         return self.variables[name]
+
+    def _bind(self, name: str, limit: int) -> None:
+        extent = tvm.ir.Range(tirx.IntImm("int64", 1), tirx.IntImm("int64", limit + 1))
+        self._analyzer.bind(self.variables[name], extent, allow_override=True)
+
+    def limit(self, dim: Dim, most: int) -> None:
+        """Note that the model only makes sense for ``dim <= most``: a table of ``most`` rows is read up to there."""
+        if isinstance(dim, tirx.Var) and most < self.limits.get(dim.name, 1 << 31):
+            self.limits[dim.name] = most
+            self._bind(dim.name, most)
 
     def simplify(self, value: Dim) -> Dim:
         """The simplest form of ``value``; a Python int when it is constant."""
@@ -63,6 +74,10 @@ class Dimensions:
         if isinstance(a, int) and isinstance(b, int):
             return a == b
         return bool(self._analyzer.can_prove_equal(_expression(a), _expression(b)))
+
+    def related(self, a: Dim, b: Dim) -> bool:
+        """Whether two dimensions depend on a common variable."""
+        return bool(_variables(a) & _variables(b))
 
     def same_shape(self, a: Sequence[Dim], b: Sequence[Dim]) -> bool:
         """Whether two shapes are provably equal."""
@@ -113,6 +128,10 @@ class Dimensions:
         rank = max(len(shape) for shape in shapes)
         aligned = [[1] * (rank - len(shape)) + list(shape) for shape in shapes]
         return [next((dim for dim in column if not self.equal(dim, 1)), 1) for column in zip(*aligned)]
+
+
+def _variables(value: Dim) -> set[str]:
+    return set() if isinstance(value, int) else {variable.name for variable in undefined_vars(value)}
 
 
 def _expression(value: Dim) -> Any:

@@ -30,6 +30,7 @@ def _gather(call: Call) -> Value:
     if known is not None and known.size == 1:
         return _one_slice(call, axis, known.reshape(-1)[0], known.ndim)
     _note_range(call, call.input(1), shape[axis])
+    _note_positions(call, call.input(1), shape[axis])
     indices = call.shape(1)
     result = [*shape[:axis], *indices, *shape[axis + 1 :]]
 
@@ -61,6 +62,18 @@ def _note_range(call: Call, indices: ir.Value, dim: Dim) -> None:
     if indices.is_graph_input() and isinstance(dim, int):
         low, high = call.lowering.ranges.get(indices, (-dim, dim - 1))
         call.lowering.ranges[indices] = (max(low, -dim), min(high, dim - 1))
+
+
+def _note_positions(call: Call, indices: ir.Value, dim: Dim) -> None:
+    """Positions 0, 1, ... up to a dynamic length, read from a table of ``dim`` rows, limit that length."""
+    producer = indices.producer()
+    while producer is not None and producer.op_type in ("Unsqueeze", "Reshape", "Expand", "Cast", "Identity"):
+        source = producer.inputs[0]
+        producer = None if source is None else source.producer()
+    if producer is not None and producer.op_type == "Range" and isinstance(dim, int):
+        limit = call.lowering.known(producer.inputs[1])
+        if limit is not None:
+            call.dims.limit(limit.reshape(-1)[0], dim)
 
 
 def _gather_elements(call: Call) -> Value:

@@ -87,9 +87,7 @@ def _same_but(call: Call, tensors: list[relax.Expr], axis: int) -> list[relax.Ex
     for tensor in tensors[1:]:
         shape = call.lowering.shape_of(tensor)
         wanted = [dim if i == axis else first[i] for i, dim in enumerate(shape)]
-        if not call.dims.same_shape(shape, wanted):
-            tensor = call.lowering.builder.match_cast(tensor, relax.TensorType(wanted, tensor.ty.dtype))
-        result.append(tensor)
+        result.append(call.lowering.recast(tensor, wanted))
     return result
 
 
@@ -137,7 +135,13 @@ def _slice(call: Call) -> Value:
 
 
 def _part(call: Call, dim: Dim, start: Dim, end: Dim, step: int) -> tuple[Dim, Dim, int]:
-    """First index and count of ``start:end:step`` on a dimension, by ONNX's rules of clamping."""
+    """First index and count of ``start:end:step`` on a dimension, by ONNX's rules of clamping.
+
+    A dynamic end on a static dimension (a table of positions cut to the sequence) is taken to lie inside it: the
+    session refuses longer inputs, which could not work.
+    """
+    if isinstance(dim, int) and step == 1:
+        call.dims.limit(end, dim)
     low, high = (0, dim) if step > 0 else (-1, dim - 1)
     first = _clamp(call, _from_end(call, start, dim), 0, dim if step > 0 else dim - 1)
     last = _clamp(call, _from_end(call, end, dim) if not _is_below(end, dim, step) else -1, low, high)

@@ -26,9 +26,7 @@ def _batched(call: Call, a: relax.Expr, b: relax.Expr) -> tuple[relax.Expr, rela
     if len(x) == len(y):
         wanted = [dy if call.dims.equal(dy, 1) or call.dims.equal(dx, 1) else dx for dx, dy in zip(x[:-2], y[:-2])]
         wanted += [x[-1], y[-1]]
-    if not call.dims.same_shape(wanted, y):
-        b = call.lowering.builder.match_cast(b, relax.TensorType(wanted, b.ty.dtype))
-    return a, b
+    return a, call.lowering.recast(b, wanted)
 
 
 def _gemm(call: Call) -> Value:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from tvm import relax
 
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import static
+from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
@@ -39,8 +43,105 @@ def _norm(call: Call) -> Value | None:
     return call.lowering.call(name, lambda: norm.build(workload, config, isa), [call.x(), *vectors], shape)
 
 
+def _attention(call: Call) -> Value | None:
+    """Fused attention; operands that are columns of one projection (Split) are read where they lie."""
+    from xopt.kernels import attention
+
+    isa = call.lowering.target.isa()
+    if isa is None or call.has(4) or any(output.uses() for output in call.node.outputs[1:]):
+        return None
+    form = _heads_first(call) if len(call.shape(0)) == 4 else _merged(call)
+    mask = _mask(call)
+    if form is None or mask is None:
+        return None
+    inputs, shape, described = form
+    workload = attention.Workload(
+        scale=float(call.attr("scale", described["head_dim"] ** -0.5)),
+        causal=bool(call.attr("is_causal", 0)),
+        softcap=float(call.attr("softcap", 0.0)),
+        **described,
+        **mask,
+    )
+    if call.has(3):
+        inputs.append(call.x(3))
+    config = attention.heuristic(workload, isa)
+    name = attention.name(workload, config, isa)
+    return call.lowering.call(name, lambda: attention.build(workload, config, isa), inputs, shape)
+
+
+Form = tuple[list[relax.Expr], list[Dim], dict[str, Any]]
+"""Inputs of the attention kernel, shape of its output, and the part of the workload that they give."""
+
+
+def _merged(call: Call) -> Form | None:
+    """The 3-D form [B, S, heads * d]."""
+    from xopt.kernels.attention import Operand
+
+    heads, kv_heads = int(call.attr("q_num_heads")), int(call.attr("kv_num_heads"))
+    q, k, v = (call.shape(index) for index in range(3))
+    sources = [_columns_of(call, call.input(index)) for index in range(3)]
+    if not all(isinstance(shape[-1], int) for shape in (q, k, v)):
+        return None
+    buffers: list[ir.Value] = []
+    operands = {}
+    for part, (source, offset) in zip("qkv", sources):
+        if source not in buffers:
+            buffers.append(source)
+        operands[part] = Operand(buffers.index(source), int(call.lowering.shape(source)[-1]), offset)
+    inputs = [call.lowering.tensor(source) for source in buffers]
+    if any(str(x.ty.dtype) != "float32" for x in inputs):
+        return None
+    batch, queries, keys = static([q[0], q[1], k[1]])
+    d, dv = q[-1] // heads, v[-1] // kv_heads
+    described = {"batch": batch, "queries": queries, "keys": keys, "heads": heads, "kv_heads": kv_heads, **operands}
+    return inputs, [q[0], q[1], heads * dv], {**described, "head_dim": d, "v_head_dim": dv}
+
+
+def _heads_first(call: Call) -> Form | None:
+    """The 4-D form [B, heads, S, d]."""
+    from xopt.kernels.attention import separate
+
+    q, k, v = (call.shape(index) for index in range(3))
+    inputs = [call.x(index) for index in range(3)]
+    if any(str(x.ty.dtype) != "float32" for x in inputs):
+        return None
+    if not all(isinstance(dim, int) for dim in (q[1], k[1], q[3], v[3])):
+        return None
+    batch, queries, keys = static([q[0], q[2], k[2]])
+    sizes = {"heads": q[1], "kv_heads": k[1], "head_dim": q[3], "v_head_dim": v[3]}
+    described = {"batch": batch, "queries": queries, "keys": keys, "heads_first": True, **sizes, **separate(**sizes)}
+    return inputs, [*q[:3], v[3]], described
+
+
+def _columns_of(call: Call, value: ir.Value) -> tuple[ir.Value, int]:
+    """The tensor that ``value`` is a range of columns of, and the first column; else the value itself."""
+    split = value.producer()
+    if split is None or split.op_type != "Split" or split.inputs[0] is None:
+        return value, 0
+    source = split.inputs[0]
+    part = Call(call.lowering, split)
+    sizes = part.known(1)
+    rank = len(part.shape())
+    if part.axis(0, rank) != rank - 1 or sizes is None:
+        return value, 0
+    position = list(split.outputs).index(value)
+    return source, int(sum(sizes[:position]))
+
+
+def _mask(call: Call) -> dict[str, Any] | None:
+    """The mask's kind and which of its dimensions broadcast; None when the kernel does not take it."""
+    if not call.has(3):
+        return {}
+    kinds = {"bool": "bool", "float32": "float"}
+    shape, kind = call.shape(3), kinds.get(str(call.x(3).ty.dtype))
+    if kind is None or len(shape) != 4:
+        return None
+    return {"mask": kind, "mask_shape": tuple(dim if isinstance(dim, int) else None for dim in shape)}
+
+
 KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {
     ("", "LayerNormalization"): _norm,
     ("", "RMSNormalization"): _norm,
+    ("", "Attention"): _attention,
 }
 """Emitters by (domain, operator type)."""
