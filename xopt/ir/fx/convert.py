@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import operator
 import re
 import warnings
@@ -18,6 +19,9 @@ from xopt.errors import InputError
 from xopt.ir.fx.elementwise import DTYPES
 from xopt.ir.fx.table import CHECKS, TABLE
 
+#: Names that a module has for itself.
+_RESERVED = frozenset(dir(nn.Module())) | frozenset(dir(fx.GraphModule))
+
 Environment = dict[ir.Value, fx.Node]
 
 
@@ -30,8 +34,8 @@ def to_fx(model: ir.Model, *, copy: bool = False) -> fx.GraphModule:
 
     Args:
         model: canonical, or any graph of the ops in the table; calls of model-local functions are expanded.
-        copy: own memory for the weights. Without it they share the model's memory: read and differentiate them,
-            but do not update them in place.
+        copy: own memory for the weights. Without it they share the model's memory, unless they come from an external
+            file: read and differentiate them, but do not update them in place.
 
     Raises:
         InputError: ``E-UNSUPPORTED-OP`` names the node and op that has no torch function.
@@ -52,7 +56,8 @@ def as_tensor(tensor: ir.TensorProtocol, *, copy: bool) -> Tensor:
         warnings.simplefilter("ignore", UserWarning)
         shared = torch.from_numpy(np.ascontiguousarray(bits).reshape(bits.shape))
     shared = shared.view(torch.bfloat16) if tensor.dtype == ir.DataType.BFLOAT16 else shared
-    return shared.clone() if copy else shared
+    # The memory map of an external file is closed when the model is saved.
+    return shared.clone() if copy or isinstance(tensor, ir.ExternalTensor) else shared
 
 
 class _Converter:
@@ -63,6 +68,7 @@ class _Converter:
         self.copy = copy
         self.graph = fx.Graph()
         self.tensors: dict[str, Tensor] = {}
+        self.prefixes: set[str] = set()
         self.values: dict[str, str] = {}
 
     def convert(self) -> fx.GraphModule:
@@ -98,12 +104,14 @@ class _Converter:
     def _tensor(self, name: str, tensor: Tensor) -> tuple[str, fx.Node]:
         """Register a parameter or buffer; its dotted name becomes nested modules, unless torch cannot hold it."""
         target = name
-        taken = any(other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in self.tensors)
-        reserved = any(
-            not part or hasattr(fx.GraphModule, part) or hasattr(nn.Module(), part) for part in name.split(".")
-        )
+        parts = name.split(".")
+        prefixes = {".".join(parts[:count]) for count in range(1, len(parts))}
+        taken = name in self.prefixes or not prefixes.isdisjoint(self.tensors)
+        reserved = any(not part or keyword.iskeyword(part) or part in _RESERVED for part in parts)
         if taken or reserved:
             target = f"weight_{len(self.tensors)}_{_identifier(name)}"
+        else:
+            self.prefixes |= prefixes
         self.tensors[target] = tensor
         return target, self.graph.create_node("get_attr", target, name=_identifier(name))
 
@@ -212,7 +220,7 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 def _identifier(name: str | None) -> str:
     """A Python identifier that resembles a name."""
     text = re.sub(r"\W", "_", name or "")
-    return f"_{text}" if not text or text[0].isdigit() else text
+    return f"_{text}" if not text or text[0].isdigit() or keyword.iskeyword(text) else text
 
 
 def _unsupported(node: ir.Node, why: str) -> InputError:
