@@ -55,9 +55,7 @@ def vit(
         name = f"layers.{index}"
         normed = net.layer_norm(x, f"{name}.norm1", width)
         x = net.add(x, net.self_attention(normed, f"{name}.attention", width, heads, fused=fused))
-        x = net.add(
-            x, net.feed_forward(net.layer_norm(x, f"{name}.norm2", width), f"{name}.ffn", width, hidden)
-        )
+        x = net.add(x, net.feed_forward(net.layer_norm(x, f"{name}.norm2", width), f"{name}.ffn", width, hidden))
     x = net.layer_norm(x, "norm", width)
     if class_token:
         pooled = net.op("Gather", x, net.scalar(0), axis=1)
@@ -93,29 +91,19 @@ def bert(
     net = Net("bert", seed)
     hidden = hidden or 4 * width
     ids = net.input("input_ids", ["batch", "seq"], ir.DataType.INT64)
-    attention_mask = (
-        net.input("attention_mask", ["batch", "seq"], ir.DataType.INT64) if mask != "none" else None
-    )
+    attention_mask = net.input("attention_mask", ["batch", "seq"], ir.DataType.INT64) if mask != "none" else None
     words = net.op("Gather", net.weight("embeddings.word", vocabulary, width, scale=1.0), ids)
-    places = net.op(
-        "Range", net.scalar(0), net.op("Squeeze", net.dimension(ids, 1), net.ints(0)), net.scalar(1)
-    )
-    x = net.add(
-        words, net.op("Gather", net.weight("embeddings.position", positions, width, scale=0.5), places)
-    )
+    places = net.op("Range", net.scalar(0), net.op("Squeeze", net.dimension(ids, 1), net.ints(0)), net.scalar(1))
+    x = net.add(words, net.op("Gather", net.weight("embeddings.position", positions, width, scale=0.5), places))
     x = net.layer_norm(x, "embeddings.norm", width)
     bias = padding_mask(net, attention_mask) if attention_mask else None
     if mask == "float":
-        bias = net.op(
-            "Where", bias, net.constant("zero", np.float32(0)), net.constant("masked", np.float32(MASKED_TO))
-        )
+        bias = net.op("Where", bias, net.constant("zero", np.float32(0)), net.constant("masked", np.float32(MASKED_TO)))
     for index in range(layers):
         name = f"layers.{index}"
         attended = net.self_attention(x, f"{name}.attention", width, heads, bias, fused=fused)
         x = net.layer_norm(net.add(attended, x), f"{name}.norm1", width)
-        x = net.layer_norm(
-            net.add(net.feed_forward(x, f"{name}.ffn", width, hidden), x), f"{name}.norm2", width
-        )
+        x = net.layer_norm(net.add(net.feed_forward(x, f"{name}.ffn", width, hidden), x), f"{name}.norm2", width)
     if pooled == "cls":
         net.output(net.op("Gather", x, net.scalar(0), axis=1), "embedding")
     elif pooled == "mean" and attention_mask is not None:
@@ -151,9 +139,7 @@ def llama(
     angles = np.arange(positions)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)[None]
     cos = net.constant("rotary.cos", np.cos(angles).astype(np.float32))
     sin = net.constant("rotary.sin", np.sin(angles).astype(np.float32))
-    steps = net.op(
-        "Range", net.scalar(0), net.op("Squeeze", net.dimension(ids, 1), net.ints(0)), net.scalar(1)
-    )
+    steps = net.op("Range", net.scalar(0), net.op("Squeeze", net.dimension(ids, 1), net.ints(0)), net.scalar(1))
     places = net.op("Expand", net.op("Unsqueeze", steps, net.ints(0)), net.op("Shape", ids))
 
     def rotated(value: ir.Value, count: int, name: str) -> ir.Value:
@@ -195,12 +181,8 @@ def gpt(
     hidden = hidden or 4 * width
     ids = net.input("input_ids", ["batch", "seq"], ir.DataType.INT64)
     words = net.op("Gather", net.weight("embeddings.word", vocabulary, width, scale=1.0), ids)
-    places = net.op(
-        "Range", net.scalar(0), net.op("Squeeze", net.dimension(ids, 1), net.ints(0)), net.scalar(1)
-    )
-    x = net.add(
-        words, net.op("Gather", net.weight("embeddings.position", positions, width, scale=0.5), places)
-    )
+    places = net.op("Range", net.scalar(0), net.op("Squeeze", net.dimension(ids, 1), net.ints(0)), net.scalar(1))
+    x = net.add(words, net.op("Gather", net.weight("embeddings.position", positions, width, scale=0.5), places))
     for index in range(layers):
         name = f"layers.{index}"
         normed = net.layer_norm(x, f"{name}.norm1", width)
@@ -216,9 +198,7 @@ def gpt(
     return net.build()
 
 
-def biased(
-    kind: str, *, layers: int = 2, width: int = 32, heads: int = 4, tokens: int = 12, seed: int = 0
-) -> ir.Model:
+def biased(kind: str, *, layers: int = 2, width: int = 32, heads: int = 4, tokens: int = 12, seed: int = 0) -> ir.Model:
     """Pre-norm encoder over ``x [batch, tokens, width]`` whose attention has a head-indexed float mask.
 
     ``kind``: "relative" (one learned constant [1, heads, tokens, tokens] per layer, as Swin), "table" (a
@@ -231,17 +211,13 @@ def biased(
     if kind in ("table", "alibi"):
         length = net.op("Squeeze", net.dimension(x, 1), net.ints(0))
         steps = net.op("Range", net.scalar(0), length, net.scalar(1))
-        offset = net.op(
-            "Sub", net.op("Unsqueeze", steps, net.ints(0)), net.op("Unsqueeze", steps, net.ints(1))
-        )
+        offset = net.op("Sub", net.op("Unsqueeze", steps, net.ints(0)), net.op("Unsqueeze", steps, net.ints(1)))
     if kind == "table":
         bucket = net.op("Add", net.op("Clip", offset, net.scalar(-8), net.scalar(8)), net.scalar(8))
         gathered = net.op("Gather", net.weight("relative.table", 17, heads, scale=1.0), bucket)
         shared = net.op("Unsqueeze", net.op("Transpose", gathered, perm=[2, 0, 1]), net.ints(0))
     if kind == "alibi":
-        slopes = net.constant(
-            "slopes", (2.0 ** -np.arange(1, heads + 1, dtype=np.float32)).reshape(1, heads, 1, 1)
-        )
+        slopes = net.constant("slopes", (2.0 ** -np.arange(1, heads + 1, dtype=np.float32)).reshape(1, heads, 1, 1))
         shared = net.op("Mul", slopes, net.op("Cast", offset, to=ir.DataType.FLOAT))
     for index in range(layers):
         name = f"layers.{index}"
@@ -249,9 +225,7 @@ def biased(
         normed = net.layer_norm(x, f"{name}.norm1", width)
         options: dict[str, Any] = {"causal": kind == "alibi"} | ({"scale": 1.0} if kind == "table" else {})
         x = net.add(x, net.self_attention(normed, f"{name}.attention", width, heads, bias, **options))
-        x = net.add(
-            x, net.feed_forward(net.layer_norm(x, f"{name}.norm2", width), f"{name}.ffn", width, 4 * width)
-        )
+        x = net.add(x, net.feed_forward(net.layer_norm(x, f"{name}.norm2", width), f"{name}.ffn", width, 4 * width))
     net.output(net.layer_norm(x, "norm", width), "y")
     return net.build()
 
@@ -274,16 +248,12 @@ def swin(
         y = net.op("Reshape", y, net.ints(-1, cells, cells, window, window, width))
         y = net.op("Transpose", y, perm=[0, 1, 3, 2, 4, 5])
         x = net.add(x, net.op("Reshape", y, net.ints(-1, grid * grid, width)))
-        x = net.add(
-            x, net.feed_forward(net.layer_norm(x, f"{name}.norm2", width), f"{name}.ffn", width, 4 * width)
-        )
+        x = net.add(x, net.feed_forward(net.layer_norm(x, f"{name}.norm2", width), f"{name}.ffn", width, 4 * width))
     net.output(net.op("ReduceMean", net.layer_norm(x, "norm", width), net.ints(1), keepdims=0), "pooled")
     return net.build()
 
 
-def cross(
-    *, layers: int = 2, width: int = 32, memory_width: int = 24, heads: int = 4, seed: int = 0
-) -> ir.Model:
+def cross(*, layers: int = 2, width: int = 32, memory_width: int = 24, heads: int = 4, seed: int = 0) -> ir.Model:
     """Causal self and cross attention: ``x [batch, seq, width]``, ``memory [batch, source, memory_width]``."""
     net = Net("cross", seed)
     x = net.input("x", ["batch", "seq", width])
@@ -297,9 +267,7 @@ def cross(
         v = net.linear(memory, f"{name}.cross.v", memory_width, width)
         y = net.attention(q, k, v, heads=heads, head_dim=width // heads, name=f"{name}.cross.attend")
         x = net.add(x, net.linear(y, f"{name}.cross.out", width, width))
-        x = net.add(
-            x, net.feed_forward(net.layer_norm(x, f"{name}.norm3", width), f"{name}.ffn", width, 4 * width)
-        )
+        x = net.add(x, net.feed_forward(net.layer_norm(x, f"{name}.norm3", width), f"{name}.ffn", width, 4 * width))
     net.output(net.layer_norm(x, "norm", width), "y")
     return net.build()
 

@@ -24,9 +24,7 @@ class Net:
         self.initializers: dict[str, ir.Value] = {}
         self.counts: dict[str, int] = {}
 
-    def input(
-        self, name: str, shape: Sequence[int | str], dtype: ir.DataType = ir.DataType.FLOAT
-    ) -> ir.Value:
+    def input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self.inputs.append(value)
         return value
@@ -42,9 +40,7 @@ class Net:
         return self.initializers[name]
 
     def ints(self, *values: int) -> ir.Value:
-        return self.constant(
-            "ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64)
-        )
+        return self.constant("ints_" + "_".join(map(str, values)).replace("-", "m"), np.array(values, np.int64))
 
     def scalar(self, value: int) -> ir.Value:
         return self.constant(f"int_{value}".replace("-", "m"), np.array(value, np.int64))
@@ -54,9 +50,7 @@ class Net:
         spread = scale if scale is not None else shape[0] ** -0.5
         return self.constant(name, (self.random.standard_normal(shape) * spread).astype(np.float32))
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, n: int = 1, name: str = "", **attributes: Any
-    ) -> Any:
+    def op(self, op_type: str, *inputs: ir.Value | None, n: int = 1, name: str = "", **attributes: Any) -> Any:
         count = self.counts[op_type] = self.counts.get(op_type, -1) + 1
         node = ir.Node(
             "",
@@ -72,24 +66,18 @@ class Net:
         return node.outputs[0] if n == 1 else node.outputs
 
     def linear(self, x: ir.Value, name: str, width_in: int, width_out: int, bias: bool = True) -> ir.Value:
-        product = self.op(
-            "MatMul", x, self.weight(f"{name}.weight", width_in, width_out), name=f"{name}.matmul"
-        )
+        product = self.op("MatMul", x, self.weight(f"{name}.weight", width_in, width_out), name=f"{name}.matmul")
         if not bias:
             return product
         return self.op("Add", product, self.weight(f"{name}.bias", width_out, scale=0.1), name=f"{name}.add")
 
     def layer_norm(self, x: ir.Value, name: str, width: int, epsilon: float = 1e-5) -> ir.Value:
-        scale = self.constant(
-            f"{name}.weight", 1 + 0.1 * self.random.standard_normal(width).astype(np.float32)
-        )
+        scale = self.constant(f"{name}.weight", 1 + 0.1 * self.random.standard_normal(width).astype(np.float32))
         bias = self.weight(f"{name}.bias", width, scale=0.1)
         return self.op("LayerNormalization", x, scale, bias, name=name, axis=-1, epsilon=epsilon)
 
     def rms_norm(self, x: ir.Value, name: str, width: int, epsilon: float = 1e-5) -> ir.Value:
-        scale = self.constant(
-            f"{name}.weight", 1 + 0.1 * self.random.standard_normal(width).astype(np.float32)
-        )
+        scale = self.constant(f"{name}.weight", 1 + 0.1 * self.random.standard_normal(width).astype(np.float32))
         return self.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
 
     def attention(
@@ -142,9 +130,7 @@ class Net:
         y = self.attention(q, k, v, mask, heads=heads, head_dim=head_dim, name=f"{name}.attend", **options)
         return self.linear(y, f"{name}.out", width, width, bias)
 
-    def feed_forward(
-        self, x: ir.Value, name: str, width: int, hidden: int, approximate: str = "none"
-    ) -> ir.Value:
+    def feed_forward(self, x: ir.Value, name: str, width: int, hidden: int, approximate: str = "none") -> ir.Value:
         up = self.linear(x, f"{name}.up", width, hidden)
         active = self.op("Gelu", up, approximate=approximate, name=f"{name}.act")
         return self.linear(active, f"{name}.down", hidden, width)
