@@ -285,12 +285,10 @@ class Expander:
         triangle = self._triangle(node) if causal else None
         allowed = mask if boolean else None
         if triangle is not None:
-            a, b = allowed, triangle
-            allowed = b if a is None else self._once(("and", a, b), lambda: self._both(node, "And", a, b))
+            allowed = self._both(node, "And", allowed, triangle)
         bias = None if allowed is None else self._additive(node, allowed, dtype)
         if mask is not None and not boolean:
-            a, b = bias, mask
-            bias = b if a is None else self._once(("sum", a, b), lambda: self._both(node, "Add", b, a))
+            bias = self._both(node, "Add", bias, mask)
         visible = self._visible(node, allowed, dtype) if boolean and allowed is not None else None
         grouped = repeat > 1
         return (
@@ -298,12 +296,15 @@ class Expander:
             self._grouped(node, visible, groups, repeat) if grouped and visible is not None else visible,
         )
 
-    def _both(self, node: ir.Node, op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Elementwise ``a op b`` with its shape as far as the operands tell."""
-        if a.shape is None or b.shape is None:
-            return self._op(node, op_type, [a, b])
-        pairs = zip_longest(reversed(list(a.shape)), reversed(list(b.shape)), fillvalue=1)
-        return edit.insert(node, op_type, [a, b], shape=reversed([y if x == 1 else x for x, y in pairs]))
+    def _both(self, node: ir.Node, op_type: str, a: ir.Value | None, b: ir.Value) -> ir.Value:
+        """``b``, or elementwise ``a op b``, with its shape as far as the operands tell."""
+        if a is None:
+            return b
+        shape = None
+        if a.shape is not None and b.shape is not None:
+            pairs = list(zip_longest(reversed(list(a.shape)), reversed(list(b.shape)), fillvalue=1))
+            shape = [y if x == 1 else x for x, y in reversed(pairs)]
+        return self._once((op_type, a, b), lambda: edit.insert(node, op_type, [a, b], shape=shape))
 
     def _additive(self, node: ir.Node, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:
         """0 where attended; elsewhere what wins over any score and yet leaves a row that is all masked finite."""

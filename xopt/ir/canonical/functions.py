@@ -11,6 +11,7 @@ from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedFunctions
 
 from xopt.errors import InputError
 from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.io import check_nodes
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -37,4 +38,5 @@ def _inline(model: ir.Model, report: CanonicalizeReport) -> None:
             "E-FORMAT", f"local functions cannot be inlined: {error}", cure="export the model without them"
         ) from error
     report.rewrote("inline-function", sum(getattr(result, "id_count", {}).values()))
+    check_nodes(model)  # bodies now have the attributes of their calls, of whatever type
     RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
