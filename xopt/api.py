@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.data.dataset import Dataset
-from xopt.ir.io import load, save
+from xopt.ir.io import load, output_errors, save
 from xopt.ir.trace import trace
 from xopt.pipeline.context import silent
 
@@ -195,7 +195,8 @@ def compile(
     PassManager([create(name, {}) for name in EXACT], instruments=()).run(graph, PassContext())
     path = Path(output)
     library = path if path.suffix == ".so" else path / "model.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
+    with output_errors(library):
+        library.parent.mkdir(parents=True, exist_ok=True)
     return targets.compile(graph, target, library, dims=dims)
 
 

@@ -181,8 +181,8 @@ def passes(name: str | None, as_json: bool) -> None:
         console.table("", ["pass", "effect", "what it does"], rows, left=3)
     else:
         print((classes[0].__doc__ or "").strip())
-        rows = [(o.name, o.default, str(o)) for o in classes[0].options().values()]
-        console.table("", ["option", "default", "legal"], rows, left=3)
+        options = [(o.name, o.default, str(o)) for o in classes[0].options().values()]
+        console.table("", ["option", "default", "legal"], options, left=3)
 
 
 def targets(as_json: bool) -> None:
@@ -331,7 +331,9 @@ def _runners(
     dims: Mapping[str, int],
 ) -> tuple[dict[str, Runner], dict[str, np.ndarray], dict[str, str]]:
     """Runners of xopt and the peers, the arrays to feed, and the peers that are left out."""
-    from xopt import api, ir
+    from xopt import api
+    from xopt.ir.canonical import canonicalize
+    from xopt.ir.io import load
     from xopt.measure import peers
     from xopt.runtime.session import Session
     from xopt.search.job import evaluation_batch, timed_feeds
@@ -341,13 +343,13 @@ def _runners(
             raise InputError("E-OPTION", "peers take an ONNX file", where=str(model), cure="name the .onnx file")
         session = Session.load(model, threads=threads)
         return {"xopt": session.run}, _feeds(session.inputs, data, batch, seed, dims), {}
-    graph = ir.load(model)
+    graph = load(model)
     feeds = timed_feeds(_samples(graph, data, seed, dims), evaluation_batch(graph, batch))
     session = Session.load(api.compile(graph, "cpu", folder / "model.so"), threads=threads)
 
     def canonical() -> ir.Model:
         copy = graph.clone()
-        ir.canonicalize(copy)
+        canonicalize(copy)
         return copy
 
     found = peers.prepare(model, canonical, feeds, threads=threads, names=names)
@@ -371,7 +373,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     from xopt.ir.io import output_errors, replacing
 
     with output_errors(path), replacing(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _describe_pass(cls: type[Pass]) -> dict[str, Any]:

@@ -28,9 +28,7 @@ class XoptError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"error[{self.code}]: " + ", ".join(
-            part for part in (self.what, self.where, self.cure) if part
-        )
+        return f"error[{self.code}]: " + ", ".join(part for part in (self.what, self.where, self.cure) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.code, self.what, self.where, self.cure))

@@ -248,14 +248,14 @@ def _check_shape(value: ir.Value, array: np.ndarray, sizes: dict[str, int], wher
     if value.shape is None:
         return
     wanted = [dim if isinstance(dim, int) else str(dim.value or "?") for dim in value.shape]
+    before = "".join(f", {name} = {size}" for name, size in sizes.items())
     agrees = len(wanted) == array.ndim
     for dim, size in list(zip(wanted, array.shape))[1:]:
         expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size) if dim != "?" else size
         agrees = agrees and expected == size
     if not agrees:
         shape = ", ".join(["samples", *map(str, wanted[1:])] if wanted else [])
-        known = "".join(f", {name} = {size}" for name, size in sizes.items())
-        what = f"array {str(value.name)!r}: expected [{shape}]{known}, got {list(array.shape)}"
+        what = f"array {str(value.name)!r}: expected [{shape}]{before}, got {list(array.shape)}"
         raise InputError("E-DATA", what, where=where)
 
 

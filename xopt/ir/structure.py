@@ -243,7 +243,7 @@ class _Anatomy:
         blocks: list[tuple[AttentionSite | None, FeedForward | None]] = []
         left = list(ffns)
         for site in sites:
-            near = [ffn for ffn in left if ffn.residual_in in (site.residual_out, site.residual_in)]
+            near = [ffn for ffn in left if _before_merge(ffn.residual_in) in (site.residual_out, site.residual_in)]
             blocks.append((site, near[0] if near else None))
             left = [ffn for ffn in left if ffn is not blocks[-1][1]]
         blocks += [(None, ffn) for ffn in left]
@@ -284,6 +284,12 @@ def _summands(value: ir.Value) -> list[ir.Value]:
     if node is None or any(v is None or walk.is_weight(v) for v in node.inputs):
         return [value]
     return [value, *(v for v in node.inputs if v is not None)]
+
+
+def _before_merge(stream: ir.Value | None) -> ir.Value | None:
+    """The stream before an xopt op that shortens the sequence between attention and FFN."""
+    node = stream.producer() if stream is not None else None
+    return node.inputs[0] if node is not None and node.domain == "xopt" else stream
 
 
 def _before_norm(value: ir.Value | None) -> ir.Value | None:

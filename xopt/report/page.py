@@ -70,8 +70,8 @@ def _blocks(structure: Mapping[str, Any]) -> list[tuple[int, str, str, str, str]
     before, after = structure["before"]["blocks"], structure["after"]["blocks"]
     rows = []
     for index in range(max(len(before), len(after))):
-        pair = [blocks[index] if index < len(blocks) else {} for blocks in (before, after)]
-        rows.append((index, *(_attention(b) for b in pair), *(_ffn(b) for b in pair)))
+        old, new = (blocks[index] if index < len(blocks) else {} for blocks in (before, after))
+        rows.append((index, _attention(old), _attention(new), _ffn(old), _ffn(new)))
     return rows
 
 

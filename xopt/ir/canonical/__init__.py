@@ -21,6 +21,7 @@ STEPS = (
     "constants",
     "cleanup",
     "dimensions",
+    "constants",
     "cleanup",
     "linear",
     "norm",

@@ -83,7 +83,7 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
     weighted = read_values(symbols, node, axes)
     return Site(
         weighted.node, scores.q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
-        scores.scale / (scores.softcap or 1.0), scores.softcap, False, scores.terms,
+        scores.scale, scores.softcap, False, scores.terms,
         weighted.node.outputs[0], weighted.axes,
     )  # fmt: skip
 

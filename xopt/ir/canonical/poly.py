@@ -48,6 +48,11 @@ class Poly:
         return frozenset(symbol for monomial, _ in self.terms for symbol in monomial)
 
     @property
+    def is_name(self) -> bool:
+        """Whether this is one symbol that names something, and not the text of an operation."""
+        return self.is_symbol and "(" not in self.terms[0][0][0]
+
+    @property
     def is_symbol(self) -> bool:
         """Whether this is one symbol and nothing else."""
         return len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1

@@ -96,7 +96,7 @@ def broadcast(*shapes: Dims) -> Dims:
 def _common(sizes: Sequence[Poly]) -> Poly:
     """The size that is not 1: a number before a named dimension, that before a composite one."""
     return min(
-        (size for size in sizes if size != ONE), key=lambda s: (s.constant is None, not s.is_symbol), default=ONE
+        (size for size in sizes if size != ONE), key=lambda s: (s.constant is None, not s.is_name), default=ONE
     )
 
 

@@ -1,0 +1,186 @@
+"""Data sets: what is read, what is refused and in which words, and random inputs that a model accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xopt.data.dataset import Dataset
+from xopt.errors import InputError
+
+
+def text_model() -> ir.Model:
+    """Token ids through a table of 100 rows, types through one of 2, and a mask: [batch, seq] -> [batch, seq, 4]."""
+    table = ir.tensor(np.zeros((100, 4), np.float32), name="table")
+    types = ir.tensor(np.zeros((2, 4), np.float32), name="types")
+    return ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[batch, seq] input_ids, int64[batch, seq] token_type_ids, int64[batch, seq] attention_mask)
+          => (float[batch, seq, 4] y)
+        {
+          ids32 = Cast<to=6>(input_ids)
+          words = Gather(table, ids32)
+          kinds = Gather(types, token_type_ids)
+          sum = Add(words, kinds)
+          mask = Cast<to=1>(attention_mask)
+          axis = Constant<value_ints=[2]>()
+          wide = Unsqueeze(mask, axis)
+          y = Mul(sum, wide)
+        }
+        """,
+        initializers=[table, types],
+    )
+
+
+def text_arrays(count: int = 4, length: int = 6) -> dict[str, np.ndarray]:
+    ids = np.arange(count * length).reshape(count, length)
+    return {"input_ids": ids, "token_type_ids": np.zeros_like(ids), "attention_mask": np.ones_like(ids)}
+
+
+def refusal(call: object) -> InputError:
+    with pytest.raises(InputError) as caught:
+        call()  # type: ignore[operator]
+    return caught.value
+
+
+def test_npz_gives_back_arrays_and_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((3, 2), np.float32), labels=np.arange(3))
+    data = Dataset.load(tmp_path / "d.npz")
+    assert len(data) == 3
+    assert data.inputs.keys() == {"x"}
+    assert data.labels is not None and data.labels.tolist() == [0, 1, 2]
+    assert data.name == "d.npz" and not data.synthetic
+
+
+def test_batches_cover_all_samples_in_order() -> None:
+    data = Dataset({"x": np.arange(7)[:, None]})
+    batches = list(data.batches(3))
+    assert [len(b["x"]) for b in batches] == [3, 3, 1]
+    assert np.concatenate([b["x"] for b in batches])[:, 0].tolist() == list(range(7))
+
+
+def test_take_keeps_pairs_together() -> None:
+    data = Dataset({"x": np.arange(8)[:, None]}, np.arange(4.0))
+    assert data.group == 2
+    taken = data.take(5)
+    assert len(taken) == 4
+    assert taken.labels is not None and taken.labels.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "labels", "words"),
+    [
+        ({}, None, "no arrays"),
+        ({"x": np.zeros((0, 3))}, None, "'x' has shape [0, 3]"),
+        ({"x": np.zeros((2, 0))}, None, "'x' has shape [2, 0]"),
+        ({"x": np.float32(1)}, None, "'x' has shape []"),
+        ({"x": np.array([1.0, np.nan])}, None, "'x' has 1 values that are NaN"),
+        ({"x": np.array([np.inf])}, None, "NaN or infinite"),
+        ({"x": np.array(["a"])}, None, "'x' holds <U1"),
+        ({"x": np.zeros(3), "y": np.zeros(4)}, None, "x 3, y 4"),
+        ({"x": np.zeros(3)}, np.zeros(2), "'labels' has 2 rows"),
+        ({"x": np.zeros(3)}, np.array([1.0, np.nan, 2.0]), "'labels' has 1 values"),
+    ],
+)
+def test_bad_arrays_are_refused_by_name(arrays: dict[str, np.ndarray], labels: np.ndarray | None, words: str) -> None:
+    error = refusal(lambda: Dataset(arrays, labels))
+    assert error.code == "E-DATA"
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"not a zip"])
+def test_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.npz").write_bytes(content)
+    assert refusal(lambda: Dataset.load(tmp_path / "d.npz")).code == "E-DATA"
+
+
+def test_pickled_arrays_are_never_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.array([{"a": 1}], dtype=object))
+    assert refusal(lambda: Dataset.load(tmp_path / "d.npz")).code == "E-DATA"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    error = refusal(lambda: Dataset.load(tmp_path / "none.npz"))
+    assert (error.code, error.where) == ("E-FILE", str(tmp_path / "none.npz"))
+
+
+def test_a_file_that_unpacks_to_more_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    np.savez_compressed(tmp_path / "d.npz", x=np.zeros((1000, 1000)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1 << 20})())
+    assert "of memory are free" in str(refusal(lambda: Dataset.load(tmp_path / "d.npz")))
+
+
+def test_matched_converts_widths_and_drops_what_the_model_does_not_read() -> None:
+    arrays = {name: array.astype(np.int32) for name, array in text_arrays().items()}
+    data = Dataset({**arrays, "extra": np.zeros((4, 1))}).matched(text_model())
+    assert data.inputs.keys() == arrays.keys()
+    assert all(array.dtype == np.int64 for array in data.inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_mask": None}, "'attention_mask' is missing"),
+        ({"input_ids": np.zeros((4, 6), np.float32)}, "'input_ids': expected int64, got float32"),
+        ({"input_ids": np.zeros((4, 6, 1), np.int64)}, "'input_ids': expected [samples, seq], got [4, 6, 1]"),
+        (
+            {"attention_mask": np.ones((4, 5), np.int64)},
+            "'attention_mask': expected [samples, seq], seq = 6, got [4, 5]",
+        ),
+        ({"input_ids": np.full((4, 6), 100)}, "'input_ids' indexes a table of 100 rows, got 100 to 100"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_are_refused(change: dict[str, np.ndarray | None], words: str) -> None:
+    arrays = {name: array for name, array in {**text_arrays(), **change}.items() if array is not None}
+    error = refusal(lambda: Dataset(arrays).matched(text_model()))
+    assert error.code == "E-DATA"
+    assert words in str(error)
+
+
+@given(count=st.integers(1, 9), length=st.integers(1, 40), seed=st.integers(0, 2**31))
+def test_random_inputs_fit_the_model(count: int, length: int, seed: int) -> None:
+    model = text_model()
+    data = Dataset.random(model, count, seed, {"seq": length})
+    assert data.synthetic
+    assert {name: array.shape for name, array in data.inputs.items()} == dict.fromkeys(text_arrays(), (count, length))
+    assert (data.inputs["attention_mask"] == 1).all()
+    assert data.inputs["input_ids"].max() < 100
+    assert data.inputs["token_type_ids"].max() < 2
+    assert data.matched(model).digest == data.digest
+    assert Dataset.random(model, count, seed, {"seq": length}).digest == data.digest
+
+
+def test_random_ids_use_the_whole_table() -> None:
+    ids = Dataset.random(text_model(), 64, 0, {"seq": 64}).inputs["input_ids"]
+    assert ids.min() == 0 and ids.max() == 99
+
+
+def test_another_seed_gives_other_numbers() -> None:
+    digests = {Dataset.random(text_model(), 8, seed).digest for seed in range(4)}
+    assert len(digests) == 4
+
+
+def test_data_from_a_callable(tmp_path: Path) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "import numpy as np\n"
+        "def pair(): return {'x': np.ones((2, 1))}, np.arange(2)\n"
+        "def plain(): return {'x': np.ones((2, 1)), 'labels': np.arange(2)}\n"
+        "def wrong(): return 3\n"
+        "def fails(): raise RuntimeError('no disk')\n"
+    )
+    for name in ("pair", "plain"):
+        data = Dataset.of(f"{source}:{name}")
+        assert data.labels is not None and len(data) == 2
+    assert refusal(lambda: Dataset.of(f"{source}:wrong")).code == "E-DATA"
+    assert "no disk" in str(refusal(lambda: Dataset.of(f"{source}:fails")))
+    assert refusal(lambda: Dataset.of(f"{source}:none")).code == "E-OPTION"
+    assert refusal(lambda: Dataset.of("no_such_module:f")).code == "E-OPTION"
