@@ -15,15 +15,15 @@ from xopt.errors import InputError
 
 
 def text_model() -> ir.Model:
-    """Token ids through a table of 100 rows, types through one of 2, and a mask: [batch, seq] -> [batch, seq, 4]."""
-    table = ir.tensor(np.zeros((100, 4), np.float32), name="table")
-    types = ir.tensor(np.zeros((2, 4), np.float32), name="types")
+    """Token ids through a table of 100 rows, types through one of 2, and a mask: [batch, seq] -> [batch, seq, 1]."""
+    zeros = ",".join("0" * 100)
     return ir.from_onnx_text(
-        """
+        f"""
         <ir_version: 10, opset_import: ["" : 20]>
         g (int64[batch, seq] input_ids, int64[batch, seq] token_type_ids, int64[batch, seq] attention_mask)
-          => (float[batch, seq, 4] y)
-        {
+          => (float[batch, seq, 1] y)
+        <float[100, 1] table = {{{zeros}}}, float[2, 1] types = {{0, 0}}>
+        {{
           ids32 = Cast<to=6>(input_ids)
           words = Gather(table, ids32)
           kinds = Gather(types, token_type_ids)
@@ -32,9 +32,8 @@ def text_model() -> ir.Model:
           axis = Constant<value_ints=[2]>()
           wide = Unsqueeze(mask, axis)
           y = Mul(sum, wide)
-        }
-        """,
-        initializers=[table, types],
+        }}
+        """
     )
 
 
