@@ -126,7 +126,12 @@ class Dataset:
         It is called without arguments and returns a Dataset, a dict of arrays (``labels`` among them or not), or a
         pair (dict of arrays, labels).
         """
-        answer = resolve(reference, "--data")()
+        function = resolve(reference, "--data")
+        try:
+            answer = function()
+        except Exception as error:  # the user's function may fail in any way
+            what = f"the callable fails ({type(error).__name__}: {error})"
+            raise InputError("E-DATA", what, where=reference) from error
         if isinstance(answer, Dataset):
             return answer
         labels = None
