@@ -224,7 +224,7 @@ class _Anatomy:
                         return self._joined(stream, node.outputs[0], path, after)
             elif edit.is_op(node, "Shape"):
                 continue
-            elif not edit.is_op(node, *CARRIERS):
+            elif not edit.is_op(node, *CARRIERS) or (others and edit.is_op(node, "Concat")):
                 return None
             after.append(node)
             carried.update(node.outputs)
