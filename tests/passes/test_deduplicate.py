@@ -63,7 +63,7 @@ def test_only_bitwise_equal_weights_are_shared(other: np.generic) -> None:
 
 def test_vectors_of_layers_stay_apart_unless_asked() -> None:
     model = builders.vit()
-    for name in ("layers.0.norm1.scale", "layers.1.norm1.scale"):
+    for name in ("layers.0.norm1.weight", "layers.1.norm1.weight"):
         model.graph.initializers[name].const_value = ir.tensor(np.ones(32, np.float32), name=name)
     assert run(Deduplicate(), model.clone()).reasons.get("layer-parameter", 0) >= 1
     report = check_laws(Deduplicate(vectors=True), model)

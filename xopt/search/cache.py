@@ -76,11 +76,9 @@ class StepCache:
 
 def model_digest(model: ir.Model) -> str:
     """SHA-256 over the graph and all weights, whatever file they lie in."""
-    import onnx_ir as ir
+    from xopt.ir.shapes import without_weights
 
-    from xopt.pipeline.verify import skeleton
-
-    state = hashlib.sha256(ir.to_proto(skeleton(model)).SerializeToString(deterministic=True))
+    state = hashlib.sha256(without_weights(model).SerializeToString(deterministic=True))
     for name, value in sorted(model.graph.initializers.items()):
         if value.const_value is not None:
             state.update(name.encode())
