@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx
 import onnx_ir as ir
 
 from xopt.errors import InputError
+from xopt.ir.symbolic import name_dims
 from xopt.ir.untrusted import bounded_memory
 
 LARGEST_CONSTANT = 1024
@@ -36,6 +37,7 @@ def infer_shapes(model: ir.Model) -> None:
             "E-FORMAT", f"shapes do not fit together: {_brief(error)}", cure="check how the model was exported"
         ) from error
     _merge(model, ir.from_proto(proto))
+    name_dims(model.graph)
     for value, shape in declared.items():
         value.shape = _named(value.shape, shape)
 
@@ -95,6 +97,14 @@ def symbolic_dims(model: ir.Model) -> list[str]:
             if isinstance(dim, ir.SymbolicDim) and dim.value:
                 names[dim.value] = None
     return list(names)
+
+
+def equal_by_count(a: Iterable[int | ir.SymbolicDim], b: Iterable[int | ir.SymbolicDim]) -> bool:
+    """Whether dimensions with the same product must be the same: as many, and all but one known to be equal."""
+    left, right = list(a), list(b)
+    if len(left) != len(right):
+        return False
+    return sum(x != y or not (isinstance(x, int) or x.value) for x, y in zip(left, right)) <= 1
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -25,6 +25,7 @@ from xopt.ir.edit import (
     set_attributes,
     sweep,
 )
+from xopt.ir.shapes import equal_by_count
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -105,10 +106,12 @@ def _perm(node: ir.Node) -> list[int] | None:
 
 def _reshape(node: ir.Node) -> bool:
     """A reshape to the shape a value has goes; a reshape of a reshape skips the one in between."""
-    source, result = operand(node, 0), node.outputs[0]
-    if source.shape is not None and _certainly_equal(source.shape, result.shape):
-        return _bypass(node)
-    inner = producer(source, "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+    shape, inner = node.outputs[0].shape, producer(operand(node, 0), "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+    sources = [operand(node, 0)] + ([operand(inner, 0)] if inner is not None else [])
+    for source in sources:
+        if shape is not None and source.shape is not None and equal_by_count(source.shape, shape):
+            node.replace_input_with(0, source)
+            return _bypass(node)
     target = constant(input_at(node, 1)) if node.op_type == "Reshape" else None
     if inner is None or target is None or 0 in target:
         return False

@@ -24,6 +24,7 @@ from xopt.ir.edit import (
     replace_uses,
     sweep,
 )
+from xopt.ir.shapes import equal_by_count
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -138,8 +139,5 @@ def _lift_reshape(node: ir.Node) -> bool:
 
 
 def _same_leading(a: ir.Shape | None, b: ir.Shape | None) -> bool:
-    """Whether all axes but the last are equal: element counts agree, so one axis may be unproven."""
-    if a is None or b is None or len(a) != len(b) or len(a) < 2:
-        return False
-    unproven = sum(x != y or not (isinstance(x, int) or x.value) for x, y in zip(list(a)[:-1], list(b)[:-1]))
-    return unproven <= 1
+    """Whether all axes but the last are equal."""
+    return a is not None and b is not None and len(a) > 1 and equal_by_count(a[:-1], b[:-1])
