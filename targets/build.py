@@ -105,6 +105,7 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
                 inputs=lowered.inputs,
                 outputs=lowered.outputs,
                 weights=tuple(infos),
+                limits=lowered.limits,
             )
             manifest_path(library).write_text(manifest.to_json())
             for file in [*files, manifest_path(library)]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import tvm
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from tvm import relax, te, tirx
 
 from xopt.errors import InputError
@@ -37,6 +37,7 @@ class Lowered:
     weights: list[tuple[str, np.ndarray]]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    limits: dict[str, int]
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Lowering:
     values: dict[ir.Value, Value] = field(default_factory=dict)
     weights: list[tuple[str, np.ndarray]] = field(default_factory=list)
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
+    tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class Lowering:
 
     def reshape(self, tensor: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
         """``tensor`` seen with another shape, without copying; views of one tensor are shared."""
-        base = self._bases.get(tensor, tensor)
+        base = self.base(tensor)
         for view in [base, *self._views.get(base, [])]:
             if self.dims.same_shape(self.shape_of(view), shape):
                 return view
@@ -153,10 +155,9 @@ class Lowering:
         self._views.setdefault(base, []).append(view)
         return view
 
-    def rows(self, tensor: relax.Expr) -> relax.Expr:
-        """``tensor`` as the matrix of its rows ``[prod(shape[:-1]), shape[-1]]``."""
-        shape = self.shape_of(tensor)
-        return self.reshape(tensor, [self.dims.product(shape[:-1]), shape[-1]])
+    def base(self, tensor: relax.Expr) -> relax.Expr:
+        """The tensor that ``tensor`` is a view of."""
+        return self._bases.get(tensor, tensor)
 
     def compute(self, name: str, shape: Sequence[Dim], element: Callable[..., Any], *inputs: relax.Expr) -> relax.Var:
         """A tensor given element by element: ``element(*inputs, *indices)`` over TE tensors and index variables."""
@@ -314,6 +315,7 @@ def lower(model: ir.Model, target: Target) -> Lowered:
 
     model = model.clone()
     InlinePass(criteria=lambda function: not has_kernel(function.domain, function.name))(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     lowering = Lowering(target)
     parameters = [lowering.parameter(value) for value in model.graph.inputs]
     bundle = relax.Var("weights", relax.ObjectType())
@@ -329,6 +331,7 @@ def lower(model: ir.Model, target: Target) -> Lowered:
         lowering.weights,
         tuple(lowering.describe(value, parameter) for value, parameter in zip(model.graph.inputs, parameters)),
         tuple(lowering.describe(value, result) for value, result in zip(model.graph.outputs, results)),
+        lowering.dims.limits,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
@@ -128,7 +129,7 @@ def emit_chain(lowering: Lowering, chain: Chain) -> relax.Expr | None:
         return _emit_rest(lowering, [chain.matmul, *chain.nodes])
     shape = [*lowering.shape_of(x)[:-1], int(weight.shape[1])]  # type: ignore[index,arg-type]
     fused = _fitting(lowering, chain, shape)
-    result = linear(lowering, x, weight, fused)
+    result = linear(lowering, x, Layer(weight, fused.bias, fused.activation, fused.gate, fused.residual))
     done = len(fused.nodes)
     last = fused.nodes[-1] if fused.nodes else fused.matmul
     if done == len(chain.nodes):
@@ -166,29 +167,54 @@ def _same(lowering: Lowering, value: ir.Value, shape: Sequence[Dim]) -> bool:
     return str(tensor.ty.dtype) == "float32" and lowering.dims.same_shape(lowering.shape_of(tensor), shape)
 
 
-def linear(lowering: Lowering, x: relax.Expr, weight: ir.Value, chain: Chain) -> relax.Expr:
-    """One call of the GEMM kernel: ``act(x @ W + b) * gate + residual``."""
+@dataclass(frozen=True)
+class Layer:
+    """What the GEMM kernel computes: ``act(x @ W + b) * gate + residual``.
+
+    Attributes:
+        weight: constant [K, N], or with ``patches`` a convolution's [N, channels, *kernel].
+        bias: constant of N elements.
+    """
+
+    weight: ir.Value
+    bias: ir.Value | None = None
+    activation: ir.Node | None = None
+    gate: ir.Value | None = None
+    residual: ir.Value | None = None
+    patches: bool = False
+
+    def matrix(self, array: np.ndarray) -> np.ndarray:
+        """The weight's content as [K, N]."""
+        return array.reshape(len(array), -1).T if self.patches else array
+
+
+def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
+    """Call the GEMM kernel for a layer over x [*rows, K]."""
     from xopt.kernels import gemm
 
     isa = lowering.target.isa()
-    assert isa is not None
+    weight = layer.weight.const_value
+    assert isa is not None and weight is not None
     shape = lowering.shape_of(x)
-    columns = int(weight.shape[1])  # type: ignore[index,arg-type]
-    sides = [lowering.tensor(value) for value in (chain.gate, chain.residual) if value is not None]
+    columns = int(weight.shape[0] if layer.patches else weight.shape[1])
+    sides = [lowering.tensor(value) for value in (layer.gate, layer.residual) if value is not None]
     workload = gemm.Workload(
         rows=static(shape[:-1]),
         k=int(shape[-1]),
         n=columns,
-        bias=chain.bias is not None,
-        gate=chain.gate is not None,
-        residual=chain.residual is not None,
-        **_activation(chain.activation),
+        bias=layer.bias is not None,
+        gate=layer.gate is not None,
+        residual=layer.residual is not None,
+        **_activation(layer.activation),
     )
     config = gemm.heuristic(workload, isa)
-    inputs = [x, lowering.packed(weight, ("panels", config), lambda matrix: gemm.pack_weight(matrix, config, isa))]
-    if chain.bias is not None:
-        pack = lambda vector: gemm.pack_bias(vector.reshape(-1), config, isa)  # noqa: E731
-        inputs.append(lowering.packed(chain.bias, ("padded", config), pack))
+    panels = (config.vectors, isa.lanes)
+    inputs = [
+        x,
+        lowering.packed(layer.weight, panels, lambda array: gemm.pack_weight(layer.matrix(array), config, isa)),
+    ]
+    if layer.bias is not None:
+        inputs.append(lowering.packed(layer.bias, panels, lambda array: gemm.pack_bias(array.reshape(-1), config, isa)))
     name = gemm.name(workload, config, isa)
     return lowering.call(name, lambda: gemm.build(workload, config, isa), [*inputs, *sides], [*shape[:-1], columns])
 

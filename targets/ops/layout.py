@@ -69,6 +69,9 @@ def _transpose(call: Call) -> Value:
     kept = [axis for axis in order if not call.dims.equal(shape[axis], 1)]
     if kept == sorted(kept):
         return _view(call, [shape[axis] for axis in order])
+    first = call.lowering.tokens_first.get(call.lowering.base(call.x()))
+    if first is not None and list(order) == [0, *range(2, rank), 1]:
+        return call.lowering.reshape(first, [shape[axis] for axis in order])
     return call.emit(relax.op.permute_dims(call.x(), [int(axis) for axis in order]))
 
 

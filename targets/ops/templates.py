@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
 from xopt.targets.ops.call import Call
-from xopt.targets.ops.fusion import static
+from xopt.targets.ops.fusion import Layer, linear, static
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -139,9 +141,48 @@ def _mask(call: Call) -> dict[str, Any] | None:
     return {"mask": kind, "mask_shape": tuple(dim if isinstance(dim, int) else None for dim in shape)}
 
 
+def _patches(call: Call) -> Value | None:
+    """Convolution whose stride is its kernel, as a linear layer over the patches.
+
+    The layer's rows are kept: the transpose to tokens first, which follows in vision transformers, is then free.
+    """
+    isa = call.lowering.target.isa()
+    shape, weight = call.shape(0), call.const(1)
+    if isa is None or weight is None or weight.dtype != np.float32 or not _is_patches(call, shape, weight):
+        return None
+    batch, channels = shape[0], weight.shape[1]
+    sizes = weight.shape[2:]
+    rank = len(sizes)
+    grid = [shape[2 + axis] // size for axis, size in enumerate(sizes)]
+    split = [batch, channels, *(extent for pair in zip(grid, sizes) for extent in pair)]
+    # [batch, channels, grid and kernel axes in turn] -> [batch, grid axes, channels, kernel axes]
+    order = [0, *range(2, 2 + 2 * rank, 2), 1, *range(3, 3 + 2 * rank, 2)]
+    patches = call.emit(relax.op.permute_dims(call.lowering.reshape(call.x(), split), order))
+    tokens, width = math.prod(grid), math.prod(weight.shape[1:])
+    rows = call.lowering.reshape(patches, [batch, tokens, width])
+    result = linear(call.lowering, rows, Layer(call.input(1), call.input(2) if call.has(2) else None, patches=True))
+    columns = call.emit(relax.op.permute_dims(result, [0, 2, 1]))
+    call.lowering.tokens_first[columns] = result
+    return call.lowering.reshape(columns, [batch, weight.shape[0], *grid])
+
+
+def _is_patches(call: Call, shape: list[Dim], weight: np.ndarray) -> bool:
+    sizes = list(weight.shape[2:])
+    rank = len(sizes)
+    return (
+        list(call.attr("strides", [1] * rank)) == sizes
+        and list(call.attr("dilations", [1] * rank)) == [1] * rank
+        and int(call.attr("group", 1)) == 1
+        and call.attr("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        and not any(call.attr("pads", ()))
+        and all(isinstance(dim, int) and dim % size == 0 for dim, size in zip(shape[2:], sizes))
+    )
+
+
 KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {
     ("", "LayerNormalization"): _norm,
     ("", "RMSNormalization"): _norm,
     ("", "Attention"): _attention,
+    ("", "Conv"): _patches,
 }
 """Emitters by (domain, operator type)."""

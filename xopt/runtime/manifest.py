@@ -47,7 +47,20 @@ class WeightInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``manifest.json`` (docs/formats.md)."""
+    """The content of ``manifest.json``.
+
+    Attributes:
+        target: name of the target, with its variant.
+        device: kind of memory the code works on, as DLPack numbers it.
+        features: CPU features that the code needs, as ``/proc/cpuinfo`` names them.
+        versions: versions of the packages that compiled it.
+        digests: SHA-256 of the library and of the weight file, by file name.
+        pipeline: identifier of the compiler's passes.
+        inputs, outputs: in the order of the model.
+        weights: the tensors of the weight file, in the order in which the code takes them.
+        limits: the largest size of a symbolic dimension, where a table in the model bounds it.
+        format: version of this description.
+    """
 
     target: str
     device: int
@@ -58,6 +71,7 @@ class Manifest:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     weights: tuple[WeightInfo, ...]
+    limits: Mapping[str, int] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
@@ -90,6 +104,7 @@ class Manifest:
                 inputs=tuple(_tensor(item) for item in content["inputs"]),
                 outputs=tuple(_tensor(item) for item in content["outputs"]),
                 weights=tuple(_weight(item) for item in content["weights"]),
+                limits={str(name): int(most) for name, most in content["limits"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

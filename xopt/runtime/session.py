@@ -95,6 +95,9 @@ class Session:
         if feeds.keys() != {info.name for info in self.inputs}:
             _refuse_names(feeds, self.inputs)
         arrays = [_argument(info, feeds[info.name], sizes) for info in self.inputs]
+        for name, most in self.manifest.limits.items():
+            if sizes.get(name, 0) > most:
+                raise InputError("E-DATA", f"dimension {name} is {sizes[name]}", cure=f"give at most {most}")
         if self._transfer is None:
             results = self._main(*arrays, self._weights)
         else:
