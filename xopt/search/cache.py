@@ -75,14 +75,20 @@ class StepCache:
 
 
 def model_digest(model: ir.Model) -> str:
-    """SHA-256 over the graph and all weights, whatever file they lie in."""
-    from xopt.ir.shapes import without_weights
+    """SHA-256 over all weights and the graph, whatever file they lie in."""
+    import onnx_ir as ir
 
-    state = hashlib.sha256(without_weights(model).SerializeToString(deterministic=True))
-    for name, value in sorted(model.graph.initializers.items()):
+    state = hashlib.sha256()
+    bare = model.clone()
+    for name in sorted(bare.graph.initializers):
+        value = bare.graph.initializers.pop(name)
         if value.const_value is not None:
-            state.update(name.encode())
+            state.update(f"{name} {value.const_value.dtype} {value.const_value.shape}".encode())
             state.update(value.const_value.tobytes())
+        value.const_value = None
+        if not value.is_graph_input():
+            bare.graph.inputs.append(value)
+    state.update(ir.to_proto(bare).SerializeToString(deterministic=True))
     return state.hexdigest()
 
 
