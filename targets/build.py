@@ -76,16 +76,19 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-OUTPUT.
     """
+    import tvm
     from tvm import relax
 
     from xopt.ir import bind_dims
+    from xopt.kernels import COMPILE_CONFIG
     from xopt.targets.lowering import lower
 
     if dims:
         model = bind_dims(model, dims)
     lowered = lower(model, target)
     tvm_target = target.tvm_target()
-    with tvm_target:
+    config = COMPILE_CONFIG if target.device == 1 else {}
+    with tvm_target, tvm.transform.PassContext(config=config):
         module = target.pipeline()(lowered.module)
         executable = relax.build(module, tvm_target, relax_pipeline=None)
     path = Path(path)
