@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xopt.data.dataset import Dataset
 from xopt.ir.io import load, output_errors, save
-from xopt.ir.trace import trace
+from xopt.ir.tracing import trace
 from xopt.pipeline.context import silent
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class Result:
         run in onnxruntime, disagrees with the compiled artifact.
         """
         from xopt.folder import replacing
-        from xopt.ir.export import export
+        from xopt.ir.exporting import export
         from xopt.pipeline.text import to_yaml
         from xopt.report.page import write_page
         from xopt.report.record import to_json

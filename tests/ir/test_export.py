@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from tests.ir import builders
 from tests.ir.net import Net
 from xopt.errors import InputError
-from xopt.ir import export, ops
+from xopt.ir import export, ops, save
 from xopt.ir.io import to_bytes
 from xopt.runtime.reference import ReferenceSession
 
@@ -51,6 +52,12 @@ def attention(q, k, v, mask=None, *, causal=False, scale=1.0, softcap=0.0) -> np
 
 def flat(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
+def write(model: ir.Model, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    save(model, path)
+    return path
 
 
 MASKS = {
@@ -160,13 +167,11 @@ def test_models_mean_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_runs_in_openvino(name: str, tmp_path) -> None:
+def test_runs_in_openvino(name: str, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = MODELS[name]()
     feeds = builders.feeds(model)
-    path = tmp_path / "model.onnx"
-    path.write_bytes(to_bytes(export(model)))
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(write(export(model), tmp_path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     got = compiled(feeds)
     for name_, array in ReferenceSession(model).run(feeds).items():
         np.testing.assert_allclose(got[name_], array, rtol=1e-3, atol=1e-4)
@@ -210,7 +215,7 @@ def swish_op(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_xopt_ops(swish_op: str, inline: bool) -> None:
+def test_xopt_ops(swish_op: str, inline: bool, tmp_path: Path) -> None:
     net = Net("op")
     x = net.input("x", ["N", 4])
     y = net.op("Identity", x)
@@ -226,3 +231,6 @@ def test_xopt_ops(swish_op: str, inline: bool) -> None:
     session = onnxruntime.InferenceSession(to_bytes(exported), providers=["CPUExecutionProvider"])
     want = 2 * data / (1 + np.exp(-1.5 * data.astype(np.float64)))
     np.testing.assert_allclose(session.run(None, {"x": data})[0], want, **FLOAT32)
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(write(exported, tmp_path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(compiled({"x": data})["y"], want, **FLOAT32)

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xopt.ir.canonical import CanonicalizeReport, canonicalize
-    from xopt.ir.export import export
+    from xopt.ir.exporting import export
     from xopt.ir.io import load, save
     from xopt.ir.shapes import bind_dims, infer_shapes
-    from xopt.ir.trace import trace
+    from xopt.ir.tracing import trace
 
 _HOMES = {
     "CanonicalizeReport": "canonical",
     "bind_dims": "shapes",
     "canonicalize": "canonical",
-    "export": "export",
+    "export": "exporting",
     "infer_shapes": "shapes",
     "load": "io",
     "save": "io",
-    "trace": "trace",
+    "trace": "tracing",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 from xopt.ir import io
-from xopt.ir.export import export
+from xopt.ir.exporting import export
 
 Array = npt.NDArray[np.generic]
 
