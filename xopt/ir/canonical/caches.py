@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.poly import ONE, Poly
-from xopt.ir.canonical.symbolic import Symbols, axes_of, integer
+from xopt.ir.poly import ONE, Poly
+from xopt.ir.symbolic import Symbols, axes_of, integer
 from xopt.ir.edit import constant, initializer, insert, producer, scalar
 
 

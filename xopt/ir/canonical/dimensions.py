@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.poly import ONE, Poly
+from xopt.ir.poly import ONE, Poly
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.canonical.symbolic import Dims, Numbers, Symbols
+from xopt.ir.symbolic import Dims, Numbers, Symbols
 from xopt.ir.edit import attribute, constant, initializer, insert, is_op, remove_dead, replace_uses
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.poly import ONE, Poly, product
-from xopt.ir.canonical.symbolic import Dims, Symbols, integer, permutation, spans_of
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.symbolic import Dims, Symbols, integer, permutation, spans_of
 from xopt.ir.edit import constant, input_at
 
 ZERO = Poly.of(0)
@@ -55,6 +55,8 @@ def number(value: float) -> Element:
 
 
 TRUE, FALSE = number(1), number(0)
+LARGEST = 500
+"""Steps back that are taken for one mask; masks of real models take fewer than 100."""
 
 
 class Reader:
@@ -67,6 +69,7 @@ class Reader:
     def __init__(self, symbols: Symbols, ranges: Mapping[str, Poly]) -> None:
         self.symbols = symbols
         self.ranges = ranges
+        self.left = LARGEST
 
     def element(self, value: ir.Value, at: Indices) -> Element:
         """The element of ``value`` at ``at`` (one index per axis)."""
@@ -74,7 +77,8 @@ class Reader:
         if fixed is not None:
             return fixed
         node = value.producer()
-        if node is None or node.domain != "" or constant(value) is not None:
+        self.left -= 1
+        if node is None or node.domain != "" or constant(value) is not None or self.left < 0:
             return Element("leaf", tensor=value, at=at)
         found = self._computed(node, at) or self._moved(node, value, at)
         return found if found is not None else Element("leaf", tensor=value, at=at)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from xopt.ir.canonical.poly import ONE, Poly, product
-from xopt.ir.canonical.symbolic import Dims, Span, Symbols, axes_of, integer, permutation, spans_of, split_sizes
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.symbolic import Dims, Span, Symbols, axes_of, integer, permutation, spans_of, split_sizes
 from xopt.ir.edit import input_at
 
 
@@ -157,6 +157,14 @@ def _expand(s: Symbols, node: ir.Node, value: ir.Value, axes: Axes) -> Axes | No
     return tuple(() if dim == ONE else row for dim, row in zip(source, kept))
 
 
+def _tile(s: Symbols, node: ir.Node, value: ir.Value, axes: Axes) -> Axes | None:
+    """Tile of axes of size 1, which is what Expand does."""
+    source, result = s.dims(node.inputs[0]), s.dims(value)
+    if source is None or result is None or any(old not in (new, ONE) for old, new in zip(source, result)):
+        return None
+    return _expand(s, node, value, axes)
+
+
 def _gather(s: Symbols, node: ir.Node, value: ir.Value, axes: Axes) -> Axes | None:
     """Gather with one constant index: a new axis of which that position is taken."""
     index, dims = s.integers(input_at(node, 1)), s.dims(node.inputs[0])
@@ -222,6 +230,7 @@ _BEFORE = {
     "Unsqueeze": _regroup,
     "Flatten": _regroup,
     "Expand": _expand,
+    "Tile": _tile,
     "Gather": _gather,
     "Slice": _slice,
     "Split": _split,

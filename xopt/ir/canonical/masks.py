@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, negated
-from xopt.ir.canonical.poly import ONE, Poly
-from xopt.ir.canonical.symbolic import Symbols
+from xopt.ir.poly import ONE, Poly
+from xopt.ir.symbolic import Symbols
 from xopt.ir.edit import constant, initializer, insert, producer
 
 LOWEST = -1e4

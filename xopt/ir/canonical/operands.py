@@ -16,8 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, Axis, Digit, axis, before, columns, merged, width
-from xopt.ir.canonical.poly import ONE
-from xopt.ir.canonical.symbolic import Symbols, integer
+from xopt.ir.poly import ONE
+from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import constant, initializer, insert, insert_many, producer, scalar
 
 NORMS = ("LayerNormalization", "RMSNormalization")

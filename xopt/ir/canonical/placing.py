@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, merged
-from xopt.ir.canonical.poly import ONE, Poly, product
+from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.canonical.scores import NotAttention
-from xopt.ir.canonical.symbolic import Symbols
+from xopt.ir.symbolic import Symbols
 from xopt.ir.edit import initializer, insert
 
 
@@ -59,20 +59,34 @@ def _refined(frame: Axes, axes: Axes) -> Axes:
 
 
 def _expanded(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, dims: tuple[Poly, ...]) -> ir.Value:
-    """Every axis but the head's at full size. A symbolic size is written as -1, so that one is enough for the reshape after."""
-    sizes = [product(d.count for d in row) for row in axes]
-    symbolic = [i for i, size in enumerate(sizes) if size.constant is None and dims[i] == ONE]
-    if symbolic:
-        raise NotAttention("mask-expand")
+    """``value`` [1, windows, ...] repeated for every image: batch axes at full size, the others as they are."""
     graph = site.graph
     assert isinstance(graph, ir.Graph)
-    shape = [
-        1 if dim == ONE and i >= len(axes) - 3 else int(size.constant or 1)
-        for i, (size, dim) in enumerate(zip(sizes, dims))
-    ]
-    out = insert(site, "Expand", [value, initializer(graph, "windows", np.asarray(shape, np.int64))])
-    symbols.visit(out.producer())  # type: ignore[arg-type]
+    sizes = [product(d.count for d in row) for row in axes]
+    parts: list[ir.Value] = []
+    for place, (size, dim) in enumerate(zip(sizes, dims)):
+        wanted = size if place < len(axes) - 3 and dim == ONE else ONE
+        if wanted.constant is not None:
+            parts.append(initializer(graph, "windows", np.asarray([wanted.constant], np.int64)))
+        else:
+            parts.append(_size_at_run_time(symbols, site, wanted))
+    shape = insert(site, "Concat", parts, {"axis": 0}, dtype=ir.DataType.INT64)
+    out = insert(site, "Expand", [value, shape])
+    for made in (shape, out):
+        symbols.visit(made.producer())  # type: ignore[arg-type]
     return out
+
+
+def _size_at_run_time(symbols: Symbols, site: ir.Node, size: Poly) -> ir.Value:
+    """A dimension of the graph's inputs, as a vector of one element."""
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    for source in graph.inputs:
+        for place, dim in enumerate(symbols.dims(source) or ()):
+            if dim == size:
+                bounds = {"start": place, "end": place + 1}
+                return insert(site, "Shape", [source], bounds, dtype=ir.DataType.INT64, shape=[1])
+    raise NotAttention("mask-expand")
 
 
 def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Poly]) -> ir.Value:

@@ -18,10 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.caches import Caches, RotaryRefused
-from xopt.ir.canonical.layout import Axes, axis, before, columns
-from xopt.ir.canonical.poly import Poly
+from xopt.ir.canonical.layout import Axes, axis, before, columns, width
+from xopt.ir.poly import Poly
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.canonical.symbolic import Symbols, integer
+from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import initializer, insert, is_op, producer, remove_dead, replace_uses, scalar
 
 
@@ -147,10 +147,10 @@ def _without_last(symbols: Symbols, value: ir.Value | None) -> ir.Value | None:
 
 def _halves(symbols: Symbols, first: ir.Value, second: ir.Value) -> tuple[ir.Value, bool] | None:
     """``(x, interleaved)`` when the values are the two halves, or the even and odd elements, of x's last axis."""
-    others = dict(_parts(symbols, second))
-    for x, places in _parts(symbols, first):
+    others = {x: places for x, places, _ in _parts(symbols, second)}
+    for x, places, total in _parts(symbols, first):
         n = len(places)
-        if x not in others or len(others[x]) != n or symbols.dims(x)[-1].constant != 2 * n:  # type: ignore[index]
+        if x not in others or len(others[x]) != n or total != 2 * n:
             continue
         for interleaved, low, high in (
             (False, np.arange(n), n + np.arange(n)),
@@ -161,39 +161,43 @@ def _halves(symbols: Symbols, first: ir.Value, second: ir.Value) -> tuple[ir.Val
     return None
 
 
-def _parts(symbols: Symbols, value: ir.Value) -> Iterator[tuple[ir.Value, np.ndarray]]:
-    """Tensors of which ``value`` is a part of the last axis, nearest first, with the positions it holds."""
+def _parts(symbols: Symbols, value: ir.Value) -> Iterator[tuple[ir.Value, np.ndarray, int]]:
+    """Tensors of which ``value`` is a part of the last axis, nearest first, with the positions it holds and the width.
+
+    The last axis may be in two pieces, such as [n, 2].
+    """
     dims = symbols.dims(value)
     if dims is None:
         return
     start: Axes = tuple(axis(f"axis{i}", dim) for i, dim in enumerate(dims))
     moved: tuple[ir.Value, Axes] | None = (value, start)
+    last = f"axis{len(start) - 1}"
     while moved is not None:
         source, axes = moved
-        if len(axes) == len(start) and axes[:-1] == start[:-1]:
-            labels = {digit.label for digit in axes[-1]}
-            places = (
-                columns(axes[-1], ("", f"axis{len(start) - 1}")) if labels <= {"", f"axis{len(start) - 1}"} else None
-            )
-            if places is not None:
-                yield source, places
+        lead, inner = axes[: len(start) - 1], axes[len(start) - 1 :]
+        row = inner[0] if len(inner) == 1 else (*inner[0], *inner[1]) if len(inner) == 2 else None
+        if row is not None and lead == start[:-1] and {digit.label for digit in row} <= {"", last}:
+            places = columns(row, ("", last))
+            if places is not None and width(row).constant is not None:
+                yield source, places, width(row).constant or 0
         moved = before(symbols, source, axes)
 
 
 def _replace(symbols: Symbols, caches: Caches, node: ir.Node, rotation: Rotation) -> None:
-    dims = symbols.dims(rotation.x)
+    x = _in_one_piece(symbols, node, rotation.x)
+    dims = symbols.dims(x)
     if dims is None or len(dims) != 4:
         raise RotaryRefused("rank")
-    width = dims[3].constant
-    place = caches.head_axis(rotation.cos, rotation.x)
-    if width is None or place != caches.head_axis(rotation.sin, rotation.x):
+    size = dims[3].constant
+    place = caches.head_axis(rotation.cos, x)
+    if size is None or place != caches.head_axis(rotation.sin, x):
         raise RotaryRefused("cos-axes")
     tables = [
-        caches.table(node, value, place, rotation.interleaved, width // 2, rotation.repeated)
+        caches.table(node, value, place, rotation.interleaved, size // 2, rotation.repeated)
         for value in (rotation.cos, rotation.sin)
     ]
     attributes = {"interleaved": int(rotation.interleaved)}
-    x, out = rotation.x, node.outputs[0]
+    out = node.outputs[0]
     if place == 1:
         y = _insert(symbols, node, "RotaryEmbedding", [x, *tables], attributes)
     else:
@@ -205,10 +209,18 @@ def _replace(symbols: Symbols, caches: Caches, node: ir.Node, rotation: Rotation
         joined = initializer(graph, "joined_heads", np.asarray([0, 0, -1], np.int64))
         flat = _insert(symbols, node, "Reshape", [x, joined], {})
         turned = _insert(symbols, node, "RotaryEmbedding", [flat, *tables], attributes | {"num_heads": heads})
-        apart = initializer(graph, "per_head", np.asarray([0, 0, -1, width], np.int64))
+        apart = initializer(graph, "per_head", np.asarray([0, 0, -1, size], np.int64))
         y = _insert(symbols, node, "Reshape", [turned, apart], {})
     y.shape = out.shape
     replace_uses(out, y)
+
+
+def _in_one_piece(symbols: Symbols, site: ir.Node, x: ir.Value) -> ir.Value:
+    """``x`` [.., .., .., n, 2] as [.., .., .., 2n]."""
+    graph = site.graph
+    if symbols.rank(x) != 5 or not isinstance(graph, ir.Graph):
+        return x
+    return _insert(symbols, site, "Reshape", [x, initializer(graph, "whole", np.asarray([0, 0, 0, -1], np.int64))], {})
 
 
 def _insert(symbols: Symbols, site: ir.Node, op: str, inputs: list[ir.Value], attributes: dict[str, int]) -> ir.Value:
@@ -225,13 +237,11 @@ def _partial(symbols: Symbols, node: ir.Node) -> bool:
         return False
     if integer(node, "axis", 0) not in (-1, 3) or symbols.rank(turned.inputs[0]) != 4:
         return False
-    rest = dict(_parts(symbols, node.inputs[1]))
-    for x, places in _parts(symbols, turned.inputs[0]):
-        if x not in rest or not np.array_equal(
-            np.concatenate([places, rest[x]]), np.arange(len(places) + len(rest[x]))
-        ):
+    rest = {x: places for x, places, _ in _parts(symbols, node.inputs[1])}
+    for x, places, total in _parts(symbols, turned.inputs[0]):
+        if x not in rest or symbols.rank(x) != 4 or total != len(places) + len(rest[x]):
             continue
-        if symbols.dims(x)[-1].constant != len(places) + len(rest[x]):  # type: ignore[index]
+        if not np.array_equal(np.concatenate([places, rest[x]]), np.arange(total)):
             continue
         attributes = {"interleaved": integer(turned, "interleaved", 0), "rotary_embedding_dim": len(places)}
         inputs = [x, *(value for value in turned.inputs[1:] if value is not None)]

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from xopt.ir.canonical.layout import Axes, after, axis, before
 from xopt.ir.canonical.masks import LOWEST
 from xopt.ir.canonical.operands import scaling
-from xopt.ir.canonical.poly import ONE
-from xopt.ir.canonical.symbolic import Symbols, integer
+from xopt.ir.poly import ONE
+from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import attribute, consumers, producer, scalar
 
 QUERY, KEY, DEPTH, VALUE = "query", "key", "depth", "value"

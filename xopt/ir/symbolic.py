@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.poly import ONE, Poly, product
+from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.edit import constant, input_at
 
 Dims = tuple[Poly, ...]
+Shapes = Sequence[Dims | None] | None
 Numbers = tuple[Poly, ...]
 
 LARGEST = 64
@@ -33,13 +34,18 @@ class Symbols:
 
     def visit(self, node: ir.Node) -> None:
         """Learn the outputs of a node whose inputs are known."""
-        rule = SHAPE_RULES.get(node.op_type) if node.domain in ("", "com.microsoft", "xopt") else None
-        found = rule(self, node) if rule is not None else None
-        for index, value in enumerate(node.outputs):
-            self._dims[value] = found[index] if found is not None and index < len(found) else _declared(value)
-        evaluate = NUMBER_RULES.get(node.op_type)
-        if evaluate is not None and node.domain == "":
-            self._numbers[node.outputs[0]] = evaluate(self, node)
+        rule, evaluate = SHAPE_RULES.get(node.op_type), NUMBER_RULES.get(node.op_type)
+        found: Shapes = None
+        numbers: Numbers | None = None
+        try:
+            found = rule(self, node) if rule is not None and node.domain == "" else None
+            for index, value in enumerate(node.outputs):
+                self._dims[value] = found[index] if found is not None and index < len(found) else _declared(value)
+            numbers = evaluate(self, node) if evaluate is not None and node.domain == "" else None
+        except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
+            pass  # a node that lacks an input or contradicts its shapes teaches nothing
+        if numbers is not None and len(numbers) <= LARGEST:
+            self._numbers[node.outputs[0]] = numbers
 
     def dims(self, value: ir.Value | None) -> Dims | None:
         """Dimensions of a value, or None when even its rank is unknown."""
@@ -71,6 +77,27 @@ class Symbols:
         return None if found is None or None in found else found  # type: ignore[return-value]
 
 
+def name_dims(graph: ir.Graph) -> None:
+    """Write the dimensions that are numbers, or dimensions of the graph's inputs, into shapes that lack them."""
+    symbols = Symbols(graph)
+    names = {dim.value for value in graph.inputs for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)}
+    for node in graph:
+        for value in node.outputs:
+            dims = symbols.dims(value)
+            if dims is None or (value.shape is not None and len(value.shape) != len(dims)):
+                continue
+            old = list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)] * len(dims)
+            value.shape = ir.Shape([_named(have, dim, names) for have, dim in zip(old, dims)])
+
+
+def _named(have: int | ir.SymbolicDim, dim: Poly, names: set[str | None]) -> int | ir.SymbolicDim | str:
+    if isinstance(have, int) or have.value in names - {None}:
+        return have
+    if dim.constant is not None:
+        return dim.constant
+    return str(dim) if dim.is_name and str(dim) in names else have
+
+
 def axes_of(symbols: Symbols, node: ir.Node) -> list[int] | None:
     """Axes of Squeeze, Unsqueeze, Slice or a reduction, as attribute or input; None when not written."""
     attr = node.attributes.get("axes")
@@ -95,9 +122,7 @@ def broadcast(*shapes: Dims) -> Dims:
 
 def _common(sizes: Sequence[Poly]) -> Poly:
     """The size that is not 1: a number before a named dimension, that before a composite one."""
-    return min(
-        (size for size in sizes if size != ONE), key=lambda s: (s.constant is None, not s.is_name), default=ONE
-    )
+    return min((size for size in sizes if size != ONE), key=lambda s: (s.constant is None, not s.is_name), default=ONE)
 
 
 def _declared(value: ir.Value) -> Dims | None:
@@ -112,8 +137,6 @@ def _declared(value: ir.Value) -> Dims | None:
 
 
 # Shapes: (symbols, node) -> dimensions of each output, or None.
-
-Shapes = Sequence[Dims | None] | None
 
 
 def _same(s: Symbols, node: ir.Node) -> Shapes:
