@@ -191,12 +191,23 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
     if graph is None or node is None:
         raise InternalError("E-GRAPH", "only a computed value can be replaced as an output", where=f"value {name}")
     if new.producer() is None or new.is_graph_output() or new.graph is not graph:
-        new = insert(node, "Identity", [new])
+        new = _identity_of(new, node)
     old.name = unique_name(graph, f"{name}/replaced")
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     new.name = name
     if new.shape is None:
         new.shape, new.type = old.shape, old.type
+
+
+def _identity_of(value: ir.Value, site: ir.Node) -> ir.Value:
+    """Output of a new Identity: right after the node that computes ``value``, or before ``site`` if none does."""
+    source = value.producer()
+    result = insert(site if source is None else source, "Identity", [value], shape=value.shape)
+    node = result.producer()
+    if source is not None and source.graph is not None and node is not None:
+        source.graph.remove(node)
+        source.graph.insert_after(source, node)
+    return result
 
 
 def remove_dead(model: ir.Model) -> int:
