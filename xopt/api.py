@@ -239,7 +239,7 @@ class Result:
 
         output = Path(output)
         with replacing(output) as folder:
-            save(export(self.model), folder / "model.onnx")
+            save(export(self.model, inline=True), folder / "model.onnx")
             artifact = self.outcome.best.artifact
             assert artifact is not None
             for file in artifact.parent.iterdir():
