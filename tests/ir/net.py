@@ -58,12 +58,17 @@ class Net:
             inputs=inputs,
             attributes=ir.convenience.convert_attributes(attributes),
             num_outputs=n,
-            name=name or f"{op_type}_{count}",
+            name=self.unique(name) if name else f"{op_type}_{count}",
         )
         for index, value in enumerate(node.outputs):
             value.name = f"{node.name}_out" + (f"_{index}" if n > 1 else "")
         self.nodes.append(node)
         return node.outputs[0] if n == 1 else node.outputs
+
+    def unique(self, name: str) -> str:
+        """The name, with a number when a node has it (layers that share weights have the same names)."""
+        count = self.counts[name] = self.counts.get(name, -1) + 1
+        return f"{name}_{count}" if count else name
 
     def linear(self, x: ir.Value, name: str, width_in: int, width_out: int, bias: bool = True) -> ir.Value:
         product = self.op("MatMul", x, self.weight(f"{name}.weight", width_in, width_out), name=f"{name}.matmul")

@@ -316,14 +316,17 @@ def _pick_heads(graph: ir.Graph, node: ir.Node, mask: ir.Value, heads: np.ndarra
     data = edit.constant(mask)
     if data is not None:
         return edit.initializer(graph, f"{mask.name}.heads", data[:, heads])
+    assert mask.shape is not None
+    shape = ir.Shape([mask.shape[0], len(heads), *list(mask.shape)[2:]])
     gather = edit.producer(mask, "Gather")
     earlier = edit.constant(gather.inputs[1]) if gather is not None and walk.axis(gather, 0) == 1 else None
     if gather is not None and earlier is not None and earlier.ndim == 1 and edit.consumers(mask) == [node]:
-        mask, heads = edit.operand(gather, 0), earlier[heads]
-    indices = edit.initializer(graph, f"{node.name}.heads", heads)
-    assert mask.shape is not None
-    shape = [mask.shape[0], len(heads), *list(mask.shape)[2:]]
-    return edit.insert(node, "Gather", [mask, indices], {"axis": 1}, shape=shape)
+        gather.replace_input_with(1, edit.initializer(graph, f"{node.name}.heads", earlier[heads]))
+        mask.shape = shape
+        return mask
+    return edit.insert(
+        node, "Gather", [mask, edit.initializer(graph, f"{node.name}.heads", heads)], {"axis": 1}, shape=shape
+    )
 
 
 def _refresh(node: ir.Node) -> None:
