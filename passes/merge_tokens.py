@@ -76,12 +76,14 @@ class MergeTokens(Pass):
         order = walk.Order(model.graph)
         wanted = {index: amount for index, amount in enumerate(self._amounts(len(blocks))) if amount}
         judged = {index: _judge(order, self._stream(blocks[index]), protected) for index in wanted}
+        again = "already-merged" if any(node.op_type in OPERATOR.values() for node in order.nodes) else None
         surgery = _Surgery(self, model, blocks, protected)
         merged: list[int] = []
         tokens = start = _token_count(blocks)
         for index, amount in wanted.items():
             r = self._edges(amount, tokens, protected)
-            reason = self._problem(blocks[index]) or judged[index].reason or (r if isinstance(r, str) else None)
+            reason = again or self._problem(blocks[index]) or judged[index].reason
+            reason = reason or (r if isinstance(r, str) else None)
             if report.accepts(blocks[index], reason) and isinstance(r, int):
                 surgery.merge(index, r)
                 report.rewrote(blocks[index])
@@ -176,8 +178,6 @@ def _reader_problem(node: ir.Node, carriers: set[ir.Value]) -> str | None:
     """Why a node that reads tokens cannot take merged ones; None when it treats each token alone, or attends."""
     source = node.inputs[0]
     rank = len(walk.shape_of(source) or ())
-    if node.domain == ops.DOMAIN:
-        return "already-merged"
     if edit.is_op(node, "Attention"):
         foreign = any(value not in carriers for value in node.inputs[:3])
         return "cross-attention" if foreign else _attention_problem(node)
