@@ -51,9 +51,19 @@ class Evaluator:
         return self.evaluate(self.original)
 
     def evaluate(self, runner: Runnable, progress: Callable[[str, int, int], None] | None = None) -> float:
-        """The metric of ``runner``'s outputs; not-a-number where they are not finite."""
+        """The metric of ``runner``'s outputs; not-a-number where one of them is."""
+        sound = True
+
+        def watched() -> Iterator[Batch]:
+            nonlocal sound
+            for batch in self._batches(runner, progress):
+                floats = (array for array in batch.outputs.values() if array.dtype.kind == "f")
+                sound = sound and not any(np.isnan(array).any() for array in floats)
+                yield batch
+
         with np.errstate(all="ignore"):
-            return self.metric.score(self._batches(runner, progress))
+            score = self.metric.score(watched())
+        return score if sound else float("nan")
 
     def drop(self, baseline: float, quality: float) -> float:
         """How much of the baseline is lost, in units of the metric; infinite for a quality that is no number."""
