@@ -35,6 +35,9 @@ _FOREIGN = {
     b"{": "JSON",
 }
 
+OLDEST_IR = 3
+"""Version of the file format from which on opsets exist."""
+
 logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # its warnings about a bad file come back as errors here
 
 
@@ -158,7 +161,7 @@ def _parse(data: bytes, path: Path) -> onnx.ModelProto:
             where=str(path),
             cure="export or download it again",
         ) from error
-    if not proto.HasField("graph") or not proto.graph.output or not proto.ir_version:
+    if not proto.HasField("graph") or not proto.graph.output or proto.ir_version < OLDEST_IR:
         raise InputError(
             "E-FORMAT", "the file holds no ONNX graph", where=str(path), cure="export or download it again"
         )

@@ -14,6 +14,8 @@ from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.untrusted import check_opset
 
 CANONICAL = 24
+IR_VERSION = 10
+"""Version of the file format that knows all element types, and functions."""
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -24,6 +26,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     if version < CANONICAL:
         _convert(model)
         report.rewrote("convert-opset")
+    model.ir_version = max(model.ir_version, IR_VERSION)
     for node in model.graph.all_nodes():
         node.version = None
 
