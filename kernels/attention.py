@@ -132,21 +132,32 @@ class Config:
     key_rows: int
     value_rows: int
 
+    @property
+    def key_step(self) -> int:
+        """Row counts of the last tile of a block of keys: multiples of this."""
+        return 4 if self.key_rows % 4 == 0 else 2 if self.key_rows % 2 == 0 else 1
+
 
 def space(workload: Workload, isa: Isa) -> Iterator[Config]:
-    for vectors in (1, 2, 3, 4):
-        rows = isa.tile_rows(vectors)
-        for block in (64, 128, 256, 512):
-            for key_rows in sorted({rows, max(1, rows - 2), max(1, rows - 4)}):
-                yield Config(vectors, block, key_rows, _value_rows(workload.v_head_dim, rows))
+    for vectors in range(1, _most_vectors(workload, isa, 4) + 1):
+        most = isa.tile_rows(vectors)
+        for key_rows in sorted({rows for rows in (most // 4 * 4, most // 2 * 2) if rows}):
+            for keys in (64, 128, 192, 256, 384):
+                config = Config(vectors, keys // key_rows * key_rows, key_rows, _value_rows(workload.v_head_dim, most))
+                if config.block:
+                    yield config
 
 
 def heuristic(workload: Workload, isa: Isa) -> Config:
-    vectors = 2 if isa.registers > 16 or isa.lanes < 16 else 1
-    if workload.queries is not None:
-        vectors = min(vectors, -(-workload.queries // isa.lanes))
-    rows = isa.tile_rows(vectors)
-    return Config(vectors, 256, min(rows, 12), _value_rows(workload.v_head_dim, rows))
+    vectors = _most_vectors(workload, isa, 2)
+    most = isa.tile_rows(vectors)
+    key_rows = min(12, most // 4 * 4 or most // 2 * 2)
+    return Config(vectors, 256 // key_rows * key_rows, key_rows, _value_rows(workload.v_head_dim, most))
+
+
+def _most_vectors(workload: Workload, isa: Isa, limit: int) -> int:
+    """No more vectors of queries than there are queries."""
+    return limit if workload.queries is None else min(limit, -(-workload.queries // isa.lanes))
 
 
 def _value_rows(v_head_dim: int, most: int) -> int:
@@ -250,7 +261,7 @@ class _Attention:
         self.vectors = vectors
         self.qt = local((w.head_dim, width))
         self.ot = local((w.v_head_dim, width))
-        self.p = local((self.config.block + 1, width))
+        self.p = local((self.config.block, width))
         self.maximum, self.total, self.rescale = (local((vectors, lanes)) for _ in range(3))
         self._transpose_queries()
         for v in range(vectors):
@@ -262,8 +273,8 @@ class _Attention:
         end = bind(tirx.min(self.keys, self.q0 + width) if w.causal else self.keys)
         blocks = bind(ceil_div(end, self.config.block))
         with serial(blocks) as block:
-            self.low = bind(block * end // blocks)
-            self.count = bind((block + 1) * end // blocks - self.low)
+            self.low = bind(block * self.config.block)
+            self.count = bind(tirx.min(end - self.low, i64(self.config.block)))
             self._scores()
             for v in range(vectors):
                 self._softmax(v)
@@ -296,29 +307,33 @@ class _Attention:
         """P = K . QT for the current keys, masked."""
         w, lanes, rows = self.w, self.lanes, self.config.key_rows
         mask = self._stage_mask()
-        tiles = bind(ceil_div(self.count, rows))
-        with serial(tiles) as tile:
-            low = bind(tile * self.count // tiles)
-            count = bind((tile + 1) * self.count // tiles - low)
 
-            def product(count: int) -> None:
-                def finish(r: int, v: int, acc: Expr) -> None:
-                    store(self.p, self._masked(acc, low + r, v, mask), low + r, v * lanes, lanes=lanes)
+        def tile(first: Expr, count: int, row: Callable[[int], Expr]) -> None:
+            def finish(r: int, v: int, acc: Expr) -> None:
+                store(self.p, self._masked(acc, first + r, v, mask), first + r, v * lanes, lanes=lanes)
 
-                outer_product(
-                    count,
-                    self.vectors,
-                    w.head_dim,
-                    # A row beyond the last repeats it: row counts are rounded up to even, which halves the copies.
-                    lambda r, c: self.k(self.low + tirx.min(low + r, self.count - 1), c),
-                    lambda v, c: load(self.qt, c, v * lanes, lanes=lanes),
-                    finish,
-                    lanes=lanes,
-                    chains=self.chains,
-                )
+            outer_product(
+                count,
+                self.vectors,
+                w.head_dim,
+                lambda r, c: self.k(self.low + row(r), c),
+                lambda v, c: load(self.qt, c, v * lanes, lanes=lanes),
+                finish,
+                lanes=lanes,
+                chains=self.chains,
+            )
 
-            even = bind((count + 1) // 2 * 2)
-            switch(even, range(rows + rows % 2, 0, -2), product)
+        with serial(self.count // rows) as full:
+            tile(full * rows, rows, lambda r: full * rows + r)
+        # The last tile comes in a few sizes; its rows beyond the last key repeat that key and are never used.
+        step = self.config.key_step
+        first = bind(self.count // rows * rows)
+        size = bind(ceil_div(self.count - first, step) * step)
+        switch(
+            size,
+            range(step, rows + 1, step),
+            lambda count: tile(first, count, lambda r: tirx.min(first + r, self.count - 1)),
+        )
 
     def _stage_mask(self) -> Buffer | None:
         """The mask of the current keys as addends in score units: [keys, queries], or [keys, 1] if the same for all."""
@@ -326,7 +341,7 @@ class _Attention:
         if mask is None:
             return None
         wide = w.mask_per_query
-        staged = local((self.config.block + 1, self.vectors * lanes if wide else 1))
+        staged = local((self.config.block, self.vectors * lanes if wide else 1))
 
         def addend(row: Expr, key: Expr) -> Expr:
             full = (self.b, self.head, row, key)

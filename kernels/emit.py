@@ -163,23 +163,23 @@ def put(buffer: Buffer, value: Expr, *index: int | Expr) -> None:
     T.buffer_store(buffer, value, [i64(i) for i in index])
 
 
-def partial_load(buffer: Buffer, *index: int | Expr, count: int, lanes: int, fill: Expr | None = None) -> Expr:
+def partial_load(buffer: Buffer, *index: int | Expr, count: int | Expr, lanes: int, fill: Expr | None = None) -> Expr:
     """The first ``count`` neighbours, then ``fill`` (zeros), without reading past them."""
     *outer, last = index
     spill = local((lanes,))
     store(spill, splat(0.0, lanes) if fill is None else fill, 0, lanes=lanes)
-    for lane in range(count):
-        put(spill, buffer[(*(i64(i) for i in outer), i64(last + lane))], lane)
+    with serial(count) as lane:
+        put(spill, buffer[(*(i64(i) for i in outer), i64(last) + lane)], lane)
     return load(spill, 0, lanes=lanes)
 
 
-def partial_store(buffer: Buffer, value: Expr, *index: int | Expr, count: int, lanes: int) -> None:
+def partial_store(buffer: Buffer, value: Expr, *index: int | Expr, count: int | Expr, lanes: int) -> None:
     """Store the first ``count`` lanes."""
     *outer, last = index
     spill = local((lanes,))
     store(spill, value, 0, lanes=lanes)
-    for lane in range(count):
-        put(buffer, spill[i64(lane)], *outer, last + lane)
+    with serial(count) as lane:
+        put(buffer, spill[lane], *outer, i64(last) + lane)
 
 
 def shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
