@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from xopt.ir import edit, walk
-from xopt.ir.shapes import bind_dims
+from xopt.ir.canonical import constants
+from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.shapes import bind_dims, infer_shapes
 from xopt.ir.structure import Block, transformer_blocks
+from xopt.ir.symbolic import name_dims
 
 DEFAULT_BATCH = 1
 DEFAULT_LENGTH = 128
@@ -56,15 +59,9 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
         InputError: ``E-OPTION`` for a name that no input has.
     """
     sizes = default_dims(model) | dict(dims or {})
-    bound = bind_dims(model, sizes) if sizes else model
-    macs: dict[ir.Node, int] = {}
-    unknown = []
-    for node, fixed in zip(model.graph, bound.graph):
-        count = node_macs(fixed)
-        if count is None:
-            unknown.append(_label(node))
-        elif count:
-            macs[node] = count
+    counts = _counts(bind_dims(model, sizes) if sizes else model.clone())
+    macs = {node: count for node in model.graph if (count := counts.get(node.outputs[0].name, 0))}
+    unknown = [_label(node) for node in model.graph if counts.get(node.outputs[0].name, 0) is None]
     order = walk.Order(model.graph)
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return Cost(
@@ -76,6 +73,17 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
         dims=sizes,
         unknown=tuple(unknown),
     )
+
+
+def _counts(bound: ir.Model) -> dict[str | None, int | None]:
+    """MACs by the name of a node's first output; arithmetic on shapes is folded where inference alone falls short."""
+    name_dims(bound.graph)
+    counts = {node.outputs[0].name: node_macs(node) for node in bound.graph}
+    if None in counts.values():
+        constants.rewrite(bound, CanonicalizeReport())
+        infer_shapes(bound)
+        counts = {node.outputs[0].name: node_macs(node) for node in bound.graph}
+    return counts
 
 
 def default_dims(model: ir.Model) -> dict[str, int]:
