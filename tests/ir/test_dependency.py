@@ -190,6 +190,29 @@ def test_layers_that_share_weights_are_cut_together() -> None:
     np.testing.assert_allclose(run(model, feeds), run(masked, feeds), rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_equal_vectors_that_an_exporter_merged_are_cut_apart() -> None:
+    """Biases of zero, all in one initializer: every group keeps its own, and the norm that reads it keeps it whole."""
+    net = Net("zeros")
+    x = net.input("x", ["batch", "seq", 32])
+    zero = net.constant("zeros", np.zeros(32, np.float32))
+    for index in range(2):
+        normed = net.op("LayerNormalization", x, net.constant("ones", np.ones(32, np.float32)), zero, axis=-1)
+        parts = [net.op("Add", net.op("MatMul", normed, net.weight(f"{index}.{part}", 32, 32)), zero) for part in "qkv"]
+        y = net.attention(*parts, heads=4, head_dim=8, name=f"attend{index}")
+        x = net.add(x, net.op("Add", net.op("MatMul", y, net.weight(f"{index}.out", 32, 32)), zero))
+    net.output(net.linear(x, "head", 32, 3), "y")
+    model, feeds = net.build(), {"x": np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)}
+    masked = model.clone()
+    groups = channel_groups(model)
+    assert [(group.kind, len(group.sites)) for group in groups] == [("heads", 1), ("heads", 1)]
+    for group, keep in zip(groups, ([0, 2], [1, 2, 3])):
+        mask_units(masked, group, keep)
+        cut(model, group, keep)
+    check(model)
+    assert model.graph.initializers["zeros"].shape == [32]
+    np.testing.assert_allclose(run(model, feeds), run(masked, feeds), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def reasons(model: ir.Model) -> set[str]:
     return {item.reason for item in uncuttable(model) if not item.reason.startswith("width")}
 

@@ -33,12 +33,17 @@ Site = AttentionSite | FeedForward
 
 @dataclass(frozen=True)
 class Member:
-    """Unit i of a group is ``[start + i*unit, start + (i+1)*unit)`` of an axis of an initializer."""
+    """Unit i of a group is ``[start + i*unit, start + (i+1)*unit)`` of an axis of an initializer.
+
+    A vector (a bias, a norm's scale) is cut for one ``reader``; other readers keep it as it is. Exporters let equal
+    vectors share an initializer without meaning anything by it.
+    """
 
     initializer: ir.Value
     axis: int
     start: int
     unit: int
+    reader: ir.Node | None = None
 
     @property
     def parameters(self) -> int:
@@ -112,8 +117,8 @@ def cut(model: ir.Model, group: ChannelGroup, keep: Sequence[int]) -> None:
             where=f"channel group {group.name}",
         )
     regions = [_region(walk.Order(model.graph), site) for site in group.sites]
-    for initializer in dict.fromkeys(member.initializer for member in group.members):
-        _slice(initializer, [m for m in group.members if m.initializer is initializer], group.units, units)
+    for key in dict.fromkeys((member.initializer, member.reader) for member in group.members):
+        _slice(model.graph, [m for m in group.members if (m.initializer, m.reader) == key], group.units, units)
     for site, region in zip(group.sites, regions):
         _cut_splits(model.graph, _ups(site), group.units, len(units))
         if isinstance(site, AttentionSite):
@@ -175,9 +180,10 @@ class _Analysis:
         owners = {key: pair for m in members for key, pair in self.slices.nodes[m]["sites"].items()}
         sites = [site for site, _ in owners.values()]
         readers = {node for site in sites for node in _readers(site)}
-        foreign = any(not readers.issuperset(edit.consumers(member.initializer)) for member in members)
+        shared = [member for member in members if member.reader is None]
+        foreign = any(not readers.issuperset(edit.consumers(member.initializer)) for member in shared)
         claimed = {(m.initializer, m.axis) for m in self.slices.nodes if m not in component}
-        clash = any((m.initializer, m.axis) in claimed for m in members)
+        clash = any((m.initializer, m.axis) in claimed for m in shared)
         if foreign or clash or len({units for _, units in owners.values()}) > 1:
             for site in sites:
                 self._refuse(site, "shared-weight")
@@ -191,7 +197,7 @@ class _Analysis:
         except BlockedError as blocked:
             self.refused.append(Unrecognized(node, str(blocked)))
             return
-        members = tuple(Member(value, axis, 0, 1) for value, axis in width.weights)
+        members = tuple(Member(value, axis, 0, 1, reader) for value, axis, reader in width.weights)
         self.groups.append(ChannelGroup("width", width.size, members, (), tuple(width.retargets)))
 
     def _refuse(self, site: Site, reason: str) -> None:
@@ -233,7 +239,7 @@ def _columns(part: Projection, unit: int) -> list[Member]:
     start = part.part.start if part.part is not None else 0
     members = [Member(part.weight, 1, start, unit)]
     if part.bias_value is not None:
-        members.append(Member(part.bias_value, 0, start, unit))
+        members.append(Member(part.bias_value, 0, start, unit, part.bias))
     return members
 
 
@@ -271,11 +277,11 @@ def _region(order: walk.Order, site: Site) -> list[ir.Node]:
     return sorted(nodes, key=order.position.__getitem__)
 
 
-def _slice(initializer: ir.Value, members: Sequence[Member], total: int, units: Sequence[int]) -> None:
-    """Keep the units in the axes and regions of an initializer that the members name."""
-    tensor = initializer.const_value
-    assert tensor is not None
-    data = tensor.numpy()
+def _slice(graph: ir.Graph, members: Sequence[Member], total: int, units: Sequence[int]) -> None:
+    """Keep the units in the axes and regions of one initializer that the members name."""
+    value, reader = members[0].initializer, members[0].reader
+    assert value.const_value is not None
+    data = value.const_value.numpy()
     for axis in sorted({member.axis for member in members}):
         keep = np.ones(data.shape[axis], bool)
         for member in (m for m in members if m.axis == axis):
@@ -283,8 +289,13 @@ def _slice(initializer: ir.Value, members: Sequence[Member], total: int, units: 
             region[list(units)] = True
             keep[member.start : member.start + region.size] = region.reshape(-1)
         data = np.compress(keep, data, axis=axis)
-    initializer.const_value = ir.tensor(data, dtype=tensor.dtype, name=tensor.name)
-    initializer.shape = ir.Shape(data.shape)
+    tensor = ir.tensor(data, dtype=value.const_value.dtype, name=value.name)
+    if reader is None or edit.consumers(value) == [reader]:
+        value.const_value, value.shape = tensor, ir.Shape(data.shape)
+    else:
+        own = edit.initializer(graph, f"{reader.name}.{value.name}", tensor)
+        for index in (index for index, operand in enumerate(reader.inputs) if operand is value):
+            reader.replace_input_with(index, own)
 
 
 def _cut_splits(graph: ir.Graph, parts: Iterable[Projection], total: int, kept: int) -> None:

@@ -22,6 +22,8 @@ ELEMENTWISE = ACTIVATIONS + tuple(
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
 
 Place = tuple[ir.Value, int]
+Slot = tuple[ir.Value, int, ir.Node | None]
+"""An axis of a weight; for a vector also its reader, as vectors that happen to be shared need not shrink together."""
 
 
 class BlockedError(Exception):
@@ -51,7 +53,7 @@ class Width:
     """What shrinks with the stream: (initializer, axis) places, and constants that hold the width."""
 
     size: int
-    weights: dict[Place, None] = field(default_factory=dict)
+    weights: dict[Slot, None] = field(default_factory=dict)
     retargets: dict[Retarget, None] = field(default_factory=dict)
 
 
@@ -68,21 +70,23 @@ def stream_width(stream: ir.Value) -> Width:
     seen: set[Place] = set()
     pending = [(stream, len(shape) - 1)]
     while pending:
-        place = pending.pop()
-        if place in seen:
+        value, axis = pending.pop()
+        if (value, axis) in seen:
             continue
-        seen.add(place)
-        value, axis = place
+        seen.add((value, axis))
         extents = walk.shape_of(value)
         if extents is None or axis >= len(extents) or extents[axis] != found.size:
             raise BlockedError("width-unknown")
         if value.is_graph_output() or value.is_graph_input():
             raise BlockedError("width-is-an-output" if value.is_graph_output() else "width-is-an-input")
         if walk.is_weight(value):
-            found.weights[place] = None
+            found.weights[value, axis, None] = None
         for node in [value.producer(), *edit.consumers(value)]:
-            if node is not None:
-                pending.extend(_neighbours(node, value, axis, found))
+            for other, place in _neighbours(node, value, axis, found) if node is not None else ():
+                if walk.is_weight(other, rank=1):
+                    found.weights[other, place, node] = None
+                else:
+                    pending.append((other, place))
     return found
 
 
