@@ -29,7 +29,6 @@ class Expect:
     softcap: float = 0.0
     scale: float | None = None
     rotary: bool = False
-    float_mask: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +49,8 @@ class Entry:
     axes: tuple[Axes, ...]
     expect: Expect
     attentions: tuple[str, ...] = ("",)
+    torchscript: Literal["dynamic", "static", "none"] = "dynamic"
+    """How TorchScript can export it: tracing bakes some sizes in, and lacks some operators."""
 
 
 def ids(batch: int, seq: int, vocab: int) -> Tensor:

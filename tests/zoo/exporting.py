@@ -19,12 +19,13 @@ from .entry import Entry
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is exported: by which exporter, opset, attention implementation, and dynamic axes or not."""
+    """How a model is exported: by which exporter, opset, attention implementation, and with dynamic axes (up to ``longest``) or not."""
 
     exporter: str = "dynamo"
     opset: int = 20
     attention: str = "sdpa"
     dynamic: bool = True
+    longest: int = 64
 
     def __str__(self) -> str:
         axes = "dynamic" if self.dynamic else "static"
@@ -58,7 +59,7 @@ def _export(module: torch.nn.Module, feeds: tuple[torch.Tensor, ...], entry: Ent
         return
     shapes = None
     if way.dynamic:
-        dims = {name: torch.export.Dim(name, max=64) for axes in entry.axes for name in axes.values()}
+        dims = {name: torch.export.Dim(name, max=way.longest) for axes in entry.axes for name in axes.values()}
         shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in entry.axes)
         if len(shapes) > 0 and _is_variadic(module):
             shapes = (shapes,)

@@ -12,9 +12,9 @@ from .entry import Entry, Expect, ids, mask, normal
 
 TEXT = ("input_ids", "attention_mask")
 BATCH_SEQ = {0: "batch", 1: "seq"}
-BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 VIT = dict(BERT, image_size=32, patch_size=8, num_channels=3)
-TOKENS = dict(vocab_size=99, max_position_embeddings=64)
+TOKENS = {"vocab_size": 99, "max_position_embeddings": 64}
 
 
 class Wrapped(nn.Module):

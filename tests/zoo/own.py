@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ class Block(nn.Module):
 
     def qkv(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B,H,S,d] each."""
-        split = [part.unflatten(-1, (-1, DEPTH)).transpose(1, 2) for part in (self.q(x), self.k(memory), self.v(memory))]
+        split = [
+            part.unflatten(-1, (-1, DEPTH)).transpose(1, 2) for part in (self.q(x), self.k(memory), self.v(memory))
+        ]
         return split[0], split[1], split[2]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -265,7 +268,9 @@ class Flattened(Block):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, length, depth = q.shape
-        q, k, v = ((part * scale).reshape(batch * heads, -1, depth) for part, scale in ((q, depth**-0.5), (k, 1.0), (v, 1.0)))
+        q, k, v = (
+            (part * scale).reshape(batch * heads, -1, depth) for part, scale in ((q, depth**-0.5), (k, 1.0), (v, 1.0))
+        )
         y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
         return y.view(batch, heads, length, depth)
 
@@ -385,36 +390,39 @@ class WeightsRead(Block):
         return weights @ v + weights.amax(-1, keepdim=True)
 
 
-def _entry(block: type[Block], expect: Expect, **options: object) -> Entry:
+BAKED = (Alibi, CausalBuffer, CausalTriu, RelativeBias, SoftCap, Rotary, RotaryInterleaved, FusedGrouped, Flattened)
+"""Modules whose sizes TorchScript's tracing fixes."""
+
+
+def _torchscript(block: type[Block]) -> Literal["dynamic", "static", "none"]:
+    if block in (QkNorm, GroupedNative):  # no symbolic for rms_norm, nor for enable_gqa
+        return "none"
+    return "static" if block in (*BAKED, PaddedExpanded) else "dynamic"
+
+
+def _entry(
+    block: type[Block],
+    expect: Expect,
+    feeds: Callable[[int, int], tuple[Tensor, ...]] | None = None,
+    axes: tuple[dict[int, str], ...] = (X,),
+) -> Entry:
+    names = ("x", "extra")[: len(axes)]
+    stack = Stack if len(axes) == 1 else StackWith
+
     def build(attention: str) -> nn.Module:
         torch.manual_seed(0)
-        return Stack(block).eval()
+        return stack(block).eval()
 
-    return Entry(_name(block), build, ("x",), _one, (options.get("axes", X),), expect)  # type: ignore[arg-type]
+    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in block.__name__).lstrip("_")
+    return Entry(name, build, names, feeds or _one, axes, expect, torchscript=_torchscript(block))
 
 
 def _pair(block: type[Block], expect: Expect, extra: Callable[[int, int], Tensor], axes: dict[int, str]) -> Entry:
-    def build(attention: str) -> nn.Module:
-        torch.manual_seed(0)
-        return StackWith(block).eval()
-
-    def feeds(batch: int, seq: int) -> tuple[Tensor, ...]:
-        return normal(batch, seq, WIDTH), extra(batch, seq)
-
-    return Entry(_name(block), build, ("x", "extra"), feeds, (X, axes), expect)
-
-
-def _name(block: type[Block]) -> str:
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in block.__name__).lstrip("_")
+    return _entry(block, expect, lambda batch, seq: (*_one(batch, seq), extra(batch, seq)), (X, axes))
 
 
 def _one(batch: int, seq: int) -> tuple[Tensor, ...]:
     return (normal(batch, seq, WIDTH),)
-
-
-def _windows() -> Entry:
-    entry = _entry(Windows, Expect(2, 4, mask="bias"), axes={0: "batch"})
-    return Entry(entry.name, entry.build, ("x",), lambda batch, seq: (normal(batch, 8, WIDTH),), entry.axes, entry.expect)
 
 
 def _triangle(batch: int, seq: int) -> Tensor:
@@ -448,7 +456,7 @@ ENTRIES: tuple[Entry, ...] = (
     _pair(PaddedAdditive, Expect(2, 4, mask="padding"), mask, X),
     _pair(PaddedExpanded, Expect(2, 4, mask="padding"), mask, X),
     _pair(FullMask, Expect(2, 4, mask="bias"), _triangle, {0: "batch", 2: "seq", 3: "seq"}),
-    _windows(),
+    _entry(Windows, Expect(2, 4, mask="bias"), lambda batch, seq: (normal(batch, 8, WIDTH),), ({0: "batch"},)),
     _entry(Rotary, Expect(2, 4, causal=True, rotary=True)),
     _entry(RotaryInterleaved, Expect(2, 4, rotary=True)),
     _entry(WeightsRead, Expect(0, 4)),

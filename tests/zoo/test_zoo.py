@@ -1,0 +1,113 @@
+"""Every attention of every zoo model is found, of the expected kind, and the canonical model computes what the export did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from xopt.ir.canonical import CanonicalizeReport, canonicalize
+from xopt.runtime.reference import ReferenceSession
+
+from .entry import Entry, Expect
+from .exporting import TRACED, Way, exported, load
+from .ways import ENTRIES, all_ways, default_ways
+
+SIZES = ((2, 7), (1, 5), (3, 12), (4, 1))
+"""(batch, sequence) that dynamic exports are compared at."""
+TOLERANCE = 5e-6
+"""Of the largest output: two blocks of float32 sums over <= 64 terms, in another order, differ by some 10 ulp (1.2e-7)."""
+
+
+def _cases(ways: Callable[[Entry], Iterator[Way]]) -> list[object]:
+    return [pytest.param(entry, way, id=f"{entry.name}-{way}") for entry in ENTRIES for way in ways(entry)]
+
+
+def _long_run(entry: Entry) -> Iterator[Way]:
+    done = set(default_ways(entry))
+    return (way for way in all_ways(entry) if way not in done)
+
+
+@pytest.mark.parametrize(("entry", "way"), _cases(default_ways))
+def test_found_and_equal(entry: Entry, way: Way) -> None:
+    _check(entry, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("entry", "way"), _cases(_long_run))
+def test_found_and_equal_in_every_export(entry: Entry, way: Way) -> None:
+    _check(entry, way)
+
+
+def _check(entry: Entry, way: Way) -> None:
+    data = exported(entry, way)
+    model = load(data)
+    report = canonicalize(model)
+    _check_kind(model, report, entry.expect)
+    original, canonical = _onnxruntime(data), ReferenceSession(model, threads=1)
+    for batch, seq in _sizes(entry, way):
+        feeds = {name: tensor.numpy() for name, tensor in zip(entry.inputs, entry.feeds(batch, seq))}
+        feeds = {name: feeds[name] for name in canonical.inputs}
+        want, got = original(feeds), canonical.run(feeds)[canonical.outputs[0]]
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * max(1.0, np.abs(want).max()))
+
+
+def _sizes(entry: Entry, way: Way) -> tuple[tuple[int, int], ...]:
+    if not way.dynamic:
+        return (TRACED,)
+    if (
+        entry.name == "llama" and way.opset >= 23
+    ):  # its RotaryEmbedding has tables [1, S, d/2]: onnxruntime wants [B, S, d/2]
+        return tuple(size for size in SIZES if size[0] == 1)
+    return SIZES
+
+
+def _onnxruntime(data: bytes) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return lambda feeds: session.run(None, dict(feeds))[0]
+
+
+def _check_kind(model: ir.Model, report: CanonicalizeReport, expect: Expect) -> None:
+    nodes = [node for node in model.graph if node.op_type == "Attention"]
+    assert len(nodes) == len(report.attention) == expect.count
+    if not nodes:
+        assert [refused.reason for refused in report.refused if refused.what == "attention"]
+        return
+    assert not [refused for refused in report.refused if refused.what.startswith(("attention", "rotary"))]
+    assert not any(node.op_type == "Softmax" for node in model.graph)
+    heads = expect.heads if isinstance(expect.heads, tuple) else (expect.heads,) * expect.count
+    assert tuple(node.attributes["q_num_heads"].as_int() for node in nodes) == heads
+    for node in nodes:
+        _check_node(node, expect)
+    if expect.rotary:
+        assert sum(node.op_type == "RotaryEmbedding" for node in model.graph) == 2 * expect.count
+
+
+def _check_node(node: ir.Node, expect: Expect) -> None:
+    q = node.inputs[0]
+    assert q is not None and q.shape is not None and len(q.shape) == 3
+    heads = node.attributes["q_num_heads"].as_int()
+    assert node.attributes["kv_num_heads"].as_int() == (expect.kv_heads or heads)
+    assert node.attributes["is_causal"].as_int() == expect.causal
+    assert node.attributes["softcap"].as_float() == expect.softcap
+    depth = int(q.shape[2]) // heads
+    assert node.attributes["scale"].as_float() == pytest.approx(expect.scale or depth**-0.5, rel=1e-6)
+    assert _mask_kind(node) == expect.mask
+    sources = {value.producer() for value in node.inputs[:3] if value is not None}
+    is_split = len(sources) == 1 and all(source is not None and source.op_type == "Split" for source in sources)
+    assert is_split == expect.fused
+
+
+def _mask_kind(node: ir.Node) -> str:
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is None:
+        return "none"
+    assert mask.shape is not None and len(mask.shape) == 4
+    return "padding" if mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] != 1 else "bias"
