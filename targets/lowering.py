@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from tvm import relax, te, tirx
 
 from xopt.errors import InputError
+from xopt.ir.shapes import infer_shapes
 from xopt.runtime.manifest import TensorInfo
 from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Dim, Dimensions, Ints, UndecidedError, evaluate, known
 
@@ -314,7 +315,8 @@ def lower(model: ir.Model, target: Target) -> Lowered:
     from xopt.targets.ops import has_kernel
 
     model = model.clone()
-    InlinePass(criteria=lambda function: not has_kernel(function.domain, function.name))(model)
+    if InlinePass(criteria=lambda function: not has_kernel(function.domain, function.name))(model).modified:
+        infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     lowering = Lowering(target)
     parameters = [lowering.parameter(value) for value in model.graph.inputs]
