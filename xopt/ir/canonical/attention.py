@@ -20,7 +20,6 @@ from xopt.ir.canonical.layout import Axes, Axis, after, axis, merged
 from xopt.ir.canonical.masks import Mask, Masks, Term
 from xopt.ir.canonical.operands import Operand, assemble, trace
 from xopt.ir.canonical.placing import in_four_axes
-from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.canonical.scores import (
     DEPTH,
@@ -34,8 +33,10 @@ from xopt.ir.canonical.scores import (
     read_values,
     softmax_axes,
 )
-from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import attribute, consumers, initializer, input_at, insert, is_op, remove_dead, replace_uses
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.shape_rules import integer
+from xopt.ir.symbolic import Symbols
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.poly import ONE, Poly
-from xopt.ir.symbolic import Symbols, axes_of, integer
 from xopt.ir.edit import constant, initializer, insert, producer, scalar
+from xopt.ir.poly import ONE, Poly
+from xopt.ir.shape_rules import axes_of, integer
+from xopt.ir.symbolic import Symbols
 
 
 class RotaryRefused(Exception):
@@ -114,7 +115,7 @@ class Caches:
         if node.op_type in ("Mul", "Div") and scalar(node.inputs[1]) is not None:
             return self._repeats(source, interleaved)
         if node.op_type in ("Unsqueeze", "Squeeze", "Slice", "Expand", "Gather", "Reshape"):
-            return self._keeps_last(node) and self._repeats(source, interleaved) or self._is_repeat(node, interleaved)
+            return (self._keeps_last(node) and self._repeats(source, interleaved)) or self._is_repeat(node, interleaved)
         return self._is_repeat(node, interleaved)
 
     def _keeps_last(self, node: ir.Node) -> bool:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.poly import ONE, Poly
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.symbolic import Dims, Numbers, Symbols
 from xopt.ir.edit import attribute, constant, initializer, insert, is_op, remove_dead, replace_uses
+from xopt.ir.poly import ONE, Poly
+from xopt.ir.shape_rules import Dims, Numbers
+from xopt.ir.symbolic import Symbols
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.poly import ONE, Poly, product
-from xopt.ir.symbolic import Dims, Symbols, integer, permutation, spans_of
 from xopt.ir.edit import constant, input_at
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.shape_rules import Dims, integer, permutation, spans_of
+from xopt.ir.symbolic import Symbols
 
 ZERO = Poly.of(0)
 Indices = tuple[Poly, ...]
@@ -242,7 +243,7 @@ def both(a: Element, b: Element) -> Element:
     """``a and b``."""
     if FALSE in (a, b):
         return FALSE
-    return b if a == TRUE else a if b == TRUE else Element("and", (a, b))
+    return b if a in (TRUE, b) else a if b == TRUE else Element("and", (a, b))
 
 
 def where(condition: Element, a: Element, b: Element) -> Element:
@@ -256,10 +257,11 @@ def where(condition: Element, a: Element, b: Element) -> Element:
     return negated(condition) if (a, b) == (FALSE, TRUE) else Element("where", (condition, a, b))
 
 
-def _either(a: Element, b: Element) -> Element:
+def either(a: Element, b: Element) -> Element:
+    """``a or b``."""
     if TRUE in (a, b):
         return TRUE
-    return b if a == FALSE else a if b == FALSE else Element("or", (a, b))
+    return b if a in (FALSE, b) else a if b == FALSE else Element("or", (a, b))
 
 
 def _sum(a: Element, b: Element, sign: int = 1) -> Element:
@@ -282,7 +284,7 @@ def _product(a: Element, b: Element) -> Element:
     for one, other in ((a, b), (b, a)):
         if other.op == "number" and one.op == "where":
             return where(one.args[0], _product(one.args[1], other), _product(one.args[2], other))
-        if other.op == "number" and one.op in BOOLEAN and other.value != 1:
+        if one.op in BOOLEAN and (other.op == "where" or (other.op == "number" and other.value != 1)):
             return where(one, other, FALSE)
     return b if a == TRUE else a if b == TRUE else Element("mul", (a, b))
 
@@ -297,6 +299,11 @@ def _cast(node: ir.Node, a: Element) -> Element:
         return a
     if a.op == "number":
         return number(a.value != 0)
+    return _truth(a)
+
+
+def _truth(a: Element) -> Element:
+    """``a != 0``."""
     known = a.op == "leaf" and a.tensor is not None and a.tensor.dtype == ir.DataType.BOOL
     return a if known else Element("truth", (a,))
 
@@ -308,8 +315,10 @@ def _equal(a: Element, b: Element) -> Element:
             return TRUE
         if (left - right).constant is not None:
             return FALSE
-    if a.op in BOOLEAN and b.op == "number" and b.value in (0, 1):
-        return a if b.value else negated(a)
+    if b == FALSE and a.op == "leaf":
+        return negated(_truth(a))
+    if a.op in BOOLEAN and b in (TRUE, FALSE):
+        return a if b == TRUE else negated(a)
     return Element("eq", (a, b))
 
 
@@ -319,8 +328,8 @@ _COMPUTED = {
     "Not": lambda node, a: negated(a),
     "And": lambda node, a, b: both(a, b),
     "BitwiseAnd": lambda node, a, b: both(a, b),
-    "Or": lambda node, a, b: _either(a, b),
-    "BitwiseOr": lambda node, a, b: _either(a, b),
+    "Or": lambda node, a, b: either(a, b),
+    "BitwiseOr": lambda node, a, b: either(a, b),
     "GreaterOrEqual": lambda node, a, b: at_least(a, b),
     "LessOrEqual": lambda node, a, b: at_least(b, a),
     "Greater": lambda node, a, b: negated(at_least(b, a)),

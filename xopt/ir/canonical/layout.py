@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from xopt.ir.poly import ONE, Poly, product
-from xopt.ir.symbolic import Dims, Span, Symbols, axes_of, integer, permutation, spans_of, split_sizes
 from xopt.ir.edit import input_at
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.shape_rules import Dims, Span, integer, permutation, spans_of, split_sizes
+from xopt.ir.symbolic import Symbols
 
 
 @dataclass(frozen=True)

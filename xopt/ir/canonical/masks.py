@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, negated
+from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, either, negated
+from xopt.ir.edit import constant, initializer, insert, producer
 from xopt.ir.poly import ONE, Poly
 from xopt.ir.symbolic import Symbols
-from xopt.ir.edit import constant, initializer, insert, producer
 
 LOWEST = -1e4
 """Added to a score, anything at or below this leaves a weight of zero."""
@@ -51,11 +52,13 @@ class Masks:
 
     symbols: Symbols
     made: dict[object, ir.Value] = field(default_factory=dict)
+    dtype: ir.DataType = ir.DataType.FLOAT
 
     def build(self, site: ir.Node, terms: Sequence[Term], sizes: Sequence[Poly]) -> Mask:
         """Canonical mask of all ``terms`` over scores of ``sizes`` [B,H,S,T], put before ``site``."""
         if not terms:
             return Mask(None, False)
+        self.dtype = site.outputs[0].dtype or ir.DataType.FLOAT
         reader = Reader(self.symbols, {next(iter(p.symbols)): size for p, size in zip(POSITION, sizes)})
         split = [part for term in terms for part in _summands(term)]
         conditions = [_condition(reader, part) for part in split]
@@ -87,7 +90,7 @@ class Masks:
         return self._masked(site, keep, added)
 
     def _masked(self, site: ir.Node, keep: ir.Value, bias: ir.Value) -> ir.Value:
-        lowest = self._number(site, float(np.finfo(np.float32).min))
+        lowest = self._number(site, float(ml_dtypes.finfo(self.dtype.numpy()).min))
         return self._made(site, "Where", [keep, bias, lowest], dtype=bias.dtype)
 
     def _sum(self, site: ir.Node, values: Sequence[ir.Value]) -> ir.Value | None:
@@ -136,7 +139,7 @@ class Masks:
         return self._emit(site, element, boolean=True)
 
     def _emit(self, site: ir.Node, element: Element, boolean: bool) -> ir.Value | None:
-        key = (element, boolean)
+        key = (element, boolean, self.dtype)
         if key not in self.made:
             found = self._emitted(site, element, boolean)
             if found is None:
@@ -147,7 +150,7 @@ class Masks:
     def _emitted(self, site: ir.Node, element: Element, boolean: bool) -> ir.Value | None:
         if element.op == "leaf":
             value = self._leaf(site, element)
-            wanted = ir.DataType.BOOL if boolean else ir.DataType.FLOAT
+            wanted = ir.DataType.BOOL if boolean else self.dtype
             if value is None or (value.dtype == wanted):
                 return value
             return self._made(site, "Cast", [value], {"to": int(wanted)}, dtype=wanted)
@@ -187,9 +190,10 @@ class Masks:
     def _number(self, site: ir.Node, value: float) -> ir.Value:
         graph = site.graph
         assert isinstance(graph, ir.Graph)
-        if value not in self.made:
-            self.made[value] = initializer(graph, "mask/number", np.asarray(value, np.float32))
-        return self.made[value]
+        key = ("number", value, self.dtype)
+        if key not in self.made:
+            self.made[key] = initializer(graph, "mask/number", np.asarray(value, self.dtype.numpy()))
+        return self.made[key]
 
     def _made(
         self,
@@ -249,9 +253,7 @@ def _as_condition(element: Element, factor: float) -> Element | None:
     condition, a, b = element.args[0], _as_condition(element.args[1], factor), _as_condition(element.args[2], factor)
     if a is None or b is None:
         return None
-    if b == FALSE:
-        return both(condition, a)
-    return both(negated(condition), b) if a == FALSE else None
+    return either(both(condition, a), both(negated(condition), b))
 
 
 def _sorted_out(conditions: Sequence[Element | None]) -> tuple[bool, Element]:

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, Axis, Digit, axis, before, columns, merged, width
-from xopt.ir.poly import ONE
-from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import constant, initializer, insert, insert_many, producer, scalar
+from xopt.ir.poly import ONE
+from xopt.ir.shape_rules import integer
+from xopt.ir.symbolic import Symbols
 
 NORMS = ("LayerNormalization", "RMSNormalization")
 

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, merged
-from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.canonical.scores import NotAttention
-from xopt.ir.symbolic import Symbols
 from xopt.ir.edit import initializer, insert
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.symbolic import Symbols
 
 
 def in_four_axes(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, frame: Axes) -> ir.Value:

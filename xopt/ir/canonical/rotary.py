@@ -19,10 +19,11 @@ import onnx_ir as ir
 
 from xopt.ir.canonical.caches import Caches, RotaryRefused
 from xopt.ir.canonical.layout import Axes, axis, before, columns, width
-from xopt.ir.poly import Poly
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import initializer, insert, is_op, producer, remove_dead, replace_uses, scalar
+from xopt.ir.poly import Poly
+from xopt.ir.shape_rules import integer
+from xopt.ir.symbolic import Symbols
 
 
 @dataclass(frozen=True)

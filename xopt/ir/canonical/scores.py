@@ -15,9 +15,10 @@ import onnx_ir as ir
 from xopt.ir.canonical.layout import Axes, after, axis, before
 from xopt.ir.canonical.masks import LOWEST
 from xopt.ir.canonical.operands import scaling
-from xopt.ir.poly import ONE
-from xopt.ir.symbolic import Symbols, integer
 from xopt.ir.edit import attribute, consumers, producer, scalar
+from xopt.ir.poly import ONE
+from xopt.ir.shape_rules import integer
+from xopt.ir.symbolic import Symbols
 
 QUERY, KEY, DEPTH, VALUE = "query", "key", "depth", "value"
 """Labels of the axes; those of the batch are "batch0", "batch1", ..."""

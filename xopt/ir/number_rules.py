@@ -1,0 +1,132 @@
+"""Numbers that shape arithmetic computes, as polynomials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from xopt.ir.edit import input_at
+from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.shape_rules import Known, Numbers, shape_numbers
+
+LARGEST = 64
+"""Elements beyond which an integer tensor is not followed."""
+
+
+def _pass_on(s: Known, node: ir.Node) -> Numbers | None:
+    dims = s.dims(node.outputs[0])
+    return s.numbers(node.inputs[0]) if dims is not None and len(dims) <= 1 else None
+
+
+def _gather_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    data, index = s.numbers(node.inputs[0]), s.integers(node.inputs[1])
+    if data is None or index is None or s.rank(node.inputs[0]) != 1:
+        return None
+    return tuple(data[i] for i in index) if all(-len(data) <= i < len(data) for i in index) else None
+
+
+def _slice_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    data, starts, ends = (s.numbers(node.inputs[0]), s.integers(input_at(node, 1)), s.integers(input_at(node, 2)))
+    steps = s.integers(input_at(node, 4)) or [1]
+    if data is None or starts is None or ends is None:
+        return None
+    return data[slice(starts[0], ends[0], steps[0])]
+
+
+def _concat_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    parts = [s.numbers(value) for value in node.inputs]
+    if any(part is None for part in parts) or any(s.rank(value) != 1 for value in node.inputs):
+        return None
+    return tuple(number for part in parts for number in part)  # type: ignore[union-attr]
+
+
+def _binary(operation: Callable[[Poly, Poly], Poly | None]) -> Callable[[Known, ir.Node], Numbers | None]:
+    def evaluate(s: Known, node: ir.Node) -> Numbers | None:
+        a, b = s.numbers(node.inputs[0]), s.numbers(node.inputs[1])
+        if a is None or b is None:
+            return None
+        size = max(len(a), len(b))
+        pairs = zip(a * size if len(a) == 1 else a, b * size if len(b) == 1 else b)
+        found = [operation(x, y) for x, y in list(pairs)[:size]]
+        return None if None in found else tuple(found)  # type: ignore[arg-type]
+
+    return evaluate
+
+
+def _equal(a: Poly, b: Poly) -> Poly | None:
+    if a == b:
+        return ONE
+    difference = a - b
+    apart = difference.constant is not None or difference.at_least(1) or (b - a).at_least(1)
+    return Poly.of(0) if apart else None
+
+
+def _where_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    condition, a, b = (s.numbers(value) for value in node.inputs)
+    if condition is None or a is None or b is None:
+        return None
+    size = max(len(condition), len(a), len(b))
+    columns = [x * size if len(x) == 1 else x for x in (condition, a, b)]
+    chosen = [x if c.constant else y for c, x, y in zip(*columns) if c.constant is not None]
+    return tuple(chosen) if len(chosen) == size else None
+
+
+def _filled(s: Known, node: ir.Node) -> Numbers | None:
+    shape = s.integers(node.inputs[0])
+    attr = node.attributes.get("value")
+    value = attr.as_tensor().numpy() if attr is not None else np.zeros(1, np.float32)
+    if shape is None or len(shape) > 1 or math.prod(shape) > LARGEST or value.dtype.kind not in "iub":
+        return None
+    return (Poly.of(int(value.reshape(-1)[0])),) * math.prod(shape)
+
+
+def _reduce_prod(s: Known, node: ir.Node) -> Numbers | None:
+    numbers = s.numbers(node.inputs[0])
+    return None if numbers is None else (product(numbers),)
+
+
+def _size(s: Known, node: ir.Node) -> Numbers | None:
+    dims = s.dims(node.inputs[0])
+    return None if dims is None else (product(dims),)
+
+
+def _extreme(name: str) -> Callable[[Poly, Poly], Poly | None]:
+    def choose(a: Poly, b: Poly) -> Poly | None:
+        if (a - b).at_least(0):
+            return a if name == "max" else b
+        if (b - a).at_least(0):
+            return b if name == "max" else a
+        return Poly.of(f"{name}({','.join(sorted((str(a), str(b))))})")
+
+    return choose
+
+
+def _expand_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    data, shape = s.numbers(node.inputs[0]), s.integers(node.inputs[1])
+    if data is None or len(data) != 1 or shape is None or len(shape) != 1 or not 0 <= shape[0] <= LARGEST:
+        return None
+    return data * shape[0]
+
+
+NUMBER_RULES: dict[str, Callable[[Known, ir.Node], Numbers | None]] = {
+    "Shape": shape_numbers,
+    "Size": _size,
+    "Gather": _gather_numbers,
+    "Slice": _slice_numbers,
+    "Concat": _concat_numbers,
+    "ConstantOfShape": _filled,
+    "Expand": _expand_numbers,
+    "Where": _where_numbers,
+    "ReduceProd": _reduce_prod,
+    "Add": _binary(lambda a, b: a + b),
+    "Sub": _binary(lambda a, b: a - b),
+    "Mul": _binary(lambda a, b: a * b),
+    "Div": _binary(lambda a, b: a // b),
+    "Equal": _binary(_equal),
+    "Min": _binary(_extreme("min")),
+    "Max": _binary(_extreme("max")),
+    **dict.fromkeys(("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Floor"), _pass_on),
+}
