@@ -19,7 +19,9 @@ from .entry import Entry
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is exported: by which exporter, opset, attention implementation, and with dynamic axes (up to ``longest``) or not."""
+    """How a model is exported: by which exporter, opset, attention implementation, and with dynamic axes (up to
+    ``longest``) or not.
+    """
 
     exporter: str = "dynamo"
     opset: int = 20

@@ -1,7 +1,10 @@
-"""stories260K: a trained Llama of 260 K parameters (grouped queries, interleaved rotary, SwiGLU), read from llama2.c's format."""
+"""stories260K: a trained Llama of 260 K parameters (grouped queries, interleaved rotary, SwiGLU), read from llama2.c's
+format.
+"""
 
 from __future__ import annotations
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -116,7 +119,9 @@ class Tokenizer:
         parts = [letter.encode() for letter in " " + text]
         while True:
             pairs = [
-                (self.pieces[a + b][1], -i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in self.pieces
+                (self.pieces[a + b][1], -i)
+                for i, (a, b) in enumerate(itertools.pairwise(parts))
+                if a + b in self.pieces
             ]
             if not pairs:
                 break

@@ -1,4 +1,6 @@
-"""Every attention of every zoo model is found, of the expected kind, and the canonical model computes what the export did."""
+"""Every attention of every zoo model is found, of the expected kind, and the canonical model computes what the export
+did.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from .ways import ENTRIES, all_ways, default_ways
 SIZES = ((2, 7), (1, 5), (3, 12), (4, 1))
 """(batch, sequence) that dynamic exports are compared at."""
 TOLERANCE = 5e-6
-"""Of the largest output: two blocks of float32 sums over <= 64 terms, in another order, differ by some 10 ulp (1.2e-7)."""
+"""Of the largest output: two blocks of float32 sums over <= 64 terms, in another order, differ by some 10 ulp
+(1.2e-7).
+"""
 
 
 def _cases(ways: Callable[[Entry], Iterator[Way]]) -> list[object]:

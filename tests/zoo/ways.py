@@ -14,7 +14,8 @@ NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 """Models whose masked sdpa torch's dynamo exporter cannot decompose (torch 2.13)."""
 
 DYNAMO_BY_DEFAULT = {
-    "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved", "windows",
+    "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved",
+    "windows",
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Integers known as polynomials: dimensions, shape arithmetic and tensor indices.
 
-A symbol is a name: a dimension of the input model (``batch``), an index of a tensor under study (``i2``), or the canonical text
-of an operation that polynomials cannot say (``floor((seq+1)/2)``). Equal polynomials are equal numbers; unequal ones may be.
+A symbol is a name: a dimension of the input model (``batch``), an index of a tensor under study (``i2``), or the
+canonical text of an operation that polynomials cannot say (``floor((seq+1)/2)``). Equal polynomials are equal
+numbers; unequal ones may be.
 """
 
 from __future__ import annotations
@@ -129,4 +130,4 @@ def _build(start: Mapping[Monomial, int], more: Iterable[tuple[Monomial, int]] =
     return Poly(tuple(sorted((m, c) for m, c in total.items() if c)))
 
 
-ONE = Poly.of(1)
+ZERO, ONE = Poly.of(0), Poly.of(1)

@@ -1,7 +1,9 @@
-"""What is known about every tensor of a graph: its dimensions, and the numbers in small integer tensors, as polynomials.
+"""What is known about every tensor of a graph: its dimensions, and the numbers in small integer tensors, as
+polynomials.
 
-Exporters compute the targets of Reshape, Expand and Slice in the graph (Shape, Gather, Concat, Range, Where ...). Here that
-arithmetic is carried out on symbols, so that a target reads ``[batch, seq, 12, 32]`` whatever the exporter wrote for it.
+Exporters compute the targets of Reshape, Expand and Slice in the graph (Shape, Gather, Concat, Range, Where ...).
+Here that arithmetic is carried out on symbols, so that a target reads ``[batch, seq, 12, 32]`` whatever the exporter
+wrote for it.
 """
 
 from __future__ import annotations

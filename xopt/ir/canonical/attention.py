@@ -3,8 +3,9 @@
     before   Q4, K4, V4 = Transpose(Reshape(Q, [B,S,H,d])) ...
              Y4 = Softmax(Q4 @ K4^T * scale + mask) @ V4;  Y = Reshape(Transpose(Y4), [B,S,H*d])
     after    Y = Attention(Q, K, V, mask)  with q_num_heads, kv_num_heads, scale, is_causal, softcap
-Anchored at Softmax, and at Attention nodes that the exporter wrote (opset 23 on, 4-D). Operands are followed by the layout of
-their axes, not by op pattern; see operands, scores, masks. An attention that is 4-D by nature stays a 4-D ``Attention``.
+Anchored at Softmax, and at Attention nodes that the exporter wrote (opset 23 on, 4-D). Operands are followed by the
+layout of their axes, not by op pattern; see operands, scores, masks. An attention that is 4-D by nature stays a 4-D
+``Attention``.
 Refuses  "weights-read-elsewhere", "no-product", "mask-inside-softcap", "head-layout", ...: left as it was.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.layout import Axes, Axis, after, axis, merged
+from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, merged
 from xopt.ir.canonical.masks import Mask, Masks, Term
 from xopt.ir.canonical.operands import Operand, assemble, trace
 from xopt.ir.canonical.placing import in_four_axes
@@ -26,7 +27,7 @@ from xopt.ir.canonical.scores import (
     KEY,
     QUERY,
     VALUE,
-    NotAttention,
+    NotAttentionError,
     PlacedTerm,
     attention_scale,
     read_scores,
@@ -71,7 +72,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
             if site is not None:
                 _canonical(symbols, masks, site, report)
                 report.rewrote("attention")
-        except NotAttention as reason:
+        except NotAttentionError as reason:
             if str(reason) != "no-product":
                 report.refuse("attention", node.name, str(reason))
     remove_dead(model)
@@ -94,17 +95,17 @@ def _of_attention(symbols: Symbols, node: ir.Node) -> Site | None:
     q, k, v = node.inputs[:3]
     q_dims, k_dims, v_dims = symbols.dims(q), symbols.dims(k), symbols.dims(v)
     if q_dims is None or k_dims is None or v_dims is None or q is None or k is None or v is None:
-        raise NotAttention("rank")
+        raise NotAttentionError("rank")
     if len(q_dims) == 3:
         _write_attributes(node, q_dims[-1])
         return None
     if any(input_at(node, i) is not None for i in (4, 5, 6)) or any(output.uses() for output in node.outputs[1:]):
-        raise NotAttention("cache-or-weights")
+        raise NotAttentionError("cache-or-weights")
     batch, heads = axis("batch0", q_dims[0]), axis("batch1", q_dims[1])
     query, key = axis(QUERY, q_dims[2]), axis(KEY, k_dims[2])
     head_dim = q_dims[3].constant
     if head_dim is None:
-        raise NotAttention("head-dim-unknown")
+        raise NotAttentionError("head-dim-unknown")
     axes: Axes = (batch, heads, query, key)
     mask = input_at(node, 3)
     kind = "keep" if mask is not None and mask.dtype == ir.DataType.BOOL else "add"
@@ -122,16 +123,10 @@ def _shared(heads: Axis, count: Poly, kv_count: Poly) -> Axis:
     """Axis of key heads that groups of query heads share."""
     group = count.exactly(kv_count)
     if group is None:
-        raise NotAttention("head-groups")
+        raise NotAttentionError("head-groups")
     if group == ONE:
         return heads
-    return () if kv_count == ONE else (_group_digit(heads, kv_count, group),)
-
-
-def _group_digit(heads: Axis, kv_count: Poly, group: Poly):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    return replace(heads[0], count=kv_count, radix=kv_count, stride=group)
+    return () if kv_count == ONE else (Digit(heads[0].label, kv_count, group, kv_count),)
 
 
 def _write_attributes(node: ir.Node, width: Poly) -> None:
@@ -193,14 +188,14 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
 def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:
     """A 4-D Attention, when the operands are 4-D tensors and nothing more is known about them."""
     if len(site.axes) != 4 or any(len(merged(row)) > 1 for row in site.axes):
-        raise NotAttention("head-layout")
+        raise NotAttentionError("head-layout")
     mask = _mask(symbols, masks, site, site.axes[0], site.axes[1])
     if is_op(site.anchor, "Attention"):
         k = site.k
     else:
         k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
         if any(row == () and full != () for row, full in zip(site.k_axes[:2], site.axes[:2])):
-            raise NotAttention("head-layout")
+            raise NotAttentionError("head-layout")
     inputs = [site.q, k, site.v, *([mask.value] if mask.value is not None else [])]
     attributes = _attributes(site, mask, site.scale)
     y = insert(
@@ -249,7 +244,7 @@ def _tail(symbols: Symbols, site: Site) -> list[int]:
     dims = symbols.dims(site.output)
     tail = [dim.constant for dim in (dims or ())[1:]]
     if len(tail) != len(site.axes) - 1 or None in tail:
-        raise NotAttention("output-layout")
+        raise NotAttentionError("output-layout")
     return tail  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from xopt.ir.shape_rules import axes_of, integer
 from xopt.ir.symbolic import Symbols
 
 
-class RotaryRefused(Exception):
+class RotaryRefusedError(Exception):
     """The rotation cannot be written as a ``RotaryEmbedding``; the message is the reason."""
 
 
@@ -28,15 +28,15 @@ class Caches:
         """Axis of x [B,H,S,d] or [B,S,H,d] that ``value`` is the same for: 1 or 2.
 
         Raises:
-            RotaryRefused: it differs from head to head, or its shape is unknown.
+            RotaryRefusedError: it differs from head to head, or its shape is unknown.
         """
         dims, whole = self.symbols.dims(value), self.symbols.dims(x)
         if dims is None or whole is None or not 2 <= len(dims) <= 4:
-            raise RotaryRefused("cos-axes")
+            raise RotaryRefusedError("cos-axes")
         padded = (ONE,) * (4 - len(dims)) + dims
         free = [place for place in (1, 2) if padded[place] == ONE]
         if not free:
-            raise RotaryRefused("cos-axes")
+            raise RotaryRefusedError("cos-axes")
         if len(free) == 2:  # one position only: heads come from a transpose, or are in place
             return 1 if producer(x, "Transpose") is not None else 2
         return free[0]
@@ -48,7 +48,7 @@ class Caches:
         key = (value, place, interleaved, width, repeated)
         if key not in self.made:
             if repeated and not self._repeats(value, interleaved):
-                raise RotaryRefused("cos-repeats")
+                raise RotaryRefusedError("cos-repeats")
             array = constant(value)
             self.made[key] = (
                 self._computed(site, value, place, interleaved, width, repeated)

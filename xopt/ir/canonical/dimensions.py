@@ -2,8 +2,8 @@
 
     Reshape(x, Concat(Gather(Shape(y), 0), Gather(Shape(y), 1), 12, 32))     ->   Reshape(x, [0, 0, 12, 32])
     Range(0, Gather(Shape(y), 1), 1)                                         ->   Range(0, Shape(input_ids)[1], 1)
-A number that is known becomes a constant, a dimension of the model's inputs is read off that input, and an axis that a Reshape
-keeps is written 0 (as it is). What remains in the graph after this computes data, not shapes.
+A number that is known becomes a constant, a dimension of the model's inputs is read off that input, and an axis that
+a Reshape keeps is written 0 (as it is). What remains in the graph after this computes data, not shapes.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
 """A tensor as a function of its indices: what one element is, by index, found by reading the graph backwards.
 
-    mask[b, h, q, k]   of   And(LessOrEqual(Range[None,None,None,:], Range[None,None,:,None]), GatherND(attention_mask, ...))
-    is   k <= q  and  attention_mask[b, k]
-Index arithmetic is carried out on polynomials, so it does not matter through which Range, Unsqueeze, Expand, Slice, Gather or
-Reshape an index went. An element that is not understood is a *leaf*: the element of some tensor at known indices.
+    mask[b, h, q, k]   of   And(LessOrEqual(Range[None,None,None,:], Range[None,None,:,None]),
+    GatherND(attention_mask, ...)) is   k <= q  and  attention_mask[b, k]
+Index arithmetic is carried out on polynomials, so it does not matter through which Range, Unsqueeze, Expand, Slice,
+Gather or Reshape an index went. An element that is not understood is a *leaf*: the element of some tensor at known
+indices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.edit import constant, input_at
-from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.poly import ONE, ZERO, Poly, product
 from xopt.ir.shape_rules import Dims, integer, permutation, spans_of
 from xopt.ir.symbolic import Symbols
 
-ZERO = Poly.of(0)
 Indices = tuple[Poly, ...]
 
 
@@ -27,8 +27,8 @@ Indices = tuple[Poly, ...]
 class Element:
     """One element: ``op`` of ``args``.
 
-    Ops: ``number`` (value), ``index`` (position), ``leaf`` (tensor, at), ``and`` ``or`` ``not`` ``where`` ``ge`` ``eq`` ``add``
-    ``mul`` ``truth`` (args). Booleans are numbers 0 and 1; ``truth`` is ``arg != 0``.
+    Ops: ``number`` (value), ``index`` (position), ``leaf`` (tensor, at), ``and`` ``or`` ``not`` ``where`` ``ge``
+    ``eq`` ``add`` ``mul`` ``truth`` (args). Booleans are numbers 0 and 1; ``truth`` is ``arg != 0``.
     """
 
     op: str
@@ -322,7 +322,7 @@ def _equal(a: Element, b: Element) -> Element:
     return Element("eq", (a, b))
 
 
-_COMPUTED = {
+_COMPUTED: dict[str, Callable[..., Element]] = {
     "Identity": lambda node, a: a,
     "Cast": _cast,
     "Not": lambda node, a: negated(a),
@@ -358,9 +358,10 @@ def _constant_element(array: np.ndarray | None, at: Indices) -> Element | None:
         return Element("index", position=at[-1] + int(first))
     if array.ndim < 2 or array.size != array.shape[-1] * array.shape[-2] or min(array.shape[-2:]) < 2:
         return None
-    matrix = array.reshape(array.shape[-2:])
+    rows, columns = array.shape[-2:]
+    matrix = array.reshape(rows, columns)
     low, high = matrix[-1, 0], matrix[0, -1]
-    if not np.array_equal(matrix, np.where(np.tri(*matrix.shape, dtype=bool), low, high)):
+    if not np.array_equal(matrix, np.where(np.tri(rows, columns, dtype=bool), low, high)):
         return None
     keep = at_least(Element("index", position=at[-2]), Element("index", position=at[-1]))
     return where(keep, number(float(low)), number(float(high)))

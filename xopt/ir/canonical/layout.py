@@ -1,9 +1,10 @@
-"""Where the axes of a tensor come from: layouts followed through Transpose, Reshape, Split, Gather, Expand and the like.
+"""Where the axes of a tensor come from: layouts followed through Transpose, Reshape, Split, Gather, Expand and the
+like.
 
-An axis is a row of *digits*, most significant first, as in a number of mixed radix: the last axis of a projection [B, S, H*d]
-is ``(h, d)``. A digit that a slice cut out of a longer run keeps its offset; a digit that is only a part of an original axis
-(``h // group``) keeps the stride at which it counts. Moving data permutes and regroups digits and nothing else, so any chain
-of such ops is understood, however the exporter spelled it.
+An axis is a row of *digits*, most significant first, as in a number of mixed radix: the last axis of a projection [B,
+S, H*d] is ``(h, d)``. A digit that a slice cut out of a longer run keeps its offset; a digit that is only a part of
+an original axis (``h // group``) keeps the stride at which it counts. Moving data permutes and regroups digits and
+nothing else, so any chain of such ops is understood, however the exporter spelled it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.ir.edit import input_at
-from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.poly import ONE, ZERO, Poly, product
 from xopt.ir.shape_rules import Dims, Span, integer, permutation, spans_of, split_sizes
 from xopt.ir.symbolic import Symbols
 
@@ -28,7 +29,7 @@ class Digit:
     count: Poly
     stride: Poly = ONE
     radix: Poly = ONE
-    offset: Poly = Poly.of(0)
+    offset: Poly = ZERO
 
     @property
     def whole(self) -> bool:

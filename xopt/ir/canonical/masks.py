@@ -2,8 +2,9 @@
 
     where(k <= q and attention_mask[b, k], 0, -inf)          ->   is_causal=1, attn_mask = bool [B,1,1,T]
     position_bias[h, q, k] + where(...)                      ->   attn_mask = float [1|B,H,S,T]
-A mask that is only causal vanishes, one that depends on keys alone becomes [B,1,1,T], any other stays as it is with four axes.
-A row without any key to attend to has no meaning: exporters make it zeros, NaN or the mean; boolean masks make it zeros.
+A mask that is only causal vanishes, one that depends on keys alone becomes [B,1,1,T], any other stays as it is with
+four axes. A row without any key to attend to has no meaning: exporters make it zeros, NaN or the mean; boolean masks
+make it zeros.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -90,7 +90,7 @@ class Masks:
         return self._masked(site, keep, added)
 
     def _masked(self, site: ir.Node, keep: ir.Value, bias: ir.Value) -> ir.Value:
-        lowest = self._number(site, float(ml_dtypes.finfo(self.dtype.numpy()).min))
+        lowest = self._number(site, float(self.dtype.min))
         return self._made(site, "Where", [keep, bias, lowest], dtype=bias.dtype)
 
     def _sum(self, site: ir.Node, values: Sequence[ir.Value]) -> ir.Value | None:

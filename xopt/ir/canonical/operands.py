@@ -1,9 +1,11 @@
 """The operands of an attention, traced back to the [B, S, heads * d] tensors they are cut from, and put together again.
 
-    Q4 [B,H,S,d] = Transpose(Rotary(Norm(Reshape(x @ W + b)[:, :, 0])))         ->   Q3 [B,S,H*d] = Rotary(Norm(Linear(x)))
-Between a projection and its attention lie data movement (followed by layout), a scalar scale, and per-head norms and rotary
-embeddings, which are carried over to the 3-D form. Several operands cut from one tensor become one Split of it; where the
-exporter interleaved them (BLOOM's [H, 3, d]), the columns of the projection's weight are put in order first.
+    Q4 [B,H,S,d] = Transpose(Rotary(Norm(Reshape(x @ W + b)[:, :, 0])))         ->   Q3 [B,S,H*d] =
+    Rotary(Norm(Linear(x)))
+Between a projection and its attention lie data movement (followed by layout), a scalar scale, and per-head norms and
+rotary embeddings, which are carried over to the 3-D form. Several operands cut from one tensor become one Split of
+it; where the exporter interleaved them (BLOOM's [H, 3, d]), the columns of the projection's weight are put in order
+first.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ NORMS = ("LayerNormalization", "RMSNormalization")
 class Operand:
     """``value`` [B, S, total], of which ``columns`` (None: all, in order) are the heads, ``head_dim`` wide each.
 
-    ``lead`` and ``head`` tell which parts of the attention's batch axes became batch and heads; ``steps`` are the per-head nodes
-    between the value and the attention, the last one first.
+    ``lead`` and ``head`` tell which parts of the attention's batch axes became batch and heads; ``steps`` are the
+    per-head nodes between the value and the attention, the last one first.
     """
 
     value: ir.Value

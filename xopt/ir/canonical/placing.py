@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, merged
-from xopt.ir.canonical.scores import NotAttention
+from xopt.ir.canonical.scores import NotAttentionError
 from xopt.ir.edit import initializer, insert
 from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.symbolic import Symbols
@@ -15,19 +15,19 @@ from xopt.ir.symbolic import Symbols
 def in_four_axes(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, frame: Axes) -> ir.Value:
     """``value``, which broadcasts over ``axes``, as one that broadcasts over ``frame`` [batch, head, query, key].
 
-    Both are the same digits in the same order, grouped differently. Where one axis of the frame is made of a broadcast and a
-    present part (windows shared by all images), the value is expanded to the whole axis.
+    Both are the same digits in the same order, grouped differently. Where one axis of the frame is made of a
+    broadcast and a present part (windows shared by all images), the value is expanded to the whole axis.
 
     Raises:
-        NotAttention: the axes were permuted, or a size that is needed is not known.
+        NotAttentionError: the axes were permuted, or a size that is needed is not known.
     """
     if [merged(row) for row in axes] == list(frame):
         return value
     if [d for row in axes for d in row] != [d for row in _refined(frame, axes) for d in row]:
-        raise NotAttention("mask-layout")
+        raise NotAttentionError("mask-layout")
     dims = symbols.dims(value)
     if dims is None:
-        raise NotAttention("mask-rank")
+        raise NotAttentionError("mask-rank")
     dims = (ONE,) * (len(axes) - len(dims)) + dims
     present = {digit for row, dim in zip(axes, dims) if dim != ONE for digit in row}
     target: list[Poly] = []
@@ -51,7 +51,7 @@ def _refined(frame: Axes, axes: Axes) -> Axes:
             digit = digits.pop(0)
             rest = left.exactly(digit.count)
             if rest is None:
-                raise NotAttention("mask-layout")
+                raise NotAttentionError("mask-layout")
             taken.append(digit)
             left = rest
         rows.append(tuple(taken))
@@ -86,13 +86,13 @@ def _size_at_run_time(symbols: Symbols, site: ir.Node, size: Poly) -> ir.Value:
             if dim == size:
                 bounds = {"start": place, "end": place + 1}
                 return insert(site, "Shape", [source], bounds, dtype=ir.DataType.INT64, shape=[1])
-    raise NotAttention("mask-expand")
+    raise NotAttentionError("mask-expand")
 
 
 def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Poly]) -> ir.Value:
     numbers = [size.constant for size in target]
     if numbers.count(None) > 1:
-        raise NotAttention("mask-sizes")
+        raise NotAttentionError("mask-sizes")
     graph = site.graph
     assert isinstance(graph, ir.Graph)
     shape = [-1 if number is None else number for number in numbers]

@@ -3,10 +3,13 @@
     y = x * cos + concat(-x[..., d/2:], x[..., :d/2]) * sin                          (Llama, GPT-NeoX)
     y = concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)                             (the same, by halves)
     y = stack(x[..., 0::2] * cos - x[..., 1::2] * sin, ...).flatten(-2)              (interleaved: GPT-J, llama2.c)
-                                                        ->   RotaryEmbedding(x, cos [1|B,S,d/2], sin [1|B,S,d/2], interleaved)
-Halves are recognized by the positions they hold, so slices, splits, reshapes and gathers are all the same. On [B,H,S,d] the op
-is 4-D; on [B,S,H,d] it is 3-D between two reshapes. A rotation of the first part of the heads sets rotary_embedding_dim.
-Refuses  "cos-repeats": the two halves of cos or sin are not provably equal;  "cos-axes": cos is not one of [.., S, d] per head.
+                                                        ->   RotaryEmbedding(x, cos [1|B,S,d/2], sin [1|B,S,d/2],
+                                                        interleaved)
+Halves are recognized by the positions they hold, so slices, splits, reshapes and gathers are all the same. On
+[B,H,S,d] the op is 4-D; on [B,S,H,d] it is 3-D between two reshapes. A rotation of the first part of the heads sets
+rotary_embedding_dim.
+Refuses  "cos-repeats": the two halves of cos or sin are not provably equal;  "cos-axes": cos is not one of [.., S, d]
+per head.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.caches import Caches, RotaryRefused
+from xopt.ir.canonical.caches import Caches, RotaryRefusedError
 from xopt.ir.canonical.layout import Axes, axis, before, columns, width
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import initializer, insert, is_op, producer, remove_dead, replace_uses, scalar
@@ -50,7 +53,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
         try:
             _replace(symbols, caches, node, rotation)
             report.rewrote("rotary")
-        except RotaryRefused as reason:
+        except RotaryRefusedError as reason:
             report.refuse("rotary", node.name, str(reason))
     for node in list(model.graph):
         if is_op(node, "Concat") and _partial(symbols, node):
@@ -60,10 +63,10 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
 
 def _by_sum(symbols: Symbols, node: ir.Node) -> Rotation | None:
     """``x * cos + turned(x) * sin`` with ``turned(x) = join(-second, first)``."""
-    products = [_product(value) for value in node.inputs]
-    if len(products) != 2 or products[0] is None or products[1] is None:
+    one, two = _product(node.inputs[0]), _product(node.inputs[1])
+    if one is None or two is None:
         return None
-    for plain, turned in (products, products[::-1]):
+    for plain, turned in ((one, two), (two, one)):
         for x, cos in (plain, plain[::-1]):
             for other, sin in (turned, turned[::-1]):
                 joined = _joined(symbols, other)
@@ -114,7 +117,9 @@ def _negated(value: ir.Value) -> ir.Value | None:
 
 
 def _joined(symbols: Symbols, value: ir.Value) -> tuple[ir.Value, ir.Value, bool] | None:
-    """``(a, b, interleaved)`` when ``value`` is a and b one after the other, or element by element, along the last axis."""
+    """``(a, b, interleaved)`` when ``value`` is a and b one after the other, or element by element, along the last
+    axis.
+    """
     reshape = producer(value, "Reshape")
     concat = producer(reshape.inputs[0] if reshape is not None else value, "Concat")
     if concat is None or len(concat.inputs) != 2:
@@ -188,11 +193,11 @@ def _replace(symbols: Symbols, caches: Caches, node: ir.Node, rotation: Rotation
     x = _in_one_piece(symbols, node, rotation.x)
     dims = symbols.dims(x)
     if dims is None or len(dims) != 4:
-        raise RotaryRefused("rank")
+        raise RotaryRefusedError("rank")
     size = dims[3].constant
     place = caches.head_axis(rotation.cos, x)
     if size is None or place != caches.head_axis(rotation.sin, x):
-        raise RotaryRefused("cos-axes")
+        raise RotaryRefusedError("cos-axes")
     tables = [
         caches.table(node, value, place, rotation.interleaved, size // 2, rotation.repeated)
         for value in (rotation.cos, rotation.sin)
@@ -204,7 +209,7 @@ def _replace(symbols: Symbols, caches: Caches, node: ir.Node, rotation: Rotation
     else:
         heads = dims[2].constant
         if heads is None:
-            raise RotaryRefused("head-count")
+            raise RotaryRefusedError("head-count")
         graph = node.graph
         assert isinstance(graph, ir.Graph)
         joined = initializer(graph, "joined_heads", np.asarray([0, 0, -1], np.int64))

@@ -1,8 +1,8 @@
 """A softmax read backwards to the product of queries and keys, and forwards to the product with the values.
 
     weights = softmax(softcap(Q @ K^T * scale) + masks)  [guarded against NaN];  Y = weights @ V
-with the scale on the scores, on either operand or on both, the masks added or filled in, in any order, and reshapes between
-(3-D batches of heads, windows). Nothing here changes the graph.
+with the scale on the scores, on either operand or on both, the masks added or filled in, in any order, and reshapes
+between (3-D batches of heads, windows). Nothing here changes the graph.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class PlacedTerm:
 
 @dataclass
 class Scores:
-    """What is left of a softmax: ``q`` and ``k`` with their layouts over the softmax's axes, and what was done to their product."""
+    """What is left of a softmax: ``q`` and ``k`` with their layouts over the softmax's axes, and what was done to
+    their product.
+    """
 
     q: ir.Value
     k: ir.Value
@@ -57,21 +59,23 @@ class Weighted:
     axes: Axes
 
 
-class NotAttention(Exception):
-    """The softmax is none of an attention, or of one that cannot be written as an ``Attention``; the message is the reason."""
+class NotAttentionError(Exception):
+    """The softmax is none of an attention, or of one that cannot be written as an ``Attention``; the message is the
+    reason.
+    """
 
 
 def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
     """Labelled axes of a softmax's input.
 
     Raises:
-        NotAttention: unknown rank, or not over the last axis.
+        NotAttentionError: unknown rank, or not over the last axis.
     """
     dims = symbols.dims(softmax.inputs[0])
     if dims is None or len(dims) < 3:
-        raise NotAttention("rank")
+        raise NotAttentionError("rank")
     if integer(softmax, "axis", -1) not in (-1, len(dims) - 1):
-        raise NotAttention("softmax-axis")
+        raise NotAttentionError("softmax-axis")
     labels = [*(f"batch{i}" for i in range(len(dims) - 2)), QUERY, KEY]
     return tuple(axis(label, dim) for label, dim in zip(labels, dims))
 
@@ -80,14 +84,14 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
     """The product of queries and keys behind ``value``, the softmax's input.
 
     Raises:
-        NotAttention: no such product, or something between that ``Attention`` cannot say.
+        NotAttentionError: no such product, or something between that ``Attention`` cannot say.
     """
     terms: list[PlacedTerm] = []
     factor, softcap = 1.0, 0.0
     while True:
         node = value.producer()
         if node is None or node.domain != "":
-            raise NotAttention("no-product")
+            raise NotAttentionError("no-product")
         if node.op_type == "MatMul":
             q_axes, k_axes = _factors(symbols, node, axes)
             return Scores(node.inputs[0], node.inputs[1], q_axes, k_axes, factor, softcap, terms)  # type: ignore[arg-type]
@@ -97,18 +101,18 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
             value, axes = moved
         elif scaled is not None and producer(scaled[0], "Tanh") is not None and softcap == 0:
             if factor != 1:
-                raise NotAttention("scaled-softcap")
+                raise NotAttentionError("scaled-softcap")
             value, softcap = scaled[0].producer().inputs[0], scaled[1]  # type: ignore[union-attr, assignment]
             factor = softcap
         elif scaled is not None:
             value, factor = scaled[0], factor * scaled[1]
         elif node.op_type in ("Add", "Where"):
             if softcap:
-                raise NotAttention("mask-inside-softcap")
+                raise NotAttentionError("mask-inside-softcap")
             value, term = _masked(symbols, node, factor, axes)
             terms.append(term)
         else:
-            raise NotAttention(f"scores-{node.op_type.lower()}")
+            raise NotAttentionError(f"scores-{node.op_type.lower()}")
 
 
 def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple[ir.Value, PlacedTerm]:
@@ -118,7 +122,7 @@ def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple
             if scores is not None and mask is not None and _leads_to_product(scores):
                 _check_broadcast(symbols, mask, axes)
                 return scores, PlacedTerm("add", mask, factor, axes)
-        raise NotAttention("no-product")
+        raise NotAttentionError("no-product")
     condition, chosen, other = node.inputs
     assert condition is not None
     _check_broadcast(symbols, condition, axes)
@@ -126,13 +130,13 @@ def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple
         number = scalar(fill)
         if number is not None and number * factor <= LOWEST and scores is not None:
             return scores, PlacedTerm(kind, condition, 1.0, axes)
-    raise NotAttention("where-without-fill")
+    raise NotAttentionError("where-without-fill")
 
 
 def _check_broadcast(symbols: Symbols, mask: ir.Value, axes: Axes) -> None:
     dims = symbols.dims(mask)
     if dims is None or len(dims) > len(axes):
-        raise NotAttention("mask-rank")
+        raise NotAttentionError("mask-rank")
 
 
 _THROUGH = {
@@ -163,7 +167,7 @@ def _factors(symbols: Symbols, node: ir.Node, axes: Axes) -> tuple[Axes, Axes]:
     q, k = node.inputs
     q_dims, k_dims = symbols.dims(q), symbols.dims(k)
     if q_dims is None or k_dims is None or len(q_dims) != len(axes) or len(k_dims) != len(axes) or len(axes) < 3:
-        raise NotAttention("rank")
+        raise NotAttentionError("rank")
     depth = axis(DEPTH, q_dims[-1])
     q_axes = (*_present(axes[:-2], q_dims), axes[-2], depth)
     return q_axes, (*_present(axes[:-2], k_dims), depth, axes[-1])
@@ -178,7 +182,7 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
     """The product of the weights with the values.
 
     Raises:
-        NotAttention: the weights are read by anything else.
+        NotAttentionError: the weights are read by anything else.
     """
     value = softmax.outputs[0]
     while True:
@@ -187,12 +191,12 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
             break
         moved = after(symbols, node, axes)
         if moved is None:
-            raise NotAttention(f"weights-{node.op_type.lower()}")
+            raise NotAttentionError(f"weights-{node.op_type.lower()}")
         value, axes = node.outputs[0], moved
     v = node.inputs[1]
     dims = symbols.dims(v)
     if v is None or dims is None or len(dims) != len(axes):
-        raise NotAttention("rank")
+        raise NotAttentionError("rank")
     depth = axis(VALUE, dims[-1])
     v_axes = (*_present(axes[:-2], dims), axes[-1], depth)
     return Weighted(v, v_axes, node, (*axes[:-1], depth))
@@ -202,7 +206,7 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value]:
     """The only reader of the weights, past a guard that replaces NaN by 0, and what it reads."""
     readers = consumers(value)
     if value.is_graph_output():
-        raise NotAttention("weights-read-elsewhere")
+        raise NotAttentionError("weights-read-elsewhere")
     checks = [node for node in readers if node.op_type == "IsNaN"]
     if checks:
         guards = {node for check in checks for node in consumers(check.outputs[0], "Where")}
@@ -211,7 +215,7 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value]:
             if scalar(guard.inputs[1]) == 0 and guard.inputs[2] is value and {*readers} <= {*checks, guard}:
                 return _reader(guard.outputs[0])
     if len(readers) != 1:
-        raise NotAttention("weights-read-elsewhere")
+        raise NotAttentionError("weights-read-elsewhere")
     return readers[0], value
 
 
