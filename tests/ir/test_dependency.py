@@ -286,6 +286,24 @@ def test_the_width_of_a_vision_transformer_reaches_patches_tokens_and_positions(
     assert run(model, builders.feeds(model)).shape == (2, 10)
 
 
+def test_the_width_behind_computed_targets() -> None:
+    """Targets as exporters write them: -1 for the batch before the width, 1 for the width in an Expand."""
+    net = Net("targets")
+    pixels = net.input("pixels", ["batch", 3, 8, 8])
+    grid = net.op("Conv", pixels, net.weight("patch", 32, 3, 4, 4), strides=[4, 4])
+    x = net.op("Transpose", net.op("Reshape", grid, net.ints(-1, 32, 4)), perm=[0, 2, 1])
+    shape = net.op("Concat", net.dimension(pixels, 0), net.ints(1), net.ints(1), axis=0)
+    x = net.op("Concat", net.op("Expand", net.weight("token", 1, 1, 32), shape), x, axis=1)
+    x = net.add(x, net.self_attention(net.layer_norm(x, "norm", 32), "attention", 32, 4))
+    net.output(net.linear(x, "head", 32, 3), "y")
+    model = net.build()
+    group = channel_groups(model)[-1]
+    assert (group.kind, group.units) == ("width", 32)
+    cut(model, group, range(20))
+    check(model)
+    assert run(model, builders.feeds(model)).shape == (2, 5, 3)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("bert", "width-is-an-output"), ("swin", "width-is-an-input")])
 def test_a_width_that_the_caller_sees_stays(name: str, reason: str) -> None:
     model = builders.ZOO[name]()

@@ -7,6 +7,7 @@ From one value of the stream the axis is followed through all producers and cons
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 
 from xopt.ir import edit, walk
 from xopt.ir.structure import ACTIVATIONS
+from xopt.ir.symbolic import Symbols
 
 #: Elementwise ops: every operand that has the axis, has it at the same place from the right.
 ELEMENTWISE = ACTIVATIONS + tuple(
@@ -21,6 +23,7 @@ ELEMENTWISE = ACTIVATIONS + tuple(
 )
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
 
+Sizes = tuple[int | None, ...]
 Place = tuple[ir.Value, int]
 Slot = tuple[ir.Value, int, ir.Node | None]
 """An axis of a weight; for a vector also its reader, as vectors that happen to be shared need not shrink together."""
@@ -170,42 +173,59 @@ def _transpose(node: ir.Node, value: ir.Value, axis: int, found: Width) -> Itera
 
 
 def _reshape(node: ir.Node, value: ir.Value, axis: int, found: Width) -> Iterator[Place]:
-    """The width stays whole when it is last on both sides, or when all sizes before it stay."""
+    """The width stays whole when as many elements follow it on both sides, or when all sizes before it stay."""
     x, y = edit.operand(node, 0), node.outputs[0]
     before, after, target = walk.shape_of(x), walk.shape_of(y), walk.ints(edit.operand(node, 1))
     if before is None or after is None or target is None:
         raise BlockedError("width-through-Reshape")
-    here = before if value is x else after
-    if axis == len(here) - 1:
-        source, result = len(before) - 1, len(after) - 1
-    elif all(size == 0 or size == before[i] for i, size in enumerate(target[:axis])):
-        source = result = axis
-    else:
-        raise BlockedError("width-through-Reshape")
-    if before[source] != found.size or after[result] != found.size or target[result] not in (0, found.size):
+    here, there = (before, after) if value is x else (after, before)
+    other = _same_place(here, there, axis)
+    if other is None and all(size in (0, before[i]) for i, size in enumerate(target[:axis])):
+        other = axis
+    source, result = (axis, other) if value is x else (other, axis)
+    if source is None or result is None or before[source] != found.size or target[result] not in (0, found.size):
         raise BlockedError("width-through-Reshape")
     if target[result] == found.size:
         found.retargets[Retarget(node, 1, result)] = None
     yield from ((x, source), (y, result))
 
 
+def _same_place(here: Sizes, there: Sizes, axis: int) -> int | None:
+    """The axis of another shape that has the same size and the same number of elements after it."""
+    behind = _elements(here[axis + 1 :])
+    places = [place for place, size in enumerate(there) if size == here[axis]]
+    return next((p for p in places if behind is not None and _elements(there[p + 1 :]) == behind), None)
+
+
+def _elements(sizes: Sizes) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
+
+
 def _expand(node: ir.Node, value: ir.Value, axis: int, found: Width) -> Iterator[Place]:
-    """The target may be a constant, or be put together from parts of which the last is one."""
+    """The target may say 1 for the width, or hold it in a constant, or in a constant that is the last of its parts."""
     x, y = edit.operand(node, 0), node.outputs[0]
     from_right = _rank(value) - axis
     shape = edit.operand(node, 1)
-    holder, operand = node, 1
+    asked = Symbols(node.graph).numbers(shape) if isinstance(node.graph, ir.Graph) else None
+    if asked is None or asked[-from_right].constant not in (1, found.size):
+        raise BlockedError("width-through-Expand")
+    if asked[-from_right].constant == found.size:
+        found.retargets[_holder(node, shape, from_right, found.size)] = None
+    yield from ((x, _rank(x) - from_right), (y, _rank(y) - from_right))
+
+
+def _holder(node: ir.Node, shape: ir.Value, from_right: int, size: int) -> Retarget:
+    """Where the target of an Expand has the width as a constant."""
+    operand = 1
     joined = edit.producer(shape, "Concat")
     if joined is not None and len(edit.consumers(shape)) == 1:
-        holder, operand, shape = joined, len(joined.inputs) - 1, edit.operand(joined, len(joined.inputs) - 1)
+        node, operand = joined, len(joined.inputs) - 1
+        shape = edit.operand(joined, operand)
     sizes = walk.ints(shape)
-    if sizes is None or len(sizes) < from_right:
+    if sizes is None or len(sizes) < from_right or sizes[-from_right] != size:
         raise BlockedError("width-through-Expand")
-    if sizes[-from_right] == found.size:
-        found.retargets[Retarget(holder, operand, len(sizes) - from_right)] = None
-    elif sizes[-from_right] != 1:
-        raise BlockedError("width-through-Expand")
-    yield from ((x, _rank(x) - from_right), (y, _rank(y) - from_right))
+    return Retarget(node, operand, len(sizes) - from_right)
 
 
 def _conv(node: ir.Node, value: ir.Value, axis: int, found: Width) -> Iterator[Place]:
