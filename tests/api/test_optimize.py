@@ -1,0 +1,202 @@
+"""The whole flow on small models: what is written, that it agrees, that it can stop anywhere and go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import yaml
+
+import xopt
+from tests.ir import builders
+from xopt import api
+from xopt.data.dataset import Dataset
+from xopt.errors import InputError
+from xopt.ir.io import save
+from xopt.ir.shapes import bind_dims
+from xopt.pipeline.manager import PassManager
+from xopt.search.cache import StepCache
+
+PRUNE = "prune-heads{score=magnitude, rearrange=false, compensate=false, keep=0.5, ffn=true}"
+FILES = ["manifest.json", "model.onnx", "model.so", "model.weights", "pipeline.yaml", "report.html", "report.json"]
+
+
+def model() -> ir.Model:
+    return builders.vit(layers=1, width=32, heads=4)
+
+
+@pytest.fixture(scope="module")
+def result() -> api.Result:
+    return xopt.optimize(model(), PRUNE, peers=["onnxruntime"], batch=2, threads=2)
+
+
+@pytest.fixture(scope="module")
+def saved(result: api.Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return result.save(tmp_path_factory.mktemp("flow") / "out")
+
+
+def test_everything_is_written(saved: Path) -> None:
+    assert sorted(file.name for file in saved.iterdir()) == FILES
+
+
+def test_the_steps_say_what_happened(result: api.Result) -> None:
+    steps = result.report["steps"]
+    assert steps[0]["pass"] == "canonicalize"
+    assert steps[-1]["pass"] == "prune-heads"
+    assert steps[-1]["rewritten"] > 0
+    assert steps[-1]["macs"] < steps[-2]["macs"]
+    assert "slower" in steps[-1]["reason"] or "faster" in steps[-1]["reason"]
+    assert all(step["latency_ms"]["median"] > 0 for step in steps)
+    assert all(step["quality"] == pytest.approx(1.0, abs=1e-6) for step in steps[:-1])
+
+
+def test_without_data_quality_is_fidelity_and_says_so(result: api.Result) -> None:
+    metric = result.report["metric"]
+    assert (metric["name"], metric["synthetic"], metric["baseline"]) == ("cosine", True, 1.0)
+
+
+def test_onnx_file_and_artifact_agree(result: api.Result, saved: Path) -> None:
+    feeds = Dataset.random(model(), 5, 3).inputs
+    expected = onnxruntime.InferenceSession(saved / "model.onnx").run(None, dict(feeds))[0]
+    for session in (result.session(), xopt.Session.load(saved)):
+        # float32 sums of at most 256 terms: rounding of 1e-5 of a magnitude of a few
+        np.testing.assert_allclose(session.run(feeds)["logits"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_raw_samples_are_kept(saved: Path) -> None:
+    report = json.loads((saved / "report.json").read_text())
+    assert report["schema"] == 1
+    samples = report["runtimes"]["onnxruntime"]["samples_ms"]
+    assert len(samples) >= 5
+    assert report["runtimes"]["onnxruntime"]["median_ms"] == pytest.approx(np.median(samples))
+    assert report["steps"][-1]["samples_ms"] and report["steps"][-1]["decision_samples_ms"]["best"]
+    assert report["verification"]["compared"]
+
+
+def test_the_recipe_holds_the_kept_passes(result: api.Result, saved: Path) -> None:
+    steps = yaml.safe_load((saved / "pipeline.yaml").read_text())
+    names = [step if isinstance(step, str) else next(iter(step)) for step in steps]
+    assert names == [step["pass"] for step in result.report["steps"] if step["kept"]]
+
+
+def test_the_callers_model_stays_as_it_is(tmp_path: Path) -> None:
+    given = model()
+    before = ir.to_proto(given).SerializeToString(deterministic=True)
+    xopt.compile(given, output=tmp_path / "new" / "small.so")
+    assert ir.to_proto(given).SerializeToString(deterministic=True) == before
+    assert xopt.Session.load(tmp_path / "new" / "small.so").inputs[0].name == "pixel_values"
+
+
+def interrupting(stage: str) -> Callable[[str, int, int], None]:
+    def progress(name: str, done: int, total: int) -> None:
+        if name == stage:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("stage", ["canonicalize", "prune-heads", "evaluate", "compile", "measure"])
+def test_ctrl_c_at_any_step_leaves_nothing_behind(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    job = api.plan(model(), PRUNE, peers=(), threads=2)
+    with pytest.raises(KeyboardInterrupt):
+        api.run_plan(job, progress=interrupting(stage))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = api.plan(model(), PRUNE, peers=(), threads=2)
+    with pytest.raises(KeyboardInterrupt):
+        api.run_plan(job, progress=interrupting("prune-heads"), cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 5  # the exact passes
+    ran: list[str] = []
+    step = PassManager.step
+
+    def spied(self: PassManager, one: object, *args: object, **options: object) -> object:
+        ran.append(one.name)  # type: ignore[attr-defined]
+        return step(self, one, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PassManager, "step", spied)
+    result = api.run_plan(job, cache=tmp_path / "cache", resume=True)
+    assert set(ran) == {"prune-heads"}
+    assert [s["pass"] for s in result.report["steps"]][:2] == ["canonicalize", "fold-constants"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_of_another_job_is_not_used(tmp_path: Path) -> None:
+    job = api.plan(model(), PRUNE, peers=())
+    with pytest.raises(KeyboardInterrupt):
+        api.run_plan(job, progress=interrupting("prune-heads"), cache=tmp_path / "cache")
+    other = api.plan(model(), PRUNE, peers=(), seed=1)
+    cache = StepCache(tmp_path / "cache", other, resume=True)
+    cache.enter(other.exact[0])
+    assert cache.recall() is None
+
+
+def test_a_budget_rolls_back_what_costs_too_much() -> None:
+    destroy = "prune-heads{score=magnitude, rearrange=false, compensate=false, keep=0.05, ffn=true}"
+    done = xopt.optimize(model(), destroy, target="arm", max_drop=0.0)
+    step = done.report["steps"][-1]
+    assert not step["kept"] and "drop" in step["reason"]
+    assert done.report["final"]["macs"] == done.report["steps"][0]["macs"]
+
+
+def test_a_target_that_cannot_run_here_is_not_timed(tmp_path: Path) -> None:
+    done = xopt.optimize(model(), PRUNE, target="arm")
+    step = done.report["steps"][-1]
+    assert step["latency_ms"] is None and step["reason"].endswith("latency not measured")
+    assert step["kept"]
+    out = done.save(tmp_path / "out")
+    assert json.loads((out / "report.json").read_text())["verification"]["compared"] is False
+    with pytest.raises(InputError) as caught:
+        done.session()
+    assert caught.value.code == "E-CPU"
+
+
+def test_a_model_file_is_its_own_peer(tmp_path: Path) -> None:
+    save(model(), tmp_path / "m.onnx")
+    job = api.plan(tmp_path / "m.onnx")
+    assert job.path == tmp_path / "m.onnx"
+    assert job.plan()["evaluation"]["samples"] == len(job.evaluation) > 0
+
+
+def test_defaults_search_only_with_data_and_a_budget() -> None:
+    data = Dataset.random(model(), 8, 0).inputs
+    assert api.plan(model()).passes == ()
+    assert api.plan(model(), data=data).passes == ()
+    searched = api.plan(model(), data=data, max_drop=0.01)
+    assert [one.name for one in searched.passes] == ["prune-heads", "merge-tokens"]
+    assert searched.optional
+
+
+def test_a_fixed_batch_is_respected() -> None:
+    fixed = bind_dims(model(), {"batch": 4})
+    job = api.plan(fixed, batch=1)
+    assert {array.shape[0] for array in job.feeds.values()} == {4}
+    assert len(job.evaluation) % 4 == 0
+    with pytest.raises(InputError, match="3 samples, the model takes 4"):
+        api.plan(fixed, data=Dataset.random(model(), 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"target": "toaster"}, "E-TARGET"),
+        ({"passes": "no-such-pass"}, "E-PASS"),
+        ({"passes": "prune-heads{keep=7}"}, "E-OPTION"),
+        ({"metric": "beauty"}, "E-OPTION"),
+        ({"metric": "top-1"}, "E-DATA"),
+        ({"data": "missing.npz"}, "E-FILE"),
+        ({"data": {"pixels": np.zeros((1, 3, 16, 16), np.float32)}}, "E-DATA"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(settings: dict[str, object], code: str) -> None:
+    with pytest.raises(InputError) as caught:
+        api.plan(model(), **settings)  # type: ignore[arg-type]
+    assert caught.value.code == code
