@@ -24,11 +24,12 @@ from xopt.ir.edit import (
     replace_uses,
     sweep,
 )
-from xopt.ir.shapes import equal_by_count
+from xopt.ir.shapes import equal_by_count, infer_shapes
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Bring every linear layer into the canonical form."""
+    infer_shapes(model)  # earlier steps leave values of unknown shape, and shapes tell what a Reshape does
     transposed: dict[ir.Value, ir.Value] = {}
     report.rewrote("gemm", sweep(model, ("Gemm",), lambda node: _gemm(node, transposed)))
     report.rewrote("transposed-weight", sweep(model, ("MatMul",), lambda node: _weight(node, transposed)))
