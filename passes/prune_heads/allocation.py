@@ -70,14 +70,16 @@ def uniform(sites: Sequence[Site], keep: float) -> list[int]:
     """
     budget = keep * sum(site.macs * site.units for site in sites)
     neurons = [site for site in sites if not site.heads]
-    counts = {}
-    for site in (site for site in sites if site.heads):
-        counts[site] = max(int(keep * site.units + (0.5 if neurons else 0.0)), 1)
-    left = budget - sum(site.macs * count for site, count in counts.items())
+    rounding = 0.5 if neurons else 0.0
+    heads = [max(int(keep * site.units + rounding), 1) if site.heads else 0 for site in sites]
+    left = budget - sum(site.macs * count for site, count in zip(sites, heads))
     share = left / sum(site.macs * site.units for site in neurons) if neurons else 0.0
-    for site in neurons:
-        counts[site] = site.units if share >= 1 else max(int(share * site.units) // site.step, 1) * site.step
-    return [counts[site] for site in sites]
+    return [count if site.heads else _share_of(site, share) for site, count in zip(sites, heads)]
+
+
+def _share_of(site: Site, share: float) -> int:
+    """The multiple of ``step`` next below this share of the units, at least one; all of them from 1 on."""
+    return site.units if share >= 1 else max(int(share * site.units) // site.step, 1) * site.step
 
 
 def _by_enumeration(costs: Sequence[float], worth: Sequence[Array], budget: float) -> list[int]:

@@ -68,15 +68,14 @@ def gate_gradients(
     for done, batch in enumerate(data):
         progress("fisher", done, len(data))
         values, results = _forward(gm, batch, sites, outputs)
+        gated = [value.detach().float() for value in values]
+        if residuals is not None:
+            gated = [(x - mean) @ matrix for x, (mean, matrix) in zip(gated, residuals)]
         for _ in range(PROJECTIONS):
             loss = sum((_project(output, batch, generator) for output in results), torch.zeros(()))
             gradients = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
-            for index, (site, value, gradient) in enumerate(zip(sites, values, gradients)):
-                x = value.detach().float()
-                if residuals is not None:
-                    mean, matrix = residuals[index]
-                    x = (x - mean) @ matrix
-                rows[index].append(_per_sample(site, x, gradient, batch))
+            for part, site, x, gradient in zip(rows, sites, gated, gradients):
+                part.append(_per_sample(site, x, gradient, batch))
     return [torch.cat(parts).numpy().astype(np.float64) for parts in rows]
 
 

@@ -80,8 +80,12 @@ class Moments:
         return self._xy - self.rows * np.outer(self.mean_x, self.mean_y)
 
     def penalty(self, ridge: float) -> float:
-        """``ridge`` times the mean square of the inputs (summed over rows): the same strength at every scale."""
-        return ridge * float(np.trace(self.gram)) / len(self._x) or np.finfo(np.float64).tiny
+        """``ridge`` times the mean square of the inputs (summed over rows): the same strength at every scale.
+
+        Never below the rounding error of the products; inputs that never vary get no weight by any penalty.
+        """
+        rounding = float(np.finfo(np.float64).eps * np.trace(self._xx))
+        return max(ridge * float(np.trace(self.gram)) / len(self._x), rounding) or 1.0
 
     def precision(self, ridge: float) -> Array:
         """Inverse of X'X plus the penalty: [K, K]."""
