@@ -17,6 +17,7 @@ import onnx_ir as ir
 import tvm
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from tvm import relax, te, tirx
+from tvm.tirx.analysis import undefined_vars
 
 from xopt.errors import InputError
 from xopt.ir.shapes import infer_shapes
@@ -162,12 +163,23 @@ class Lowering:
 
     def compute(self, name: str, shape: Sequence[Dim], element: Callable[..., Any], *inputs: relax.Expr) -> relax.Var:
         """A tensor given element by element: ``element(*inputs, *indices)`` over TE tensors and index variables."""
-
-        def build(*tensors: te.Tensor) -> te.Tensor:
-            extents = [tirx.IntImm("int64", dim) if isinstance(dim, int) else dim for dim in shape]
-            return te.compute(extents, lambda *index: element(*tensors, *index), name=name)
-
-        return self.builder.emit_te(build, *inputs, primfunc_name_hint=name)
+        shapes = [self.shape_of(tensor) for tensor in inputs]
+        placeholders = [
+            te.placeholder(_extents(dims), str(tensor.ty.dtype), f"x{position}")
+            for position, (tensor, dims) in enumerate(zip(inputs, shapes))
+        ]
+        result = te.compute(_extents(shape), lambda *index: element(*placeholders, *index), name=name)
+        # A variable that is no dimension of a tensor by itself reaches the function as a number.
+        bound = {dim.name for dims in (*shapes, shape) for dim in dims if isinstance(dim, tirx.Var)}
+        read = {variable.name for body in result.op.body for variable in undefined_vars(body)}
+        read |= {
+            variable.name for dims in (*shapes, shape) for dim in _extents(dims) for variable in undefined_vars(dim)
+        }
+        numbers = [self.dims.variables[name] for name in sorted(read - bound) if name in self.dims.variables]
+        function = te.create_prim_func([*placeholders, *numbers, result])
+        variable = self.builder.add_func(function.without_attr("global_symbol"), name)
+        out = relax.TensorType(list(shape), result.dtype)
+        return self.emit(relax.call_tir(variable, [*inputs, *numbers], out_ty=out))
 
     def call(
         self,
@@ -296,6 +308,10 @@ class Lowering:
 
 
 _OPAQUE = 8
+
+
+def _extents(shape: Sequence[Dim]) -> list[Any]:
+    return [tirx.IntImm("int64", dim) if isinstance(dim, int) else dim for dim in shape]
 
 
 def _readable(dim: Any) -> str:

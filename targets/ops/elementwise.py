@@ -49,19 +49,23 @@ def _division(call: Call) -> Value:
     if not is_integer(call.x()):
         return _binary(_divide)(call)
     # ONNX divides integers towards zero.
-    return _integer_binary(call, "integer_quotient", tirx.truncdiv)
+    return _paired(call, "integer_quotient", tirx.truncdiv)
 
 
-def _integer_binary(call: Call, name: str, function: Callable[[Any, Any], Any]) -> relax.Var:
+def _paired(call: Call, name: str, function: Callable[[Any, Any], Any]) -> relax.Var:
     a, b = call.aligned(call.x(0), call.x(1))
     shape = call.dims.broadcast(call.lowering.shape_of(a), call.lowering.shape_of(b))
     a, b = (call.emit(relax.op.broadcast_to(x, shape)) for x in (a, b))
     return call.lowering.compute(name, shape, lambda x, y, *i: function(x(*i), y(*i)), a, b)
 
 
+def _float_remainder(x: Any, y: Any) -> Any:
+    return x - y * tirx.trunc(x / y)
+
+
 def _remainder(call: Call) -> Value:
     if call.attr("fmod", 0):
-        return _integer_binary(call, "remainder", tirx.truncmod if is_integer(call.x()) else tirx.fmod)
+        return _paired(call, "remainder", tirx.truncmod if is_integer(call.x()) else _float_remainder)
     return _binary(relax.op.floor_mod)(call)
 
 
