@@ -253,6 +253,20 @@ def test_calls_of_functions_are_expanded_with_their_attributes() -> None:
     assert result["y"].tolist() == [1, -6, -12]
 
 
+@pytest.mark.parametrize("score", ["tome", "mctf"])
+def test_merged_tokens_equal_onnxruntime_and_pass_gradients(score: str) -> None:
+    from xopt.passes.merge_tokens import MergeTokens
+    from xopt.pipeline.context import PassContext
+
+    model = builders.vit(image=32)
+    report = MergeTokens(score=score, schedule=(5,)).run(model, PassContext())
+    assert report.rewritten > 0
+    assert_equals_onnxruntime(model, builders.feeds(model))
+    gm = to_fx(model)
+    run_with_values(gm, builders.feeds(model))["logits"].square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for n, p in gm.named_parameters() if "layers" in n)
+
+
 @pytest.mark.parametrize("form", ["exported", "canonical"])
 def test_minilm_equals_onnxruntime(form: str, minilm_folder: Path, minilm_file: Path, minilm: ir.Model) -> None:
     tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True)
