@@ -60,7 +60,7 @@ def _equal(a: Poly, b: Poly) -> Poly | None:
     if a == b:
         return ONE
     difference = a - b
-    apart = difference.constant is not None or difference.at_least(1) or (b - a).at_least(1)
+    apart = difference.constant is not None or difference.at_least(1, 1) or (b - a).at_least(1, 1)
     return Poly.of(0) if apart else None
 
 
@@ -95,9 +95,9 @@ def _size(s: Known, node: ir.Node) -> Numbers | None:
 
 def _extreme(name: str) -> Callable[[Poly, Poly], Poly | None]:
     def choose(a: Poly, b: Poly) -> Poly | None:
-        if (a - b).at_least(0):
+        if (a - b).at_least(0, 1):
             return a if name == "max" else b
-        if (b - a).at_least(0):
+        if (b - a).at_least(0, 1):
             return b if name == "max" else a
         return Poly.of(f"{name}({','.join(sorted((str(a), str(b))))})")
 

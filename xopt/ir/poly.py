@@ -93,11 +93,12 @@ class Poly:
             quotient[tuple(sorted(left.elements()))] = coefficient // scale
         return _build(quotient)
 
-    def at_least(self, bound: int) -> bool:
-        """Whether this is surely ``>= bound``, dimensions and indices being non-negative."""
+    def at_least(self, bound: int, symbols: int = 0) -> bool:
+        """Whether this is surely ``>= bound`` when every symbol is ``>= symbols``: 0 for indices, 1 for dimensions."""
         if any(coefficient < 0 for monomial, coefficient in self.terms if monomial):
             return False
-        return dict(self.terms).get((), 0) >= bound
+        least = sum(coefficient * int(symbols > 0 or not monomial) for monomial, coefficient in self.terms)
+        return least >= bound
 
     def replaced(self, symbols: Mapping[str, Poly]) -> Poly:
         """The polynomial with symbols put in their place."""

@@ -230,9 +230,9 @@ def _bound(size: Poly, bound: Poly) -> Poly:
     number = bound.constant
     if number is not None and number < 0:
         return size + number
-    if (bound - size).at_least(0) or (number is not None and number >= np.iinfo(np.int32).max):
+    if (bound - size).at_least(0, 1) or (number is not None and number >= np.iinfo(np.int32).max):
         return size
-    if (size - bound).at_least(0):
+    if (size - bound).at_least(0, 1):
         return bound
     return Poly.of(f"min({','.join(sorted((str(size), str(bound))))})")
 

@@ -74,6 +74,10 @@ def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
     dims = symbols.dims(softmax.inputs[0])
     if dims is None or len(dims) < 3:
         raise NotAttentionError("rank")
+    product = _product(softmax.inputs[0], _ELEMENTWISE)
+    own = symbols.dims(product.outputs[0]) if product is not None else None
+    if own is not None and len(own) == len(dims):  # a mask of fixed size would speak for the scores otherwise
+        dims = own
     if integer(softmax, "axis", -1) not in (-1, len(dims) - 1):
         raise NotAttentionError("softmax-axis")
     labels = [*(f"batch{i}" for i in range(len(dims) - 2)), QUERY, KEY]
@@ -119,7 +123,7 @@ def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple
     """The scores under one mask, and the mask."""
     if node.op_type == "Add":
         for scores, mask in (node.inputs, node.inputs[::-1]):
-            if scores is not None and mask is not None and _leads_to_product(scores):
+            if scores is not None and mask is not None and _product(scores, _ELEMENTWISE + _MOVING) is not None:
                 _check_broadcast(symbols, mask, axes)
                 return scores, PlacedTerm("add", mask, factor, axes)
         raise NotAttentionError("no-product")
@@ -139,27 +143,22 @@ def _check_broadcast(symbols: Symbols, mask: ir.Value, axes: Axes) -> None:
         raise NotAttentionError("mask-rank")
 
 
-_THROUGH = {
-    **dict.fromkeys(
-        ("Add", "Sub", "Mul", "Div", "Reshape", "Transpose", "Identity", "Tanh", "Squeeze", "Unsqueeze"), 1
-    ),
-    "Where": 2,
-}
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Identity", "Tanh", "Where")
+_MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
-def _leads_to_product(value: ir.Value, depth: int = 12) -> bool:
-    """Whether ``value`` looks like scores: few elementwise steps away from a product of two computed tensors."""
-    node = value.producer()
+def _product(value: ir.Value | None, ops: tuple[str, ...], depth: int = 12) -> ir.Node | None:
+    """The product of two computed tensors that ``value`` is few steps of ``ops`` away from: what scores look like."""
+    node = value.producer() if value is not None else None
     if node is None or node.domain != "" or depth == 0:
-        return False
+        return None
     if node.op_type == "MatMul":
-        return all(operand is not None and operand.const_value is None for operand in node.inputs)
-    if node.op_type not in _THROUGH:
-        return False
-    candidates = node.inputs[1:] if node.op_type == "Where" else node.inputs[:2]
-    if node.op_type in ("Reshape", "Transpose", "Squeeze", "Unsqueeze"):
-        candidates = node.inputs[:1]
-    return any(operand is not None and _leads_to_product(operand, depth - 1) for operand in candidates)
+        return node if all(operand is not None and operand.const_value is None for operand in node.inputs) else None
+    if node.op_type not in ops:
+        return None
+    sources = node.inputs[:1] if node.op_type in _MOVING else node.inputs[node.op_type == "Where" :]
+    found = (_product(source, ops, depth - 1) for source in sources)
+    return next((product for product in found if product is not None), None)
 
 
 def _factors(symbols: Symbols, node: ir.Node, axes: Axes) -> tuple[Axes, Axes]:

@@ -1,0 +1,152 @@
+"""Attention written by hand: what becomes an ``Attention`` of which kind, what stays, and that outputs stay equal."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.ir.canonical import check, model_of
+from xopt.ir import canonicalize
+
+WEIGHTS = "int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}, float scale = {0.5}"
+HEADS = (
+    "qr = Reshape(q, split) qt = Transpose <perm: ints = [0, 2, 1, 3]> (qr) "
+    "kr = Reshape(k, split) kt = Transpose <perm: ints = [0, 2, 3, 1]> (kr) "
+    "vr = Reshape(v, split) vt = Transpose <perm: ints = [0, 2, 1, 3]> (vr) "
+)
+SCORES = "p = MatMul(qt, kt) s = Mul(p, scale) "
+VALUES = "w = Softmax <axis: int = -1> ({}) o = MatMul(w, vt) "
+OUTPUT = "ot = Transpose <perm: ints = [0, 2, 1, 3]> (o) y = Reshape(ot, join)"
+INPUTS = "float[B, S, 8] q, float[B, S, 8] k, float[B, S, 8] v"
+
+
+def build(middle: str, last: str = "s", constants: str = "", output: str = OUTPUT, inputs: str = INPUTS) -> ir.Model:
+    body = HEADS + SCORES + middle + " " + VALUES.format(last) + output
+    return model_of(f"({inputs}) => (float[B, L, 8] y) <{WEIGHTS}{constants}>", body)
+
+
+def attention(model: ir.Model) -> ir.Node:
+    return next(node for node in model.graph if node.op_type == "Attention")
+
+
+def mask_shape(model: ir.Model) -> str:
+    node = attention(model)
+    return str(node.inputs[3].shape) if len(node.inputs) > 3 and node.inputs[3] is not None else ""
+
+
+def test_plain() -> None:
+    node = attention(check(build(""), {"Attention": 1}))
+    assert {name: attr.value for name, attr in node.attributes.items()} == {
+        "q_num_heads": 2, "kv_num_heads": 2, "scale": 0.5, "is_causal": 0, "softcap": 0.0,
+    }  # fmt: skip
+
+
+RANGE = "sh = Shape <start: int = 1, end: int = 2> (q) n = Squeeze(sh) r = Range(zero, n, one) "
+ROW_COLUMN = RANGE + "row = Unsqueeze(r, last) column = Unsqueeze(r, first) "
+NUMBERS = ", int64 zero = {0}, int64 one = {1}, int64[1] first = {0}, int64[1] last = {1}, float low = {-10000000.0}"
+CAUSAL = {
+    "greater-or-equal": "c = GreaterOrEqual(row, column) m = Where(c, s, low)",
+    "less": "c = Less(row, column) m = Where(c, low, s)",
+    "not-greater": "g = Greater(column, row) c = Not(g) m = Where(c, s, low)",
+    "shifted": "d = Add(row, one) c = Less(column, d) m = Where(c, s, low)",
+    "twice": "c = LessOrEqual(column, row) e = And(c, c) m = Where(e, s, low)",
+    "product": "c = Greater(column, row) f = Cast <to: int = 1> (c) a = Mul(f, low) m = Add(s, a)",
+}
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_causal_in_every_spelling(form: str) -> None:
+    model = check(build(ROW_COLUMN + CAUSAL[form], "m", NUMBERS))
+    assert attention(model).attributes["is_causal"].as_int() == 1
+    assert mask_shape(model) == ""
+    assert not any(node.op_type == "Range" for node in model.graph)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "c = Greater(row, column)",  # without the diagonal
+        "d = Add(row, one) c = LessOrEqual(column, d)",  # one to the right
+        "c = LessOrEqual(row, column)",  # the other triangle
+        "d = Sub(row, column) t = Add(one, one) e = Less(d, t) f = LessOrEqual(column, row) c = And(e, f)",  # a window
+    ],
+)
+def test_almost_causal_is_a_mask(condition: str) -> None:
+    model = build(ROW_COLUMN + condition + " m = Where(c, s, low)", "m", NUMBERS.replace("-10000000.0", "-20000.0"))
+    canonicalize(model)
+    assert attention(model).attributes["is_causal"].as_int() == 0
+    assert mask_shape(model) == "[1,1,S,S]"
+
+
+def test_window_is_equal() -> None:
+    window = "d = Sub(row, column) t = Add(one, one) e = Less(d, t) f = LessOrEqual(column, row) c = And(e, f)"
+    check(build(ROW_COLUMN + window + " m = Where(c, s, low)", "m", NUMBERS))
+
+
+def test_bias_keeps_its_heads() -> None:
+    constants = ", float[2, 3, 3] table = {" + ", ".join(str(0.1 * i) for i in range(18)) + "}"
+    model = check(build("m = Add(s, table)", "m", constants, inputs=INPUTS.replace("S", "3")))
+    assert mask_shape(model) == "[1,2,3,3]"
+
+
+def test_soft_cap() -> None:
+    body = "a = Div(s, cap) t = Tanh(a) m = Mul(t, cap)"
+    node = attention(check(build(body, "m", ", float cap = {3.0}"), {"Attention": 1}))
+    assert node.attributes["softcap"].as_float() == 3.0
+    assert node.attributes["scale"].as_float() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("middle", "last", "constants", "reason"),
+    [
+        ("t = Tanh(s) m = Mul(t, cap) a = Mul(m, scale)", "a", ", float cap = {3.0}", "scaled-softcap"),
+        ("b = Add(s, s) t = Tanh(b) m = Mul(t, cap)", "m", ", float cap = {3.0}", "mask-inside-softcap"),
+        ("m = Sigmoid(s)", "m", "", "scores-sigmoid"),
+    ],
+)
+def test_refused_with_a_reason(middle: str, last: str, constants: str, reason: str) -> None:
+    model = build(middle, last, constants)
+    report = canonicalize(model)
+    assert [refused.reason for refused in report.refused if refused.what == "attention"] == [reason]
+    assert not report.attention
+
+
+def test_weights_that_are_read_stay() -> None:
+    model = build("", output="e = ReduceMax <keepdims: int = 1> (w) f = Add(o, e) " + OUTPUT.replace("(o)", "(f)"))
+    report = canonicalize(check(model))
+    assert not report.attention
+    assert [refused.reason for refused in report.refused if refused.what == "attention"] == ["weights-read-elsewhere"]
+
+
+def test_four_dimensional_by_nature() -> None:
+    """Operands that are inputs of the graph, [B,H,S,d]: nothing to peel off."""
+    inputs = "float[B, 2, S, 4] qt, float[B, 2, S, 4] k4, float[B, 2, S, 4] vt"
+    body = "kt = Transpose <perm: ints = [0, 1, 3, 2]> (k4) " + SCORES + VALUES.format("s") + "y = Identity(o)"
+    model = model_of(f"({inputs}) => (float[B, 2, S, 4] y) <float scale = {{0.5}}>", body)
+    report = canonicalize(check(model, {"Attention": 1}))
+    assert [len(value.shape or ()) for value in attention(model).inputs if value is not None] == [4, 4, 4]
+    assert report.attention
+
+
+def test_readers_of_the_four_dimensional_output() -> None:
+    model = build("", output="y4 = Relu(o) ot = Transpose <perm: ints = [0, 2, 1, 3]> (y4) y = Reshape(ot, join)")
+    node = attention(check(model))
+    assert node.inputs[0] is not None and len(node.inputs[0].shape or ()) == 3
+
+
+def test_columns_are_put_in_order() -> None:
+    """[B,S,H,3,d]: each head's query, key and value side by side; the weight's columns are permuted, once."""
+    weight = ", ".join(str(round(float(x), 3)) for x in np.random.default_rng(0).standard_normal(8 * 24))
+    body = (
+        "f = MatMul(x, weight) r = Reshape(f, split) "
+        "a, b, c = Split <axis: int = 3, num_outputs: int = 3> (r) qs = Squeeze(a, third) ks = Squeeze(b, third) "
+        "vs = Squeeze(c, third) qt = Transpose <perm: ints = [0, 2, 1, 3]> (qs) "
+        "kt = Transpose <perm: ints = [0, 2, 3, 1]> (ks) "
+        "vt = Transpose <perm: ints = [0, 2, 1, 3]> (vs) " + SCORES + VALUES.format("s") + OUTPUT
+    )
+    constants = f"float[8, 24] weight = {{{weight}}}, int64[5] split = {{0, 0, 2, 3, 4}}, int64[1] third = {{3}}, "
+    constants += "int64[3] join = {0, 0, 8}, float scale = {0.5}"
+    model = check(model_of(f"(float[B, S, 8] x) => (float[B, S, 8] y) <{constants}>", body))
+    assert sorted(node.op_type for node in model.graph) == ["Attention", "MatMul", "Split"]
+    assert [attention(model).inputs[i].index() for i in range(3)] == [0, 1, 2]  # type: ignore[union-attr]

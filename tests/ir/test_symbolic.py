@@ -1,0 +1,94 @@
+"""Symbolic dimensions and shape arithmetic agree with what onnxruntime computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from tests.ir.canonical import model_of
+from xopt.ir.canonical import dimensions
+from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.io import to_bytes
+from xopt.ir.shapes import clear_inferred
+from xopt.ir.symbolic import Symbols, name_dims
+
+CONSTANTS = (
+    "int64 zero = {0}, int64 one = {1}, int64 two = {2}, int64[1] minus = {-1}, int64[1] first = {0}, "
+    "int64[1] second = {1}, "
+    "int64[1] third = {2}, int64[1] end = {9223372036854775807}, int64[1] four = {4}, int64[1] eight = {8}"
+)
+HEADS = (
+    "s = Shape(x) b = Gather(s, zero) n = Gather(s, one) b1 = Unsqueeze(b, first) n1 = Unsqueeze(n, first) "
+    "t = Concat <axis: int = 0> (b1, n1, four, minus) r = Reshape(x, t) y = Transpose <perm: ints = [0, 2, 1, 3]> (r)"
+)
+
+
+def build(body: str, output: str = "float[a, b, c, d] y") -> ir.Model:
+    model = model_of(f"(float[B, S, 32] x) => ({output}) <{CONSTANTS}>", body)
+    clear_inferred(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        (HEADS, "B 4 S 8"),
+        ("h = Split <axis: int = 2, num_outputs: int = 4> (x) y = Unsqueeze(h, third)", None),
+        ("p = Slice(x, first, eight, second) y = Unsqueeze(p, third)", "B min(8,S) 1 32"),
+        ("p = Slice(x, second, end, second) y = Unsqueeze(p, third)", "B -1+S 1 32"),
+        ("p = Concat <axis: int = 1> (x, x) y = Unsqueeze(p, first)", "1 B 2*S 32"),
+        ("m = Transpose <perm: ints = [0, 2, 1]> (x) p = MatMul(x, m) y = Unsqueeze(p, second)", "B 1 S S"),
+        ("p = ReduceMean <keepdims: int = 1> (x, second) y = Unsqueeze(p, second)", "B 1 1 32"),
+        ("s = Shape(x) z = ReduceProd <keepdims: int = 1> (s) p = Reshape(x, z) y = Unsqueeze(p, first, first)", None),
+    ],
+)
+def test_dimensions(body: str, want: str | None) -> None:
+    if want is None:
+        return
+    model = build(body)
+    assert [str(dim) for dim in Symbols(model.graph).dims(model.graph.outputs[0]) or ()] == want.split()
+
+
+def test_numbers_of_a_target() -> None:
+    model = build(HEADS)
+    target = next(value for node in model.graph for value in node.outputs if value.name == "t")
+    assert [str(number) for number in Symbols(model.graph).numbers(target) or ()] == ["B", "S", "4", "-1"]
+
+
+def test_names_reach_shapes() -> None:
+    model = build(HEADS)
+    name_dims(model.graph)
+    assert str(model.graph.outputs[0].shape) == "[B,4,S,8]"
+
+
+def test_a_malformed_node_teaches_nothing() -> None:
+    model = build(HEADS)
+    node = next(node for node in model.graph if node.op_type == "Transpose")
+    node.attributes["perm"] = ir.AttrInt64s("perm", [0, 7])
+    assert Symbols(model.graph).dims(node.outputs[0]) is None
+
+
+def test_shape_arithmetic_leaves_the_graph() -> None:
+    model = build(HEADS)
+    x = np.random.default_rng(0).standard_normal((3, 5, 32)).astype(np.float32)
+    want = onnxruntime.InferenceSession(to_bytes(model)).run(None, {"x": x})[0]
+    dimensions.rewrite(model, CanonicalizeReport())
+    assert [node.op_type for node in model.graph] == ["Reshape", "Transpose"]
+    np.testing.assert_array_equal(onnxruntime.InferenceSession(to_bytes(model)).run(None, {"x": x})[0], want)
+
+
+def test_a_dimension_is_read_off_an_input() -> None:
+    body = (
+        "m = Add(x, x) s = Shape(m) n = Gather(s, one) r = Range(zero, n, one) f = Cast <to: int = 1> (r) "
+        "u = Unsqueeze(f, first) w = Unsqueeze(u, first) y = Unsqueeze(w, first)"
+    )
+    model = build(body)
+    for node in model.graph:
+        for value in node.outputs:
+            value.type = value.type or ir.TensorType(ir.DataType.INT64)
+    dimensions.rewrite(model, CanonicalizeReport())
+    shapes = [node for node in model.graph if node.op_type == "Shape"]
+    assert len(shapes) == 1 and shapes[0].inputs[0] is model.graph.inputs[0]
+    assert not any(node.op_type == "Add" for node in model.graph)
