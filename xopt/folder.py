@@ -27,8 +27,10 @@ def check(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()) and not any((path / marker).is_file() for marker in MARKERS):
         raise InputError("E-OUTPUT", "the folder holds other files", where=str(path), cure="name a new folder")
     nearest = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError("E-OUTPUT", "the folder cannot be written", where=str(nearest), cure="name another with -o")
+    try:
+        Path(tempfile.mkdtemp(dir=nearest, prefix=f".{path.name}.")).rmdir()
+    except OSError as error:
+        raise _unwritable(nearest, error) from error
 
 
 @contextmanager
@@ -48,11 +50,16 @@ def replacing(path: Path) -> Iterator[Path]:
         yield fresh
         _swap(fresh, path)
     except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else f"cannot write ({error.strerror or error})"
-        raise InputError("E-OUTPUT", what, where=str(path), cure="name another folder with -o") from error
+        raise _unwritable(path, error) from error
     finally:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else f"cannot write ({error.strerror or error})"
+    return InputError("E-OUTPUT", what, where=str(path), cure="name another folder with -o")
 
 
 def _swap(fresh: Path, path: Path) -> None:

@@ -25,8 +25,7 @@ def record(job: Job, outcome: Outcome) -> dict[str, Any]:
     from xopt.measure import machine
 
     best = outcome.best
-    last = next((step for step in reversed(outcome.steps) if step.kept), None)
-    latency = None if last is None else last.latency
+    latency = next((step.latency for step in reversed(outcome.steps) if step.candidate is best), None)
     return {
         "schema": SCHEMA,
         "kind": KIND,

@@ -57,16 +57,24 @@ class StepCache:
         return model, record
 
     def keep(self, model: ir.Model, record: dict[str, Any]) -> None:
-        """Remember the current step; the record is written last, so that half a step is none."""
-        from xopt.ir import save
-
+        """Remember the current step; a cache that cannot be written is given up, and the run goes on."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save(model, self.folder / f"{self._state}.onnx")
-        partial = self.folder / f"{self._state}.partial"
+        try:
+            self._write(self.folder, model, record)
+        except (OSError, InputError):
+            self.forget()
+            self.folder = None
+
+    def _write(self, folder: Path, model: ir.Model, record: dict[str, Any]) -> None:
+        """The record is written last, so that half a step is none."""
+        from xopt.ir.io import save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save(model, folder / f"{self._state}.onnx")
+        partial = folder / f"{self._state}.partial"
         partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.replace(self.folder / f"{self._state}.json")
+        partial.replace(folder / f"{self._state}.json")
 
     def forget(self) -> None:
         """Remove everything: the job is done."""

@@ -1,0 +1,152 @@
+"""The page in a real browser: no script error, every point, nothing from the network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report import sample
+from xopt.errors import InputError
+from xopt.report import chart, page, record
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = [
+    str(CHROMIUM),
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--virtual-time-budget=10000",
+    "--enable-logging=stderr",
+    "--v=0",
+]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The page as the browser has built it, and what the browser logged."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    folder = tmp_path_factory.mktemp("page")
+    page.write_page(sample.report(), folder / "report.html")
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [*BROWSER, profile, "--dump-dom", f"file://{folder / 'report.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    return done.stdout, done.stderr
+
+
+def test_no_script_fails(opened: tuple[str, str]) -> None:
+    console = [line for line in opened[1].splitlines() if "CONSOLE" in line]
+    assert not [line for line in console if re.search("error|exception|refused|failed", line, re.IGNORECASE)]
+
+
+def test_every_point_is_drawn_with_its_name(opened: tuple[str, str]) -> None:
+    dom = opened[0]
+    points = chart.points(sample.report())
+    assert len(re.findall(r'<path class="point"', dom)) == len(points)
+    labels = re.findall(r'class="annotation-text"[^>]*>([^<]*)<', dom)
+    assert sorted(labels) == sorted([*(point.name for point in points), "budget"])
+
+
+def test_every_step_and_runtime_is_in_the_tables(opened: tuple[str, str]) -> None:
+    dom = opened[0]
+    report = sample.report()
+    steps = dom[dom.index('id="steps"') : dom.index("</table>", dom.index('id="steps"'))]
+    for step in report["steps"]:
+        assert f"<b>{step['pass']}</b>" in steps and step["reason"].replace(">", "&gt;") in steps
+    for name in ("openvino", "torch", "onnxruntime"):
+        assert f"<b>{name}</b>" in dom
+    assert report["command"].replace("'", "&#39;") in dom or report["command"] in dom
+    assert "4 heads of 16 → <b>3 heads of 16</b>" in dom
+    assert report["machine"]["cpu"] in dom
+
+
+def test_a_page_that_throws_would_be_noticed(tmp_path: Path) -> None:
+    """The check above can fail: a broken script is logged as an uncaught error."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    (tmp_path / "bad.html").write_text("<script>nowhere.to.be.found()</script>")
+    command = [*BROWSER, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'bad.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert "CONSOLE" in done.stderr and "ReferenceError" in done.stderr
+
+
+class References(HTMLParser):
+    """Collects what a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "data") and value]
+
+
+def test_nothing_is_fetched() -> None:
+    text = page.render(sample.report())
+    references = References()
+    references.feed(text)
+    assert references.found == ["data:,"]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_text_from_a_model_cannot_become_markup() -> None:
+    report = sample.report()
+    evil = "<script>alert(1)</script>"
+    report["model"] = evil
+    report["steps"][-1]["refused"] = [{"what": evil, "reason": evil}]
+    report["steps"][-1]["reason"] = evil
+    assert evil not in page.render(report)
+
+
+def test_exact_passes_in_a_row_are_one_point() -> None:
+    points = chart.points(sample.report())
+    kept = [point.name for point in points if point.kind == chart.KEPT]
+    assert kept == ["exact passes", "prune-heads"]
+    assert [point.name for point in points if point.kind == chart.LEFT_OUT] == ["merge-tokens"]
+
+
+def test_without_latency_the_axis_is_work(tmp_path: Path) -> None:
+    report = sample.report()
+    report["runtimes"] = {}
+    report["target"] = {"name": "arm", "runs_here": False, "features": []}
+    report["final"]["latency_ms"] = None
+    for step in report["steps"]:
+        step["latency_ms"] = None
+    assert [point.x for point in chart.points(report)] == [112e6, 84e6, 70e6]
+    text = page.render(report)
+    assert "Latency not measured: arm does not run on this machine" in text
+    assert "multiply-accumulates of one run" in text
+
+
+def test_a_report_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(record.to_json(sample.report()))
+    assert record.read(tmp_path / "report.json") == json.loads(json.dumps(sample.report()))
+
+
+@pytest.mark.parametrize("change", [{"schema": 99}, {"kind": "other"}])
+def test_another_schema_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    report = copy.deepcopy(sample.report()) | change
+    (tmp_path / "report.json").write_text(record.to_json(report))
+    with pytest.raises(InputError, match="not a report of schema 1"):
+        record.read(tmp_path / "report.json")
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    report = sample.report()
+    report["steps"][0]["quality"] = float("nan")
+    report["steps"][0]["drop"] = float("inf")
+    again = json.loads(record.to_json(report))
+    assert again["steps"][0]["quality"] is None and again["steps"][0]["drop"] is None
