@@ -95,6 +95,21 @@ def test_two_sequences_get_two_names() -> None:
     assert dims(model, 1) == ["batch", "sequence_1", "8"]
 
 
+def test_variadic_forward(layer: Layer) -> None:
+    class Variadic(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return self.layer(*args)[0]
+
+    x, mask = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.int64)
+    model = trace(Variadic(), (x, mask), input_names=["x", "mask"])
+    assert dims(model) == ["batch", "sequence", "16"]
+    assert dims(model, 1) == ["batch", "sequence"]
+
+
 def test_module_is_left_as_it_was(layer: Layer, capfd: pytest.CaptureFixture[str]) -> None:
     layer.train()
     layer.norm.eval()

@@ -42,7 +42,7 @@ def trace(
         module: left in the mode it was in.
         example_inputs: positional arguments as a tuple, or keyword arguments as a dict; tensors (None leaves one out).
         dynamic: keep axis 0 ("batch"), and axis 1 ("sequence") of token inputs (rank 2 or 3), symbolic where the module
-            allows it; otherwise every dimension is fixed to the example's.
+            allows it (torch does not for what ``**kwargs`` takes); otherwise dimensions are fixed to the example's.
         input_names: of the graph; the parameters of ``forward`` when not given.
         output_names: of the graph; the exporter's when not given.
 
@@ -110,18 +110,27 @@ def _export(module: torch.nn.Module, arguments: Mapping[str, Any], named: bool, 
     """Run torch's exporter; ``dims`` names the symbolic axes per argument."""
     import torch
 
-    shapes = {name: dims.get(name) for name in arguments}
     program = torch.onnx.export(
         module,
         () if named else tuple(arguments.values()),
         kwargs=dict(arguments) if named else None,
-        dynamic_shapes=(shapes if named else tuple(shapes.values())) if dims else None,
+        dynamic_shapes=_arranged(module, arguments, named, dims) if dims else None,
         opset_version=OPSET,
         dynamo=True,
         verbose=False,
     )
     model: ir.Model = program.model
     return model
+
+
+def _arranged(module: torch.nn.Module, arguments: Mapping[str, Any], named: bool, dims: Mapping[str, Any]) -> Any:
+    """``dims`` in the form of the arguments: what ``*args`` takes is one level deeper."""
+    if named:
+        return {name: dims.get(name) for name in arguments}
+    parameters = inspect.signature(module.forward).parameters
+    own = {name: dims.get(name) for name in arguments if name in parameters}
+    rest = {name: dims.get(name) for name in arguments if name not in parameters}
+    return (*own.values(), tuple(rest.values())) if rest else tuple(own.values())
 
 
 def _first_success(attempt: Callable[[Any], ir.Model], wishes: Sequence[Any], what: str) -> ir.Model:
