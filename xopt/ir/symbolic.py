@@ -58,7 +58,8 @@ class Symbols:
         if value is None:
             return None
         if value not in self._numbers:
-            array = constant(value)
+            large = value.const_value is not None and value.const_value.size > LARGEST
+            array = constant(value) if not large else None
             small = array is not None and array.ndim <= 1 and array.size <= LARGEST and array.dtype.kind in "iub"
             self._numbers[value] = tuple(Poly.of(int(x)) for x in array.reshape(-1)) if small else None  # type: ignore[union-attr]
         return self._numbers[value]

@@ -68,7 +68,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
         if not (is_op(node, "Softmax", "Attention") and node.outputs[0].uses()):
             continue
         try:
-            site = _of_softmax(symbols, node) if node.op_type == "Softmax" else _of_attention(symbols, node)
+            site = _of_softmax(symbols, node) if node.op_type == "Softmax" else _of_attention(symbols, masks, node)
             if site is not None:
                 _canonical(symbols, masks, site, report)
                 report.rewrote("attention")
@@ -90,7 +90,7 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
     )  # fmt: skip
 
 
-def _of_attention(symbols: Symbols, node: ir.Node) -> Site | None:
+def _of_attention(symbols: Symbols, masks: Masks, node: ir.Node) -> Site | None:
     """A 4-D Attention of the exporter; None for one that is canonical already."""
     q, k, v = node.inputs[:3]
     q_dims, k_dims, v_dims = symbols.dims(q), symbols.dims(k), symbols.dims(v)
@@ -98,6 +98,9 @@ def _of_attention(symbols: Symbols, node: ir.Node) -> Site | None:
         raise NotAttentionError("rank")
     if len(q_dims) == 3:
         _write_attributes(node, q_dims[-1])
+        mask = input_at(node, 3)
+        if mask is not None and (symbols.rank(mask) or 4) < 4:
+            node.replace_input_with(3, masks.four_axes(node, mask))
         return None
     if any(input_at(node, i) is not None for i in (4, 5, 6)) or any(output.uses() for output in node.outputs[1:]):
         raise NotAttentionError("cache-or-weights")

@@ -74,7 +74,7 @@ class Reader:
 
     def element(self, value: ir.Value, at: Indices) -> Element:
         """The element of ``value`` at ``at`` (one index per axis)."""
-        fixed = _constant_element(constant(value), at)
+        fixed = self._known(value, at) or _constant_element(constant(value), at)
         if fixed is not None:
             return fixed
         node = value.producer()
@@ -83,6 +83,14 @@ class Reader:
             return Element("leaf", tensor=value, at=at)
         found = self._computed(node, at) or self._moved(node, value, at)
         return found if found is not None else Element("leaf", tensor=value, at=at)
+
+    def _known(self, value: ir.Value, at: Indices) -> Element | None:
+        """A number that shape arithmetic computes."""
+        numbers = self.symbols.numbers(value) if value.producer() is not None else None
+        if numbers is None or len(at) > 1:
+            return None
+        place = at[0].constant if at else 0
+        return Element("index", position=numbers[place]) if place is not None and place < len(numbers) else None
 
     def broadcast(self, value: ir.Value, at: Indices) -> Element | None:
         """The element that broadcasting ``value`` puts at ``at``; None when its shape is unknown."""

@@ -80,7 +80,7 @@ class Masks:
         keep = None
         for term in terms:
             if term.kind != "add":
-                wanted = self._four_axes(site, term.value)
+                wanted = self.four_axes(site, term.value)
                 wanted = self._made(site, "Not", [wanted]) if term.kind == "drop" else wanted
                 keep = wanted if keep is None else self._made(site, "And", [keep, wanted])
         if added is None or keep is None:
@@ -113,10 +113,10 @@ class Masks:
         return emitted if term.factor == 1 else self._made(site, "Mul", [emitted, self._number(site, term.factor)])
 
     def _scaled(self, site: ir.Node, term: Term) -> ir.Value:
-        value = self._four_axes(site, term.value)
+        value = self.four_axes(site, term.value)
         return value if term.factor == 1 else self._made(site, "Mul", [value, self._number(site, term.factor)])
 
-    def _four_axes(self, site: ir.Node, value: ir.Value) -> ir.Value:
+    def four_axes(self, site: ir.Node, value: ir.Value) -> ir.Value:
         """``value`` with leading axes of size 1 up to four."""
         rank = self.symbols.rank(value)
         if rank is None or rank >= 4:
