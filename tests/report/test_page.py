@@ -54,7 +54,7 @@ def test_no_script_fails(opened: tuple[str, str]) -> None:
 def test_every_point_is_drawn_with_its_name(opened: tuple[str, str]) -> None:
     dom = opened[0]
     points = chart.points(sample.report())
-    assert len(re.findall(r'<path class="point"', dom)) == len(points)
+    assert len(re.findall(r'<path class="point[ "]', dom)) == len(points)
     labels = re.findall(r'class="annotation-text"[^>]*>([^<]*)<', dom)
     assert sorted(labels) == sorted([*(point.name for point in points), "budget"])
 
