@@ -194,16 +194,18 @@ def _map_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
     """The weights as tensors over the mapped file; pages are shared until somebody writes to them."""
     path = weights_path(library)
     size = path.stat().st_size
-    if any(info.offset < 0 or info.offset + info.bytes > size for info in manifest.weights):
-        raise InputError("E-ARTIFACT", "the manifest names weights outside the file", where=str(path))
     if not manifest.weights:
         return []
     with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b"")
     tensors = []
     for info in manifest.weights:
-        count = int(np.prod(info.shape, dtype=np.int64))
-        array = np.frombuffer(content, np.dtype(info.dtype), count, info.offset).reshape(info.shape)
+        part = content[info.offset : info.offset + info.bytes] if info.offset >= 0 else content[:0]
+        try:
+            array = np.frombuffer(part, np.dtype(info.dtype)).reshape(info.shape)
+        except (TypeError, ValueError) as error:
+            what = f"the manifest describes weight {info.name} wrongly: it lies outside the file or has another size"
+            raise InputError("E-ARTIFACT", what, where=str(path), cure="compile the model again") from error
         tensors.append(runtime.from_dlpack(array))
     return tensors
 

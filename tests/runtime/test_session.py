@@ -1,0 +1,193 @@
+"""Loading and running artifacts: checks against manifest and CPU, inputs refused or read in place, light imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ir import builders
+from xopt import targets
+from xopt.errors import InputError
+from xopt.runtime.manifest import digest, manifest_path, weights_path
+from xopt.runtime.session import Session
+
+IDS = {"input_ids": np.array([[1, 2, 3]]), "attention_mask": np.ones((1, 3), np.int64)}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = builders.bert(layers=1, width=16, heads=2, pooled="none")
+    return targets.compile(model, "cpu:avx2", tmp_path_factory.mktemp("artifact") / "model.so")
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    for file in (artifact, weights_path(artifact), manifest_path(artifact)):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path / artifact.name
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    result = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    result[...] = array
+    return result
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(manifest_path(path).read_text())
+    edit(content)
+    manifest_path(path).write_text(json.dumps(content))
+
+
+def test_manifest_describes_the_artifact(artifact: Path) -> None:
+    session = Session.load(artifact)
+    manifest = session.manifest
+    assert manifest.target == "cpu:avx2"
+    assert "fma" in manifest.features
+    assert [(info.name, info.dtype, info.shape) for info in session.inputs] == [
+        ("input_ids", "int64", ("batch", "seq")),
+        ("attention_mask", "int64", ("batch", "seq")),
+    ]
+    assert session.outputs[0].shape == ("batch", "seq", 16)
+    assert manifest.digests == {file.name: digest(file) for file in (artifact, weights_path(artifact))}
+    assert all(weight.offset % 64 == 0 for weight in manifest.weights)
+    assert manifest.limits == {"seq": 64}
+
+
+def test_folder_loads_too(artifact: Path) -> None:
+    assert Session.load(artifact.parent).run(IDS)["last_hidden_state"].shape == (1, 3, 16)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_changed_file_is_refused(copy: Path, which: int) -> None:
+    file = (copy, weights_path(copy))[which]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file.name} is not the file") as caught:
+        Session.load(copy)
+    assert caught.value.code == "E-ARTIFACT"
+
+
+@pytest.mark.parametrize("which", [weights_path, manifest_path])
+def test_missing_file_is_refused(copy: Path, which: Callable[[Path], Path]) -> None:
+    which(copy).unlink()
+    with pytest.raises(InputError, match="missing") as caught:
+        Session.load(copy)
+    assert caught.value.code == "E-ARTIFACT"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "inputs": 3}'])
+def test_bad_manifest_is_refused(copy: Path, text: str) -> None:
+    manifest_path(copy).write_text(text)
+    with pytest.raises(InputError) as caught:
+        Session.load(copy)
+    assert caught.value.code == "E-ARTIFACT"
+
+
+def test_weights_outside_the_file_are_refused(copy: Path) -> None:
+    change(copy, lambda content: content["weights"][0].update(offset=1 << 40))
+    with pytest.raises(InputError, match="outside the file") as caught:
+        Session.load(copy)
+    assert caught.value.code == "E-ARTIFACT"
+
+
+def test_weights_that_overrun_their_bytes_are_refused(copy: Path) -> None:
+    change(copy, lambda content: content["weights"][-1].update(shape=[1 << 30]))
+    with pytest.raises(InputError) as caught:
+        Session.load(copy)
+    assert caught.value.code == "E-ARTIFACT"
+
+
+def test_code_for_another_cpu_is_refused(copy: Path) -> None:
+    change(copy, lambda content: content["features"].append("avx4096"))
+    with pytest.raises(InputError, match="avx4096") as caught:
+        Session.load(copy)
+    assert caught.value.code == "E-CPU"
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({"input_ids": IDS["input_ids"]}, "attention_mask is missing"),
+        (IDS | {"more": IDS["input_ids"]}, "no input more"),
+        (IDS | {"input_ids": np.ones((1, 3), np.int32)}, "dtype int32"),
+        (IDS | {"input_ids": np.ones(3, np.int64)}, "rank 1"),
+        (IDS | {"input_ids": np.ones((1, 4), np.int64)}, "shape"),
+        (IDS | {"input_ids": np.ones((1, 0), np.int64)}, "empty"),
+        (IDS | {"input_ids": np.array([[1, 2, 97]])}, "outside"),
+        ({name: np.ones((1, 65), np.int64) for name in IDS}, "seq is 65"),
+        (IDS | {"input_ids": [[1, 2, "x"]]}, "dtype"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(artifact: Path, feeds: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Session.load(artifact).run(feeds)
+    assert caught.value.code == "E-DATA"
+
+
+def test_alignment_and_strides_do_not_matter(artifact: Path) -> None:
+    session = Session.load(artifact)
+    expected = session.run({name: aligned(value) for name, value in IDS.items()})["last_hidden_state"]
+    wide = np.repeat(IDS["input_ids"], 2, axis=1)
+    shifted = np.frombuffer(b"\0" * 8 + IDS["attention_mask"].tobytes(), np.int64, 3, 8).reshape(1, 3)
+    result = session.run({"input_ids": wide[:, ::2], "attention_mask": shifted})["last_hidden_state"]
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_outputs_are_the_caller_s(artifact: Path) -> None:
+    session = Session.load(artifact)
+    first = session.run(IDS)["last_hidden_state"]
+    kept = first.copy()
+    session.run(IDS | {"input_ids": np.array([[9, 8, 7]])})
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_torch_in_torch_out(artifact: Path) -> None:
+    torch = pytest.importorskip("torch")
+    session = Session.load(artifact)
+    result = session.run({name: torch.from_numpy(value) for name, value in IDS.items()})["last_hidden_state"]
+    assert isinstance(result, torch.Tensor)
+    np.testing.assert_array_equal(result.numpy(), session.run(IDS)["last_hidden_state"])
+
+
+def test_aligned_input_is_read_in_place(artifact: Path) -> None:
+    from xopt.runtime import session as module
+
+    array = aligned(IDS["input_ids"])
+    tensor = module._aligned(array)
+    array[0, 0] = 42
+    assert np.from_dlpack(tensor)[0, 0] == 42
+
+
+def test_replaced_artifact_is_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.so"
+    results = []
+    for seed in range(2):
+        model = builders.vit(layers=1, width=16, heads=2, seed=seed)
+        session = Session.load(targets.compile(model, "cpu:avx2", path, dims={"batch": 1}))
+        results.append(session.run(builders.feeds(model, {"batch": 1}))["logits"])
+    assert not np.allclose(*results)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".xopt")]
+
+
+def test_running_imports_only_the_runtime(artifact: Path) -> None:
+    script = f"""
+import sys, numpy as np
+from xopt.runtime.session import Session
+session = Session.load({str(artifact)!r}, threads=2)
+session.run({{"input_ids": np.array([[1, 2]]), "attention_mask": np.ones((1, 2), np.int64)}})
+print(sorted({{"tvm", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "scipy"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
