@@ -13,7 +13,7 @@ Refuses  "causal", "cross-attention", "padding-mask", "position-bias", "rotary",
          later, depends on the place of a token, or reads others.
          "position-dependent": a later op adds something to each place.
          "output-keeps-tokens": an output of the model has one row a token.
-         "head-reads-tokens": the output is made from other tokens than the protected ones or the mean of all.
+         "head-reads-tokens": the output is made from other tokens than the protected ones and the mean of the rest.
          "mixes-with-unmerged-tokens": a later op combines the tokens with some from before the merge.
          "read-by-<op>": a later op may rearrange tokens.
          "symbolic-token-count": a ratio of an unknown number; give a schedule.
@@ -165,6 +165,8 @@ def _judge(order: walk.Order, stream: ir.Value, protected: int) -> _Verdict:
             continue
         if _is_mean(node):
             means.append(node)
+        elif _drops_protected(node, protected) and all(_is_mean(reader) for reader in edit.consumers(node.outputs[0])):
+            means += edit.consumers(node.outputs[0])
         elif not _reads_protected(node, protected):
             if reason := _reader_problem(node, carriers):
                 return _Verdict(reason, ())
@@ -223,6 +225,16 @@ def _operand_problem(node: ir.Node, carriers: set[ir.Value]) -> str | None:
 def _is_mean(node: ir.Node) -> bool:
     """Mean over the token axis of [B, N, D]."""
     return edit.is_op(node, "ReduceMean") and walk.ints(edit.input_at(node, 1)) in ([1], [-2])
+
+
+def _drops_protected(node: ir.Node, protected: int) -> bool:
+    """Whether a node leaves out some of the protected tokens in front, and no others."""
+    if not edit.is_op(node, "Slice"):
+        return False
+    starts, ends, axes, steps = (walk.ints(edit.input_at(node, place)) for place in (1, 2, 3, 4))
+    tokens = (walk.shape_of(node.inputs[0]) or (None, None))[1]
+    whole = ends is not None and ends[0] >= (tokens if tokens is not None else np.iinfo(np.int32).max)
+    return axes == [1] and starts is not None and 0 < starts[0] <= protected and whole and steps in (None, [1])
 
 
 def _reads_protected(node: ir.Node, protected: int) -> bool:
@@ -311,10 +323,12 @@ class _Surgery:
         assert self.size is not None
         for node in dict.fromkeys(means):
             keep = {"keepdims": walk.int_attribute(node, "keepdims", 1)}
-            axes = edit.operand(node, 1)
-            weighted = edit.insert(node, "Mul", [node.inputs[0], self.size])
+            axes, size = edit.operand(node, 1), self.size
+            if part := edit.producer(node.inputs[0], "Slice"):
+                size = edit.insert(node, "Slice", [size, *part.inputs[1:]])
+            weighted = edit.insert(node, "Mul", [node.inputs[0], size])
             total = edit.insert(node, "ReduceSum", [weighted, axes], keep)
-            count = edit.insert(node, "ReduceSum", [self.size, axes], keep)
+            count = edit.insert(node, "ReduceSum", [size, axes], keep)
             edit.replace_uses(node.outputs[0], edit.insert(node, "Div", [total, count], name=f"{node.name}/by_size"))
         edit.remove_dead(self.model)
         xopt.ir.infer_shapes(self.model)

@@ -240,6 +240,81 @@ def test_openvino_runs_the_exported_model(score: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, ReferenceSession(model).run(feeds)["logits"], atol=ROUNDING)
 
 
+def classifiers() -> dict[str, Any]:
+    """Image classifiers of transformers with random weights: what reads their tokens differs."""
+    import transformers as hf
+
+    size = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "image_size": 16, "patch_size": 4, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    clip = {key: value for key, value in size.items() if key != "attn_implementation"} | {"projection_dim": 8}
+    return {
+        "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**size)),
+        "distilled-deit": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**size)),
+        "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**size)),
+        "beit": lambda: hf.BeitForImageClassification(hf.BeitConfig(**size, use_relative_position_bias=True)),
+        "clip": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**clip)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "protected", "reason"),
+    [
+        ("vit", 1, None),
+        pytest.param("distilled-deit", 2, None, marks=pytest.mark.slow),
+        pytest.param("dinov2", 1, None, marks=pytest.mark.slow),
+        pytest.param("beit", 1, "position-bias", marks=pytest.mark.slow),
+        pytest.param("clip", 1, None, marks=pytest.mark.slow),
+    ],
+)
+def test_classifiers_of_transformers(name: str, protected: int, reason: str | None, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+
+    class Logits(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = classifiers()[name]().eval()
+            for label, parameter in self.model.named_parameters():
+                if "relative_position" in label:
+                    torch.nn.init.normal_(parameter)  # a fresh bias is zero, and zeros are removed
+
+        def forward(self, pixel_values: Any) -> Any:
+            return self.model(pixel_values)[0]
+
+    torch.manual_seed(0)
+    images, path = torch.randn(2, 3, 16, 16), tmp_path / "model.onnx"
+    options = {"input_names": ["pixel_values"], "output_names": ["logits"], "dynamo": False}
+    torch.onnx.export(Logits(), (images,), path, dynamic_axes={"pixel_values": {0: "batch"}}, **options)
+    model = xopt.ir.load(path)
+    xopt.ir.canonicalize(model)
+    if reason:
+        assert reason in merge(model, schedule=3).reasons
+        return
+    assert merge(model, schedule=3).numbers["merged"] == "3 3"
+    (node, *_) = (node for node in model.graph if node.op_type == "MergeTokens")
+    assert node.attributes["protected"].as_int() == protected
+
+
+def test_a_mean_without_the_class_token_heeds_sizes() -> None:
+    """Pooling of the patches alone, as DINOv2 and MAE do: equal to the mean that the description gives."""
+    net = Net("patches", 0)
+    x = net.input("x", ["batch", 9, 8])
+    token = net.op(
+        "Expand", net.weight("class_token", 1, 1, 8), net.op("Concat", net.dimension(x, 0), net.ints(1, 8), axis=0)
+    )
+    x = net.op("Concat", token, x, axis=1)
+    y = net.add(x, net.self_attention(net.layer_norm(x, "norm1", 8), "attention", 8, 2))
+    rest = net.op("Slice", y, net.ints(1), net.ints(2**31 - 1), net.ints(1))
+    net.output(net.op("ReduceMean", rest, net.ints(1), keepdims=0), "pooled")
+    model = net.build()
+    feeds = builders.feeds(model)
+    expected = ReferenceSession(model).run(feeds)["pooled"]
+    assert merge(model, schedule=3).rewritten == 1
+    np.testing.assert_allclose(ReferenceSession(model).run(feeds)["pooled"], expected, atol=1e-6)
+
+
 def test_trained_digits_lose_little() -> None:
     """17 tokens to 9 in the bundled model: most digits keep their class; at random one in ten would."""
     datasets = pytest.importorskip("sklearn.datasets")
