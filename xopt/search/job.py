@@ -28,7 +28,7 @@ SEARCHED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("merge-tokens", {"ratio": 0.2}),
 )
 """Lossy passes that are tried when the caller names none, and gives data and a budget to judge them with."""
-RANDOM_SAMPLES = 64
+RANDOM_SAMPLES = 32
 """Random samples that fidelity is measured on when there are no data."""
 PEERS = ("onnxruntime", "openvino", "torch")
 
