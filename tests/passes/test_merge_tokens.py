@@ -315,19 +315,35 @@ def test_a_mean_without_the_class_token_heeds_sizes() -> None:
     np.testing.assert_allclose(ReferenceSession(model).run(feeds)["pooled"], expected, atol=1e-6)
 
 
-def test_trained_digits_lose_little() -> None:
-    """17 tokens to 9 in the bundled model: most digits keep their class; at random one in ten would."""
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["tome", "mctf"])
+def test_the_compiled_model_equals_the_exported_one(score: str, tmp_path: Path) -> None:
+    from xopt import targets
+    from xopt.runtime.session import Session
+
+    model = builders.vit(layers=3)
+    merge(model, score=score, schedule=[0, 3, 2])
+    session = Session.load(targets.compile(model, "cpu", tmp_path / "model.so"))
+    for batch in (1, 3):
+        feeds = builders.feeds(model, {"batch": batch})
+        expected = ReferenceSession(model).run(feeds)["logits"]
+        np.testing.assert_allclose(session.run(feeds)["logits"], expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [({"ratio": 0.3}, 7), ({"score": "mctf", "ratio": 0.3, "blocks": 1}, 12)]
+)
+def test_trained_digits_keep_their_classes(options: dict[str, Any], tokens: int) -> None:
+    """The bundled model, 17 tokens before, recognizes 99.6 % of all digits; merging leaves nearly all of them alone."""
     datasets = pytest.importorskip("sklearn.datasets")
     model = xopt.ir.load(Path(__file__).parents[2] / "examples" / "digits" / "digits_vit.onnx")
     xopt.ir.canonicalize(model)
     name = model.graph.inputs[0].name
     assert name
-    images = (datasets.load_digits().images[:256, None] / 16).astype(np.float32)
-    before = ReferenceSession(model).run({name: images})
+    images = (datasets.load_digits().images[:256, None] / 8 - 1).astype(np.float32)
+    (before,) = ReferenceSession(model).run({name: images}).values()
     context = PassContext(calibration=Dataset({name: images}))
-    (step,) = PassManager([MergeTokens(schedule=(4, 4, 0, 0))], instruments=[VerifyEach()]).run(model, context)
-    assert (step.report.numbers["tokens-before"], step.report.numbers["tokens-after"]) == (17, 9)
-    after = ReferenceSession(model).run({name: images})
-    (output,) = before
-    agreement = np.mean(before[output].argmax(-1) == after[output].argmax(-1))
-    assert agreement > 0.8
+    (step,) = PassManager([MergeTokens(**options)], instruments=[VerifyEach()]).run(model, context)
+    assert (step.report.numbers["tokens-before"], step.report.numbers["tokens-after"]) == (17, tokens)
+    (after,) = ReferenceSession(model).run({name: images}).values()
+    assert np.mean(before.argmax(-1) == after.argmax(-1)) >= 0.98
