@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.errors import InputError
@@ -48,7 +49,7 @@ def cpu_pipeline() -> Any:
             transform.FuseOps(),
             transform.FuseTIR(),
             transform.DeadCodeElimination(["main"]),
-            schedule_leftovers,
+            tvm.transform.module_pass(schedule_leftovers, opt_level=0, name="ScheduleLeftovers"),
             transform.RewriteDataflowReshape(),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
@@ -126,7 +127,7 @@ def _version(package: str) -> str:
         return "source"
 
 
-def write_weights(weights: list[tuple[str, np.ndarray]], path: Path) -> list[WeightInfo]:
+def write_weights(weights: list[tuple[str, npt.NDArray[Any]]], path: Path) -> list[WeightInfo]:
     """Write tensors one after the other, each at a multiple of 64 bytes."""
     infos = []
     with path.open("wb") as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -22,12 +22,12 @@ from tvm.tirx.analysis import undefined_vars
 from xopt.errors import InputError
 from xopt.ir.shapes import infer_shapes
 from xopt.runtime.manifest import TensorInfo
-from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Dim, Dimensions, Ints, UndecidedError, evaluate, known
+from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Array, Dim, Dimensions, Ints, UndecidedError, evaluate, known
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
 
-Value = relax.Expr | np.ndarray | Ints
+Value: TypeAlias = Any
 """An ONNX value while lowering: a run-time tensor, a constant, or a small integer tensor known by its shapes."""
 
 
@@ -36,7 +36,7 @@ class Lowered:
     """A model as Relax: ``main(*inputs, weights)``, ``weights`` being the tuple of ``weights`` in order."""
 
     module: tvm.IRModule
-    weights: list[tuple[str, np.ndarray]]
+    weights: list[tuple[str, Array]]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     limits: dict[str, int]
@@ -50,7 +50,7 @@ class Lowering:
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
     dims: Dimensions = field(default_factory=Dimensions)
     values: dict[ir.Value, Value] = field(default_factory=dict)
-    weights: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    weights: list[tuple[str, Array]] = field(default_factory=list)
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Lowering:
             return self.materialized(content)
         return content
 
-    def constant(self, array: np.ndarray, name: str, key: Any = None) -> relax.Expr:
+    def constant(self, array: Array, name: str, key: Any = None) -> relax.Expr:
         """A constant as a tensor: in the code when it is one number, else an entry of the weights tuple.
 
         Args:
@@ -91,7 +91,7 @@ class Lowering:
             self._weight_variables[key] = variable
         return self._weight_variables[key]
 
-    def packed(self, value: ir.Value, layout: object, pack: Callable[[np.ndarray], np.ndarray]) -> relax.Expr:
+    def packed(self, value: ir.Value, layout: object, pack: Callable[[Array], Array]) -> relax.Expr:
         """A constant in a kernel's own layout, packed once for equal ``layout``."""
         key = (value, layout)
         if key not in self._weight_variables:
@@ -114,7 +114,7 @@ class Lowering:
         flat = self.compute("shape_values", [len(elements)], element)
         return self.reshape(flat, list(ints.array.shape))
 
-    def known(self, value: ir.Value | None) -> np.ndarray | None:
+    def known(self, value: ir.Value | None) -> Array | None:
         """The elements of ``value`` when they are known now (object array), else None."""
         if value is None:
             return None
@@ -235,9 +235,8 @@ class Lowering:
                 if (chain := plan[node]) is not None:
                     self.values[node.outputs[0]] = emit_chain(self, chain)
                 continue
-            results = self._evaluated(node)
-            if results is None:
-                results = emit_node(self, node)
+            known_results = self._evaluated(node)
+            results = emit_node(self, node) if known_results is None else known_results
             for output, result in zip(node.outputs, results):
                 self.values[output] = result
 
@@ -259,8 +258,10 @@ class Lowering:
         except UndecidedError:
             return None
 
-    def _shape_tensor(self, node: ir.Node) -> np.ndarray:
-        shape = self.shape(node.inputs[0])
+    def _shape_tensor(self, node: ir.Node) -> Array:
+        value = node.inputs[0]
+        assert value is not None
+        shape = self.shape(value)
         if node.op_type == "Size":
             return np.asarray(self.dims.product(shape), dtype=object)
         start = node.attributes.get_int("start", 0)

@@ -27,7 +27,6 @@ FORK = 64
 """Parallel iterations that keep every thread busy; with fewer, the inner loop is divided as well."""
 
 
-@tvm.transform.module_pass(opt_level=0)
 def schedule_leftovers(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
     """Schedule every PrimFunc that is not marked as one of our kernels."""
     result = tvm.IRModule(module.functions, attrs=module.attrs)

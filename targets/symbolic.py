@@ -10,15 +10,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import tvm
 from tvm import tirx
 from tvm.sym import Analyzer
 from tvm.tirx.analysis import undefined_vars
 
-Dim = Any
+Array = npt.NDArray[Any]
+
+Dim: TypeAlias = Any
 """A dimension: a Python int, or a ``tirx`` int64 expression in the symbolic dimensions."""
 
 MAX_ELEMENTS = 256
@@ -33,7 +37,7 @@ class UndecidedError(Exception):
 class Ints:
     """A small tensor of known elements: an array of objects, and the numpy name of the type they stand for."""
 
-    array: np.ndarray
+    array: Array
     dtype: str
 
 
@@ -142,14 +146,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, bool, np.generic))
 
 
-def known(array: np.ndarray, dtype: str) -> np.ndarray | Ints:
+def known(array: Array, dtype: str) -> Array | Ints:
     """``array`` (of objects) as a plain constant when every element is a number, else as :class:`Ints`."""
     if all(_is_number(x) for x in array.reshape(-1)):
         return array.astype(dtype)
     return Ints(array, dtype)
 
 
-def _elementwise(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+def _elementwise(function: Callable[..., Any], *arrays: Array) -> Array:
     result = np.frompyfunc(function, len(arrays), 1)(*arrays)
     return np.asarray(result, dtype=object)
 
@@ -179,7 +183,7 @@ def _remainder(a: Any, b: Any) -> Any:
     return a % b if _is_number(a) and _is_number(b) else tirx.floormod(_expression(a), _expression(b))
 
 
-def evaluate(op: str, inputs: Sequence[np.ndarray], attributes: dict[str, Any], dims: Dimensions) -> np.ndarray:
+def evaluate(op: str, inputs: Sequence[Any], attributes: dict[str, Any], dims: Dimensions) -> Array:
     """Apply the ONNX operator ``op`` to known integer tensors.
 
     Args:
@@ -202,11 +206,10 @@ def evaluate(op: str, inputs: Sequence[np.ndarray], attributes: dict[str, Any], 
         "And": lambda a, b: bool(a) and bool(b), "Or": lambda a, b: bool(a) or bool(b), "Not": lambda a: not a,
     }  # fmt: skip
     if op in arithmetic:
-        result = inputs[0]
-        for other in inputs[1:] or [None]:
-            operands = [result] if other is None else [result, other]
-            result = _elementwise(lambda *xs: _simplified(arithmetic[op](*xs), dims), *operands)
-        return result
+        function = arithmetic[op]
+        if len(inputs) == 1:
+            return _elementwise(lambda x: _simplified(function(x), dims), inputs[0])
+        return reduce(lambda a, b: _elementwise(lambda x, y: _simplified(function(x, y), dims), a, b), inputs)
     if op in comparison:
         return _elementwise(comparison[op], *inputs)
     return _STRUCTURAL[op](list(inputs), attributes)
@@ -225,41 +228,41 @@ def _same(a: Any, b: Any, dims: Dimensions) -> bool:
     raise UndecidedError
 
 
-def _where(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+def _where(inputs: list[Array], _: dict[str, Any]) -> Array:
     return _elementwise(lambda c, x, y: x if c else y, *inputs)
 
 
-def _gather(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def _gather(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     return np.asarray(np.take(inputs[0], inputs[1].astype(np.int64), axis=attributes.get("axis", 0)), dtype=object)
 
 
-def _concat(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def _concat(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     return np.concatenate(inputs, axis=attributes["axis"])
 
 
-def _axes(inputs: list[np.ndarray], attributes: dict[str, Any]) -> list[int] | None:
+def _axes(inputs: list[Array], attributes: dict[str, Any]) -> list[int] | None:
     if len(inputs) > 1 and inputs[1] is not None:
         return [int(x) for x in inputs[1].reshape(-1)]
     axes = attributes.get("axes")
     return None if axes is None else [int(x) for x in axes]
 
 
-def _unsqueeze(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def _unsqueeze(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     return np.expand_dims(inputs[0], tuple(_axes(inputs, attributes) or ()))
 
 
-def _squeeze(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def _squeeze(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     axes = _axes(inputs, attributes)
     return np.squeeze(inputs[0], None if axes is None else tuple(axes))
 
 
-def _numbers(array: np.ndarray) -> list[int]:
+def _numbers(array: Array) -> list[int]:
     if not all(_is_number(x) for x in array.reshape(-1)):
         raise UndecidedError
     return [int(x) for x in array.reshape(-1)]
 
 
-def _slice(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+def _slice(inputs: list[Array], _: dict[str, Any]) -> Array:
     starts, ends = _numbers(inputs[1]), _numbers(inputs[2])
     axes = _numbers(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else list(range(len(starts)))
     steps = _numbers(inputs[4]) if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
@@ -269,42 +272,42 @@ def _slice(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
     return inputs[0][tuple(index)]
 
 
-def _range(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+def _range(inputs: list[Array], _: dict[str, Any]) -> Array:
     start, limit, delta = (_numbers(x)[0] for x in inputs)
     if abs((limit - start) // delta) > MAX_ELEMENTS:
         raise UndecidedError
     return np.arange(start, limit, delta).astype(object)
 
 
-def _reshape(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+def _reshape(inputs: list[Array], _: dict[str, Any]) -> Array:
     return inputs[0].reshape(_numbers(inputs[1]))
 
 
-def _constant_of_shape(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def _constant_of_shape(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     shape, value = _numbers(inputs[0]), attributes.get("value")
     if np.prod(shape) > MAX_ELEMENTS:
         raise UndecidedError
     return np.full(shape, 0.0 if value is None else value.numpy().reshape(-1)[0].item(), dtype=object)
 
 
-def _expand(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+def _expand(inputs: list[Array], _: dict[str, Any]) -> Array:
     shape = np.broadcast_shapes(inputs[0].shape, tuple(_numbers(inputs[1])))
     if np.prod(shape) > MAX_ELEMENTS:
         raise UndecidedError
     return np.broadcast_to(inputs[0], shape)
 
 
-def _product(inputs: list[np.ndarray], attributes: dict[str, Any]) -> np.ndarray:
+def _product(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     axes = _axes(inputs, attributes)
     keep = bool(attributes.get("keepdims", 1))
-    return np.asarray(np.multiply.reduce(inputs[0], axis=tuple(axes) if axes else None, keepdims=keep), dtype=object)
+    return np.asarray(np.prod(inputs[0], axis=tuple(axes) if axes else None, keepdims=keep), dtype=object)
 
 
-def _first(inputs: list[np.ndarray], _: dict[str, Any]) -> np.ndarray:
+def _first(inputs: list[Array], _: dict[str, Any]) -> Array:
     return inputs[0]
 
 
-_STRUCTURAL: dict[str, Callable[[list[np.ndarray], dict[str, Any]], np.ndarray]] = {
+_STRUCTURAL: dict[str, Callable[[list[Array], dict[str, Any]], Array]] = {
     "Where": _where, "Gather": _gather, "Concat": _concat, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze,
     "Slice": _slice, "Range": _range, "Reshape": _reshape, "ConstantOfShape": _constant_of_shape,
     "Expand": _expand, "ReduceProd": _product, "Cast": _first, "Identity": _first,

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from xopt.errors import InputError
-from xopt.targets.symbolic import Dim, Dimensions
+from xopt.targets.symbolic import Array, Dim, Dimensions
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Lowering, Value
@@ -52,14 +52,14 @@ class Call:
         """The shape of input ``index``."""
         return self.lowering.shape(self.input(index))
 
-    def const(self, index: int) -> np.ndarray | None:
+    def const(self, index: int) -> Array | None:
         """Input ``index`` when it is a constant, else None."""
         if not self.has(index):
             return None
         value = self.lowering.value(self.input(index))
         return value if isinstance(value, np.ndarray) else None
 
-    def known(self, index: int) -> np.ndarray | None:
+    def known(self, index: int) -> Array | None:
         """Input ``index`` as an object array when its elements are known, else None; missing is None too."""
         return self.lowering.known(self.node.inputs[index]) if self.has(index) else None
 

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
-from xopt.targets.symbolic import Dim
+from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Lowering
@@ -127,7 +126,7 @@ def emit_chain(lowering: Lowering, chain: Chain) -> relax.Expr | None:
     x = lowering.tensor(source)
     if isa is None or str(x.ty.dtype) != "float32":
         return _emit_rest(lowering, [chain.matmul, *chain.nodes])
-    shape = [*lowering.shape_of(x)[:-1], int(weight.shape[1])]  # type: ignore[index,arg-type]
+    shape = [*lowering.shape_of(x)[:-1], lowering.value(weight).shape[1]]
     fused = _fitting(lowering, chain, shape)
     result = linear(lowering, x, Layer(weight, fused.bias, fused.activation, fused.gate, fused.residual))
     done = len(fused.nodes)
@@ -183,7 +182,7 @@ class Layer:
     residual: ir.Value | None = None
     patches: bool = False
 
-    def matrix(self, array: np.ndarray) -> np.ndarray:
+    def matrix(self, array: Array) -> Array:
         """The weight's content as [K, N]."""
         return array.reshape(len(array), -1).T if self.patches else array
 
@@ -193,10 +192,9 @@ def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
     from xopt.kernels import gemm
 
     isa = lowering.target.isa()
-    weight = layer.weight.const_value
-    assert isa is not None and weight is not None
+    assert isa is not None
     shape = lowering.shape_of(x)
-    columns = int(weight.shape[0] if layer.patches else weight.shape[1])
+    columns = lowering.value(layer.weight).shape[0 if layer.patches else 1]
     sides = [lowering.tensor(value) for value in (layer.gate, layer.residual) if value is not None]
     workload = gemm.Workload(
         rows=static(shape[:-1]),

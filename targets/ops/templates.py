@@ -12,7 +12,7 @@ from tvm import relax
 
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import Layer, linear, static
-from xopt.targets.symbolic import Dim
+from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
@@ -166,7 +166,7 @@ def _patches(call: Call) -> Value | None:
     return call.lowering.reshape(columns, [batch, weight.shape[0], *grid])
 
 
-def _is_patches(call: Call, shape: list[Dim], weight: np.ndarray) -> bool:
+def _is_patches(call: Call, shape: list[Dim], weight: Array) -> bool:
     sizes = list(weight.shape[2:])
     rank = len(sizes)
     return (

@@ -6,13 +6,16 @@ import ctypes
 import hashlib
 import mmap
 import os
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from xopt.errors import InputError
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
@@ -163,14 +166,32 @@ _LIBRARY: ctypes.CDLL | None = None
 def _runtime(threads: int | None) -> Any:
     """``tvm_ffi`` with TVM's runtime library loaded."""
     global _LIBRARY
-    import tvm_ffi
-
+    with _without_torch():
+        import tvm_ffi
     if _LIBRARY is None:
         os.environ.setdefault("TVM_NUM_THREADS", str(threads or physical_cores()))
         _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime_extra.so"), ctypes.RTLD_GLOBAL)  # sorting: TopK
     if threads is not None:
         tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
     return tvm_ffi
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Imports in here find no torch, unless it is loaded already.
+
+    ``tvm_ffi`` imports torch wherever it is installed, which takes seconds and a hundred megabytes; tensors cross by
+    DLPack, which needs no import.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _tvm_libraries() -> Path:
@@ -227,14 +248,14 @@ def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
     return _aligned(array)
 
 
-def _as_numpy(info: TensorInfo, value: Any) -> np.ndarray:
+def _as_numpy(info: TensorInfo, value: Any) -> npt.NDArray[Any]:
     try:
         return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
     except (RuntimeError, TypeError, ValueError, BufferError) as error:
         raise _data_error(info, f"is neither a numpy array nor a CPU tensor ({error})") from error
 
 
-def _aligned(array: np.ndarray) -> Any:
+def _aligned(array: npt.NDArray[Any]) -> Any:
     """The array itself when the runtime can read it in place, else an aligned copy."""
     import tvm_ffi
 
