@@ -13,8 +13,12 @@ Names are imported when first used, so that ``import xopt`` and ``xopt --help`` 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# onnxruntime reports names and digests of the models it loads to its makers unless it is told not to before it starts.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from xopt.api import Result, compile, load, optimize, trace
