@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 @pytest.fixture(scope="session")
