@@ -35,9 +35,15 @@ def test_sigint_ends_with_one_line_and_no_output(tmp_path: Path) -> None:
     assert left == {"model.onnx", cache.name}
 
 
+@pytest.fixture(scope="module")
+def result() -> api.Result:
+    return xopt.optimize(builders.vit(layers=1), target="arm")
+
+
 @pytest.mark.parametrize("full", ["model.onnx", "report.json"])
-def test_a_full_disk_leaves_the_old_output(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = xopt.optimize(builders.vit(layers=1), target="arm")
+def test_a_full_disk_leaves_the_old_output(
+    full: str, result: api.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result.save(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
