@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, merged
+from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, is_read, merged
 from xopt.ir.canonical.masks import Mask, Masks, Term
 from xopt.ir.canonical.operands import Operand, assemble, trace
 from xopt.ir.canonical.placing import in_four_axes
@@ -34,7 +34,17 @@ from xopt.ir.canonical.scores import (
     read_values,
     softmax_axes,
 )
-from xopt.ir.edit import attribute, consumers, initializer, input_at, insert, is_op, remove_dead, replace_uses
+from xopt.ir.edit import (
+    attribute,
+    consumers,
+    initializer,
+    input_at,
+    insert,
+    is_op,
+    remove_dead,
+    replace_uses,
+    set_attributes,
+)
 from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
@@ -65,7 +75,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     symbols = Symbols(model.graph)
     masks = Masks(symbols)
     for node in list(model.graph):
-        if not (is_op(node, "Softmax", "Attention") and node.outputs[0].uses()):
+        if not (is_op(node, "Softmax", "Attention") and is_read(node.outputs[0])):
             continue
         try:
             site = _of_softmax(symbols, node) if node.op_type == "Softmax" else _of_attention(symbols, masks, node)
@@ -98,9 +108,7 @@ def _of_attention(symbols: Symbols, masks: Masks, node: ir.Node) -> Site | None:
         raise NotAttentionError("rank")
     if len(q_dims) == 3:
         _write_attributes(node, q_dims[-1])
-        mask = input_at(node, 3)
-        if mask is not None and (symbols.rank(mask) or 4) < 4:
-            node.replace_input_with(3, masks.four_axes(node, mask))
+        _four_axes(masks, node)
         return None
     if any(input_at(node, i) is not None for i in (4, 5, 6)) or any(output.uses() for output in node.outputs[1:]):
         raise NotAttentionError("cache-or-weights")
@@ -132,6 +140,13 @@ def _shared(heads: Axis, count: Poly, kv_count: Poly) -> Axis:
     return () if kv_count == ONE else (Digit(heads[0].label, kv_count, group, kv_count),)
 
 
+def _four_axes(masks: Masks, node: ir.Node) -> None:
+    """The mask of an Attention node with all four axes."""
+    mask = input_at(node, 3)
+    if mask is not None:
+        node.replace_input_with(3, masks.four_axes(node, mask))
+
+
 def _write_attributes(node: ir.Node, width: Poly) -> None:
     """All attributes of a 3-D Attention, spelled out."""
     head_dim = (width // integer(node, "q_num_heads", 1)).constant
@@ -140,8 +155,7 @@ def _write_attributes(node: ir.Node, width: Poly) -> None:
         "is_causal": integer(node, "is_causal", 0),
         "softcap": float(attribute(node, "softcap", 0.0) or 0.0),
     }
-    for attr in ir.convenience.convert_attributes(attributes):
-        node.attributes[attr.name] = attr
+    set_attributes(node, **attributes)
 
 
 def _canonical(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:
@@ -155,10 +169,7 @@ def _canonical(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeR
     mask = _mask(symbols, masks, site, q.lead, q.head)
     attributes = _attributes(site, mask, site.scale * q.scale * k.scale)
     attributes |= {"q_num_heads": q.heads, "kv_num_heads": k.heads}
-    inputs = [*assemble(site.anchor, (q, k, v)), *([mask.value] if mask.value is not None else [])]
-    y = insert(
-        site.anchor, "Attention", inputs, attributes, name=f"{site.anchor.name}/attention", dtype=site.output.dtype
-    )
+    y = _attention(site, assemble(site.anchor, (q, k, v)), mask, attributes)
     _visit(symbols, y)
     if v.scale != 1.0:
         y = _scaled(site.anchor, y, v.scale)
@@ -192,21 +203,24 @@ def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeR
     """A 4-D Attention, when the operands are 4-D tensors and nothing more is known about them."""
     if len(site.axes) != 4 or any(len(merged(row)) > 1 for row in site.axes):
         raise NotAttentionError("head-layout")
-    mask = _mask(symbols, masks, site, site.axes[0], site.axes[1])
+    report.refuse("attention-3d", site.anchor.name, "head-layout")
     if is_op(site.anchor, "Attention"):
-        k = site.k
-    else:
-        k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
-        if any(row == () and full != () for row, full in zip(site.k_axes[:2], site.axes[:2])):
-            raise NotAttentionError("head-layout")
-    inputs = [site.q, k, site.v, *([mask.value] if mask.value is not None else [])]
-    attributes = _attributes(site, mask, site.scale)
-    y = insert(
-        site.anchor, "Attention", inputs, attributes, name=f"{site.anchor.name}/attention", dtype=site.output.dtype
-    )
+        set_attributes(site.anchor, **_attributes(site, Mask(None, False), site.scale))
+        _four_axes(masks, site.anchor)
+        return
+    if any(row == () and full != () for row, full in zip(site.k_axes[:2], site.axes[:2])):
+        raise NotAttentionError("head-layout")
+    mask = _mask(symbols, masks, site, site.axes[0], site.axes[1])
+    k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
+    y = _attention(site, [site.q, k, site.v], mask, _attributes(site, mask, site.scale))
     _visit(symbols, y)
     replace_uses(site.output, y)
-    report.refuse("attention-3d", site.anchor.name, "head-layout")
+
+
+def _attention(site: Site, operands: Sequence[ir.Value], mask: Mask, attributes: dict[str, int | float]) -> ir.Value:
+    inputs = [*operands, *([mask.value] if mask.value is not None else [])]
+    name = f"{site.anchor.name}/attention"
+    return insert(site.anchor, "Attention", inputs, attributes, name=name, dtype=site.output.dtype)
 
 
 def _scaled(site: ir.Node, value: ir.Value, factor: float) -> ir.Value:

@@ -46,6 +46,11 @@ def axis(label: str, size: Poly) -> Axis:
     return () if size == ONE else (Digit(label, size, ONE, size),)
 
 
+def is_read(value: ir.Value) -> bool:
+    """Whether a node or the caller reads the value: rewrites leave dead nodes behind until they are swept."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
 def before(symbols: Symbols, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axes] | None:
     """The value that ``value``'s producer moved, and its axes; None when the producer does more than move data."""
     node = value.producer()

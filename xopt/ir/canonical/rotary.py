@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.caches import Caches, RotaryRefusedError
-from xopt.ir.canonical.layout import Axes, axis, before, columns, width
+from xopt.ir.canonical.layout import Axes, axis, before, columns, is_read, width
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import initializer, insert, is_op, producer, remove_dead, replace_uses, scalar
 from xopt.ir.poly import Poly
@@ -45,7 +45,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     symbols = Symbols(model.graph)
     caches = Caches(symbols)
     for node in list(model.graph):
-        if node.domain != "" or node.op_type not in ("Add", "Concat", "Reshape") or not node.outputs[0].uses():
+        if not is_op(node, "Add", "Concat", "Reshape") or not is_read(node.outputs[0]):
             continue
         rotation = _by_sum(symbols, node) if node.op_type == "Add" else _by_halves(symbols, node)
         if rotation is None:
@@ -154,7 +154,8 @@ def _without_last(symbols: Symbols, value: ir.Value | None) -> ir.Value | None:
 def _halves(symbols: Symbols, first: ir.Value, second: ir.Value) -> tuple[ir.Value, bool] | None:
     """``(x, interleaved)`` when the values are the two halves, or the even and odd elements, of x's last axis."""
     others = {x: places for x, places, _ in _parts(symbols, second)}
-    for x, places, total in _parts(symbols, first):
+    rank = symbols.rank(first)
+    for x, places, total in sorted(_parts(symbols, first), key=lambda part: symbols.rank(part[0]) != rank):
         n = len(places)
         if x not in others or len(others[x]) != n or total != 2 * n:
             continue
