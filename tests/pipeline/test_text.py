@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from xopt.errors import InputError
@@ -57,6 +57,8 @@ PASSES = st.builds(
 )
 
 
+@settings(deadline=None)
+@example([Everything(label="a\x85 b\u2028c: #\n\ud7ff")])
 @given(st.lists(PASSES, max_size=3))
 def test_text_and_yaml_round_trip_exactly(passes: list[Pass]) -> None:
     rendered = text.render(passes)

@@ -168,7 +168,7 @@ def to_yaml(passes: Iterable[Pass]) -> str:
     import yaml
 
     steps = [{one.name: _plain(one.values())} if one.options() else one.name for one in passes]
-    return str(yaml.safe_dump(steps, sort_keys=False, default_flow_style=None, allow_unicode=True))
+    return str(yaml.safe_dump(steps, sort_keys=False, default_flow_style=None, width=10_000))
 
 
 def _plain(values: dict[str, OptionValue]) -> dict[str, object]:
