@@ -182,6 +182,13 @@ def partial_store(buffer: Buffer, value: Expr, *index: int | Expr, count: int | 
         put(buffer, spill[lane], *outer, i64(last) + lane)
 
 
+def prefetch(buffer: Buffer, *index: int | Expr) -> None:
+    """Ask for the line of an element, which need not exist, to be brought into the second-level cache."""
+    address = tirx.address_of(buffer[tuple(i64(i) for i in index)])
+    read, level, data = (tirx.const(flag, "int32") for flag in (0, 2, 1))
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, read, level, data))
+
+
 def shuffle(vectors: Sequence[Expr], indices: Sequence[int]) -> Expr:
     """Pick lanes, by number, out of the concatenation of ``vectors``."""
     return tirx.Shuffle(list(vectors), [tirx.const(i, "int32") for i in indices])
@@ -224,11 +231,13 @@ def outer_product(
     lanes: int,
     chains: int,
     start: Callable[[int, int], Expr] | None = None,
+    ahead: Callable[[Expr], None] | None = None,
 ) -> None:
     """The register tile: ``acc[r, v] = start(r, v) + sum_k row_value(r, k) * vector_value(v, k)``.
 
     Each sum then goes through ``finish(r, v, acc)``.  ``row_value`` is a scalar that is broadcast, ``vector_value`` a
     vector.  A tile with too few accumulators to hide the latency sums several k at once in separate chains.
+    ``ahead(k)``, if given, is emitted once for each step: a place for prefetches.
     """
     split = 1
     while 2 * split * rows * vectors <= 2 * chains and split < 8:
@@ -242,6 +251,8 @@ def outer_product(
                 store(acc, first, s, r, v, 0, lanes=lanes)
 
     def step(s: int, k: Expr) -> None:
+        if ahead is not None:
+            ahead(k)
         operands = [let(vector_value(v, k)) for v in range(vectors)]
         for r in range(rows):
             factor = let(splat(row_value(r, k), lanes))

@@ -39,6 +39,7 @@ from xopt.kernels.emit import (
     parallel,
     partial_load,
     partial_store,
+    prefetch,
     prim_func,
     product,
     serial,
@@ -172,6 +173,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
             low = bind(block * m // blocks)
             count = bind((block + 1) * m // blocks - low)
             stage = local((config.mt, nt))
+            line = bind(block % vectors)
 
             def tile(count: int) -> None:
                 outer_product(
@@ -183,6 +185,9 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
                     lambda r, v, acc: store(stage, acc, r, v * lanes, lanes=lanes),
                     lanes=lanes,
                     chains=isa.chains,
+                    # A model's weights fit no cache: each block fetches a share of the next panel.  So few rows
+                    # come only as a single block, which memory limits anyway.
+                    ahead=None if 2 * count <= config.mt else lambda k: prefetch(weight, panel + 1, k, line, 0),
                 )
 
             def compute() -> None:

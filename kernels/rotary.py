@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tvm import tirx
+
 from xopt.kernels.emit import (
     Buffer,
     Expr,
@@ -92,7 +94,8 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         y = argument("y", (batch, sequence, w.heads * w.head_dim))
         with parallel(let(batch * sequence)) as task:
             b, s = bind(task // sequence), bind(task % sequence)
-            angle = (bind(ids[b, s]),) if ids is not None else (b, s)
+            # Positions may come from the data: no value of them reads outside the tables.
+            angle = (bind(tirx.max(tirx.min(ids[b, s], lead[0] - 1), i64(0))),) if ids is not None else (b, s)
             with serial(w.heads) as head:
                 _rotate(w, isa.lanes, x, y, cos, sin, (b, s), angle, bind(head * w.head_dim))
 
