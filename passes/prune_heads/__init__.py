@@ -4,8 +4,9 @@
              x ─▶ W1 ─▶ 1536 neurons ─▶ W2 ─▶ +                    x ─▶ 504 neurons ─▶ W2' ─▶ +
 
 What stays is a smaller dense graph with widths of its own in every layer. In five steps: score the units on unlabelled
-samples; share out a budget over all layers by an exact knapsack; swap units whose removal hurts less together; fit the
-output projections anew in closed form; cut. With grouped queries a unit is a key-value head with its query heads.
+samples; share out a budget over all layers by an exact knapsack; on demand, swap units whose removal hurts less
+together; fit the output projections anew in closed form; cut. With grouped queries a unit is a key-value head with
+its query heads.
 
 Refuses  "attention-4d", "unknown-shape", "past-or-present": the attention is in a form that cannot be cut.
          "no-projection", "no-residual", "hidden-is-read-elsewhere": it is not between two linear layers.

@@ -31,6 +31,8 @@ Progress = Callable[[str, int, int], None]
 
 PROJECTIONS = 4
 """Random projections of the outputs of each sample."""
+LEAST_LEFT = 0.05
+"""Bound of the share of the residual that fitting leaves: with fewer tokens than unknowns nothing is known of it."""
 
 
 def magnitude(sites: Sequence[Site]) -> list[Array]:
@@ -122,7 +124,8 @@ def _residual_maps(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each site, mean [K] and matrix [K, K] with (x - mean) @ matrix = each unit less its prediction by the others.
 
-    With P the inverse of the covariance, the residual of unit u is x P[:, u] P[u, u]^-1.
+    With P the inverse of the penalized Gram matrix, the residual of unit u is x P[:, u] P[u, u]^-1. It is larger on
+    tokens that were not fitted, by 1 / (1 - degrees of freedom / tokens): the leave-one-out residual, on average.
     """
     names = [str(site.down.input.name) for site in sites]
     moments = [Moments(site.columns, 0) for site in sites]
@@ -137,5 +140,6 @@ def _residual_maps(
         inverse = moment.precision(ridge)
         spans = [slice(u * site.span, (u + 1) * site.span) for u in range(site.units)]
         matrix = np.concatenate([inverse[:, s] @ np.linalg.inv(inverse[s, s]) for s in spans], axis=1)
+        matrix /= max(1 - moment.freedom(inverse, ridge) / moment.rows, LEAST_LEFT)
         maps.append((torch.from_numpy(moment.mean_x).float(), torch.from_numpy(matrix).float()))
     return maps

@@ -17,6 +17,10 @@ from xopt.ir.fx import run_with_values, to_fx
 from xopt.ir.structure import transformer_blocks
 from xopt.passes import PruneHeads
 from xopt.passes.prune_heads import work
+from xopt.passes.prune_heads.optin import optin
+from xopt.passes.prune_heads.replay import batches
+from xopt.passes.prune_heads.scores import fisher, gate_gradients
+from xopt.passes.prune_heads.sites import Site, find_sites
 from xopt.pipeline import text
 from xopt.pipeline.context import PassContext
 from xopt.runtime.reference import ReferenceSession
@@ -174,6 +178,52 @@ def test_uniform_keeps_the_same_in_every_layer() -> None:
     report = run(model, keep=0.5, ffn=True, uniform=True)
     assert kept(report, "heads") == [4] * 3
     assert len(set(kept(report, "neurons"))) == 1
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_rearranging_keeps_as_many(compensate: bool) -> None:
+    reports = [
+        run(builders.bert(), keep=0.5, ffn=True, rearrange=swap, compensate=compensate) for swap in (True, False)
+    ]
+    assert reports[0].numbers["neurons_kept"] == reports[1].numbers["neurons_kept"]
+    assert reports[0].numbers["heads_kept"] == reports[1].numbers["heads_kept"]
+
+
+def test_a_unit_that_others_replace_does_not_matter() -> None:
+    """Two equal heads: each alone matters without compensation, and hardly with it."""
+
+    def importance(ridge: float | None) -> np.ndarray:
+        model = builders.vit(layers=1)
+        site = transformer_blocks(model)[0].attention
+        assert site and site.q and site.k and site.v
+        for part in (site.q, site.k, site.v):
+            write(part.weight, np.concatenate([array(part.weight)[:, :8]] * 2 + [array(part.weight)[:, 16:]], axis=1))
+            write(part.bias_value, np.concatenate([array(part.bias_value)[:8]] * 2 + [array(part.bias_value)[16:]]))
+        view = to_fx(model)
+        sites = [one for one, _ in find_sites(model, ffn=False, tile=8, dims={}) if isinstance(one, Site)]
+        rows = gate_gradients(view, batches(model, view, samples(model, 64)), sites, ["logits"], ridge=ridge, seed=0)
+        return fisher(rows)[0]
+
+    plain, compensated = importance(None), importance(1e-6)
+    assert plain[:2].min() > 0.1 * plain[2:].max()
+    assert compensated[:2].max() < 1e-3 * compensated[2:].min()
+
+
+def test_a_dead_neuron_does_not_matter() -> None:
+    model = builders.vit(layers=1)
+    block = transformer_blocks(model)[0]
+    assert block.ffn
+    weight = array(block.ffn.down.weight).copy()
+    weight[5] = 0
+    write(block.ffn.down.weight, weight)
+    view = to_fx(model)
+    sites = [one for one, _ in find_sites(model, ffn=True, tile=8, dims={}) if isinstance(one, Site)]
+    data = batches(model, view, samples(model, 16))
+    by_fisher = fisher(gate_gradients(view, data, sites, ["logits"], ridge=None, seed=0))
+    by_optin = optin(view, data[0], sites, [str(block.output.name)], ["logits"], seed=0)
+    for scores in (by_fisher[1], by_optin[1]):
+        assert scores[5] == pytest.approx(0, abs=1e-12)
+        assert (np.delete(scores, 5) > 0).all()
 
 
 def test_a_latency_budget_follows_the_measured_cost() -> None:

@@ -75,6 +75,14 @@ def test_precision_inverts_the_penalized_gram_matrix() -> None:
     np.testing.assert_allclose(product, np.eye(8), atol=1e-9)
 
 
+def test_freedom_counts_the_inputs_that_vary() -> None:
+    x, y = problem(3)
+    x[:, 5:] = 0
+    sums = moments(x, y)
+    assert sums.freedom(sums.precision(1e-9), 1e-9) == pytest.approx(5, abs=1e-3)
+    assert sums.freedom(sums.precision(1e6), 1e6) == pytest.approx(0, abs=1e-3)
+
+
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
     found = moments(np.zeros((10, 4)), np.ones((10, 2))).solve(np.arange(4), 0.03)
     np.testing.assert_allclose(found.weight, 0)

@@ -94,6 +94,10 @@ class Moments:
         inverse: Array = scipy.linalg.inv(gram)
         return inverse
 
+    def freedom(self, precision: Array, ridge: float) -> float:
+        """Degrees of freedom of the fit: how many of the inputs the penalty leaves free, 0 to K."""
+        return len(precision) - self.penalty(ridge) * float(np.trace(precision))
+
     def solve(self, keep: npt.NDArray[np.int64], ridge: float) -> Solution:
         """The best weight and bias for the inputs ``keep``.
 
