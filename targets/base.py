@@ -62,7 +62,8 @@ class Target(ABC):
         from tvm.support import cc
 
         try:
-            executable.export_library(str(path), fcompile=cc.cross_compiler(self.linker))
+            linker = cc.cross_compiler(self.linker)
+            executable.export_library(str(path), fcompile=linker, workspace_dir=str(path.parent))
         except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
             raise InputError(
                 "E-TOOLCHAIN",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from xopt.errors import InputError
+from xopt.ir.io import output_errors
 from xopt.runtime.manifest import (
     ALIGNMENT,
     Manifest,
@@ -25,6 +27,8 @@ from xopt.runtime.manifest import (
 from xopt.targets.base import Target
 
 PIPELINE = "relax-cpu-1"
+CODE_SPACE = 1 << 24
+"""Bytes of free disk that the object files and the library of a model are given."""
 
 
 def cpu_pipeline() -> Any:
@@ -93,30 +97,34 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
         module = target.pipeline()(lowered.module)
         executable = relax.build(module, tvm_target, relax_pipeline=None)
     path = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".xopt-") as folder:
-            library = Path(folder) / path.name
-            target.link(executable, library)
-            infos = write_weights(lowered.weights, weights_path(library))
-            files = [library, weights_path(library)]
-            manifest = Manifest(
-                target=target.name,
-                device=target.device,
-                features=target.features(),
-                versions={name: _version(name) for name in ("xopt", "apache-tvm", "apache-tvm-ffi")},
-                digests={file.name: digest(file) for file in files},
-                pipeline=PIPELINE,
-                inputs=lowered.inputs,
-                outputs=lowered.outputs,
-                weights=tuple(infos),
-                limits=lowered.limits,
-            )
-            manifest_path(library).write_text(manifest.to_json())
-            for file in [*files, manifest_path(library)]:
-                os.replace(file, path.parent / file.name)
-    except OSError as error:
-        raise InputError("E-OUTPUT", "the artifact cannot be written", where=str(path), cure=str(error)) from error
+    with output_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".xopt-") as folder:
+        library = Path(folder) / path.name
+        _check_space(library.parent, sum(array.nbytes for _, array in lowered.weights))
+        target.link(executable, library)
+        infos = write_weights(lowered.weights, weights_path(library))
+        files = [library, weights_path(library)]
+        manifest = Manifest(
+            target=target.name,
+            device=target.device,
+            features=target.features(),
+            versions={name: _version(name) for name in ("xopt", "apache-tvm", "apache-tvm-ffi")},
+            digests={file.name: digest(file) for file in files},
+            pipeline=PIPELINE,
+            inputs=lowered.inputs,
+            outputs=lowered.outputs,
+            weights=tuple(infos),
+            limits=lowered.limits,
+        )
+        manifest_path(library).write_text(manifest.to_json())
+        for file in [*files, manifest_path(library)]:
+            os.replace(file, path.parent / file.name)
     return path
+
+
+def _check_space(folder: Path, weights: int) -> None:
+    """Refuse a full disk before LLVM meets it, which would end the process; OSError ENOSPC."""
+    if shutil.disk_usage(folder).free < weights + CODE_SPACE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _version(package: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.data.dataset import Dataset
+from xopt.errors import XoptError
 from xopt.ir.io import load, output_errors, save
 from xopt.ir.tracing import trace
 from xopt.pipeline.context import silent
@@ -161,7 +162,11 @@ def run_plan(
         watching.insert(0, VerifyEach())
     folder = tempfile.TemporaryDirectory(prefix="xopt-", ignore_cleanup_errors=True)
     steps = StepCache(cache, job, resume=resume)
-    outcome = run(job, Path(folder.name), steps, instruments=watching, progress=progress)
+    try:
+        outcome = run(job, Path(folder.name), steps, instruments=watching, progress=progress)
+    except XoptError:  # the same again would fail again
+        steps.forget()
+        raise
     result = Result(outcome.best.model, outcome, job, record(job, outcome), folder)
     steps.forget()
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -55,8 +56,9 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    stage = TextColumn("{task.description:<18}")
+    columns = (SpinnerColumn(), stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -110,6 +112,11 @@ def run_guarded(command: Callable[[], None]) -> int:
         if os.environ.get("XOPT_DEBUG") == "1":
             raise
         return _report(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _report(_internal(error))
+        place = error.filename or tempfile.gettempdir()
+        return _report(InputError("E-OUTPUT", "the disk is full", where=str(place), cure="free some space"))
     except Exception as error:
         if os.environ.get("XOPT_DEBUG") == "1":
             raise

@@ -51,13 +51,17 @@ def replacing(path: Path) -> Iterator[Path]:
         _swap(fresh, path)
     except OSError as error:
         raise _unwritable(path, error) from error
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):  # it names the file in the folder that is about to vanish
+            raise _unwritable(path, error.__cause__) from error
+        raise
     finally:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     what = "the disk is full" if full else f"cannot write ({error.strerror or error})"
     return InputError("E-OUTPUT", what, where=str(path), cure="name another folder with -o")
 
