@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from xopt.targets.lowering import Value
 
 
-def _valid(index: Any, dim: Dim) -> Any:
+def valid(index: Any, dim: Dim) -> Any:
     """An ONNX index as a position: negative ones count from the end, and no index leaves the tensor."""
     extent = tirx.const(dim, "int64") if isinstance(dim, int) else dim
     index = index.astype("int64")
@@ -30,13 +30,13 @@ def _gather(call: Call) -> Value:
     if known is not None and known.size == 1:
         return _one_slice(call, axis, known.reshape(-1)[0], known.ndim)
     _note_range(call, call.input(1), shape[axis])
-    _note_positions(call, call.input(1), shape[axis])
+    note_positions(call, call.input(1), shape[axis])
     indices = call.shape(1)
     result = [*shape[:axis], *indices, *shape[axis + 1 :]]
 
     def element(data: Any, where: Any, *index: Any) -> Any:
         inner = where(*index[axis : axis + len(indices)])
-        return data(*index[:axis], _valid(inner, shape[axis]), *index[axis + len(indices) :])
+        return data(*index[:axis], valid(inner, shape[axis]), *index[axis + len(indices) :])
 
     return call.lowering.compute("gather", result, element, call.x(0), call.x(1))
 
@@ -64,7 +64,7 @@ def _note_range(call: Call, indices: ir.Value, dim: Dim) -> None:
         call.lowering.ranges[indices] = (max(low, -dim), min(high, dim - 1))
 
 
-def _note_positions(call: Call, indices: ir.Value, dim: Dim) -> None:
+def note_positions(call: Call, indices: ir.Value, dim: Dim) -> None:
     """Positions 0, 1, ... up to a dynamic length, read from a table of ``dim`` rows, limit that length."""
     producer = indices.producer()
     while producer is not None and producer.op_type in ("Unsqueeze", "Reshape", "Expand", "Cast", "Identity"):
@@ -81,7 +81,7 @@ def _gather_elements(call: Call) -> Value:
     axis = call.axis(0, len(shape))
 
     def element(data: Any, where: Any, *index: Any) -> Any:
-        return data(*index[:axis], _valid(where(*index), shape[axis]), *index[axis + 1 :])
+        return data(*index[:axis], valid(where(*index), shape[axis]), *index[axis + 1 :])
 
     return call.lowering.compute("gather_elements", call.shape(1), element, call.x(0), call.x(1))
 
@@ -93,7 +93,7 @@ def _gather_nd(call: Call) -> Value:
     result = [*indices[:-1], *shape[batch + depth :]]
 
     def element(data: Any, where: Any, *index: Any) -> Any:
-        at = [_valid(where(*index[:outer], tirx.const(i, "int64")), shape[batch + i]) for i in range(depth)]
+        at = [valid(where(*index[:outer], tirx.const(i, "int64")), shape[batch + i]) for i in range(depth)]
         return data(*index[:batch], *at, *index[outer:])
 
     return call.lowering.compute("gather_nd", result, element, call.x(0), call.x(1))

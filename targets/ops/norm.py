@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from tvm import relax
 
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.ops.indexing import note_positions, valid
 from xopt.targets.ops.layout import strided
+from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
@@ -42,7 +44,7 @@ def _rotary(call: Call) -> Value:
         size = shape[3]
         x = call.emit(relax.op.permute_dims(x, [0, 2, 1, 3]))
     width = int(call.attr("rotary_embedding_dim", 0)) or size
-    cos, sin = (_angles(call, index, width // 2) for index in (1, 2))
+    cos, sin = (_angles(call, index, lowering.shape_of(x)[:2], width // 2) for index in (1, 2))
     turned = strided(call, x, {3: (0, width, 1)})
     rest = strided(call, x, {3: (width, dims.simplify(size - width), 1)}) if width != size else None
     interleaved = bool(call.attr("interleaved", 0))
@@ -64,16 +66,19 @@ def _rotary(call: Call) -> Value:
     return call.emit(op.permute_dims(result, [0, 2, 1, 3]))
 
 
-def _angles(call: Call, index: int, half: int) -> relax.Expr:
+def _angles(call: Call, index: int, tokens: list[Dim], half: int) -> relax.Expr:
     """The cosines or sines as [B or 1, S, 1, half], gathered by position when positions are given."""
     table, shape = call.x(index), call.shape(index)
     if call.has(3):
-        positions = call.x(3)
+        positions, rows = call.x(3), shape[0]
+        note_positions(call, call.input(3), rows)
         shape = [*call.shape(3), shape[-1]]
         table = call.lowering.compute(
-            "angles", shape, lambda data, where, b, s, d: data(where(b, s), d), table, positions
+            "angles", shape, lambda data, where, b, s, d: data(valid(where(b, s), rows), d), table, positions
         )
-    return call.lowering.reshape(table, [shape[0], shape[1], 1, half])
+    table = call.lowering.reshape(table, [shape[0], shape[1], 1, half])
+    batch = 1 if call.dims.equal(shape[0], 1) else tokens[0]
+    return call.lowering.recast(table, [batch, tokens[1], 1, half])
 
 
 OPS: dict[str, Emitter] = {

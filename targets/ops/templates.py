@@ -12,6 +12,7 @@ from tvm import relax
 
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import Layer, linear, static
+from xopt.targets.ops.indexing import note_positions
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
@@ -43,6 +44,67 @@ def _norm(call: Call) -> Value | None:
     ]
     name = norm.name(workload, config, isa)
     return call.lowering.call(name, lambda: norm.build(workload, config, isa), [call.x(), *vectors], shape)
+
+
+def _softmax(call: Call) -> Value | None:
+    from xopt.kernels import softmax
+
+    isa, shape = call.lowering.target.isa(), call.shape()
+    if isa is None or call.axis(-1, len(shape)) != len(shape) - 1 or str(call.x().ty.dtype) != "float32":
+        return None
+    (*rows, width) = static(shape)
+    workload = softmax.Workload(tuple(rows), width)
+    config = softmax.heuristic(workload, isa)
+    name = softmax.name(workload, config, isa)
+    return call.lowering.call(name, lambda: softmax.build(workload, config, isa), [call.x()], shape)
+
+
+def _rotary(call: Call) -> Value | None:
+    """Rotary embedding of the 3-D form; tables by position are read where they lie."""
+    from xopt.kernels import rotary
+
+    isa, shape = call.lowering.target.isa(), call.shape()
+    heads = int(call.attr("num_heads", 0))
+    if isa is None or len(shape) != 3 or not heads or not isinstance(shape[2], int):
+        return None
+    inputs = call.xs()
+    given, table = call.shape(3) if call.has(3) else call.shape(1)[:2], call.shape(1)
+    if str(inputs[0].ty.dtype) != "float32" or not call.dims.same_shape(given, shape[:2]):
+        return None
+    if call.has(3):
+        note_positions(call, call.input(3), table[0])
+    head_dim = shape[2] // heads
+    batch, sequence, positions = static([*shape[:2], table[0] if call.has(3) else 0])
+    workload = rotary.Workload(
+        batch=batch,
+        sequence=sequence,
+        heads=heads,
+        head_dim=head_dim,
+        rotary=int(call.attr("rotary_embedding_dim", 0)) or head_dim,
+        interleaved=bool(call.attr("interleaved", 0)),
+        positions=positions,
+    )
+    config = rotary.heuristic(workload, isa)
+    name = rotary.name(workload, config, isa)
+    return call.lowering.call(name, lambda: rotary.build(workload, config, isa), inputs, shape)
+
+
+def _matmul(call: Call) -> Value | None:
+    """Product of two activations with equal batch dimensions, or of one with a shared matrix."""
+    from xopt.kernels import batch_matmul
+
+    isa, left, right = call.lowering.target.isa(), call.shape(0), call.shape(1)
+    shared = len(right) == 2
+    if isa is None or len(left) < 2 or any(str(x.ty.dtype) != "float32" for x in call.xs()):
+        return None
+    if not shared and not call.dims.same_shape(left[:-2], right[:-2]):
+        return None
+    (*batch, m, k) = static(left)
+    workload = batch_matmul.Workload(tuple(batch), m, k, static(right)[-1], shared and len(left) > 2)
+    config = batch_matmul.heuristic(workload, isa)
+    name = batch_matmul.name(workload, config, isa)
+    shape = [*left[:-1], right[-1]]
+    return call.lowering.call(name, lambda: batch_matmul.build(workload, config, isa), call.xs(), shape)
 
 
 def _attention(call: Call) -> Value | None:
@@ -183,6 +245,9 @@ KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {
     ("", "LayerNormalization"): _norm,
     ("", "RMSNormalization"): _norm,
     ("", "Attention"): _attention,
+    ("", "Softmax"): _softmax,
+    ("", "RotaryEmbedding"): _rotary,
+    ("", "MatMul"): _matmul,
     ("", "Conv"): _patches,
 }
 """Emitters by (domain, operator type)."""
