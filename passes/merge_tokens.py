@@ -37,6 +37,7 @@ from xopt.ir.structure import AttentionSite, Block, token_layout, transformer_bl
 from xopt.ir.tokens import TOKENWISE
 from xopt.pipeline.base import Between, Choice, Effect, Pass, PassReport, Strength
 from xopt.pipeline.context import PassContext
+from xopt.pipeline.requirements import require_attention
 
 OPERATOR = {"tome": "MergeTokens", "mctf": "MergeTokensMCTF"}
 FEWEST_EDGES = {"tome": 1, "mctf": 2}
@@ -68,6 +69,9 @@ class MergeTokens(Pass):
     tau_sim: Annotated[float, Between(1e-3, float("inf"))] = 1.0
     tau_info: Annotated[float, Between(1e-3, float("inf"))] = 20.0
     tau_size: Annotated[float, Between(1e-3, float("inf"))] = 40.0
+
+    def requires(self, model: ir.Model, context: PassContext) -> None:
+        require_attention(model, self)
 
     def run(self, model: ir.Model, context: PassContext) -> PassReport:
         report = PassReport(self)

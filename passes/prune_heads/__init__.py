@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from xopt.pipeline.base import Between, Choice, Effect, Pass, PassReport, Strength
+from xopt.pipeline.requirements import require_attention
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,6 +63,10 @@ class PruneHeads(Pass):
     rearrange: bool = False
     compensate: bool = True
     ridge: Annotated[float, Between(1e-6, 1.0)] = 0.03
+
+    def requires(self, model: ir.Model, context: PassContext) -> None:
+        if not self.ffn:
+            require_attention(model, self)
 
     def run(self, model: ir.Model, context: PassContext) -> PassReport:
         from xopt.passes.prune_heads.work import prune  # torch is loaded when a pass runs, not when it is named
