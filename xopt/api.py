@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xopt.data.dataset import Dataset
+from xopt.data.dataset import Dataset, symbol_sizes
 from xopt.errors import XoptError
 from xopt.ir.io import load, output_errors, save
 from xopt.ir.tracing import trace
@@ -124,7 +124,7 @@ def plan(
         threads=threads or physical_cores(),
         seed=seed,
         feeds=feeds,
-        dims=job.symbol_sizes(graph, feeds),
+        dims=symbol_sizes(graph, feeds),
         peers=tuple(job.PEERS if peers is None else peers),
         verify=verify_each,
         dump=None if dump_ir is None else Path(dump_ir),

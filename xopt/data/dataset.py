@@ -172,6 +172,16 @@ class Dataset:
         return cls(random_inputs(model, count, seed, dims or {}), None, f"random inputs, seed {seed}", True)
 
 
+def symbol_sizes(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Size of each symbolic axis of the inputs in ``feeds``."""
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for dim, size in zip(value.shape or (), feeds[str(value.name)].shape if value.name in feeds else ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                sizes.setdefault(str(dim.value), int(size))
+    return sizes
+
+
 def resolve(reference: str, option: str) -> Callable[..., Any]:
     """The function that ``module:function`` or ``file.py:function`` names; InputError E-OPTION.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xopt.data.dataset import symbol_sizes
 from xopt.errors import InputError
 from xopt.measure.latency import Runner
 
@@ -46,8 +48,8 @@ def prepare(
     makers: dict[str, Callable[[], Runner]] = {
         "onnxruntime": lambda: onnxruntime_runner(path, threads),
         "openvino": lambda: openvino_runner(path, threads),
-        "torch": lambda: torch_runner(canonical(), threads),
-        "torch-compile": lambda: torch_runner(canonical(), threads, compiled=True),
+        "torch": lambda: torch_runner(canonical(), feeds, threads),
+        "torch-compile": lambda: torch_runner(canonical(), feeds, threads, compiled=True),
     }
     found = Peers({}, {})
     for name in names:
@@ -56,8 +58,10 @@ def prepare(
                 "E-OPTION", f"unknown runtime {name!r}", where="--peer", cure=f"known are {', '.join(NAMES)}"
             )
         try:
-            runner = makers[name]()
-            runner(feeds)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runner = makers[name]()
+                runner(feeds)
         except ImportError as error:
             found.skipped[name] = f"not installed ({error.name or error})"
         except Exception as error:  # each runtime has its own errors; a peer that fails is left out of the comparison
@@ -95,25 +99,57 @@ def openvino_runner(path: Path, threads: int) -> Runner:
     return run
 
 
-def torch_runner(model: ir.Model, threads: int, *, compiled: bool = False) -> Runner:
-    """The FX view of the canonical model in eager torch, or through ``torch.compile``."""
+def torch_runner(model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int, *, compiled: bool = False) -> Runner:
+    """The model as ATen operators in eager torch, or through ``torch.compile``, for the shapes of ``feeds`` only.
+
+    Shapes are fixed and constants folded first, so that torch gets one graph without breaks.
+    """
     import torch
 
     from xopt.ir.fx import to_fx
 
     torch.set_num_threads(threads)
-    module: Any = to_fx(model).eval()
-    names = [str(output.name) for output in model.graph.outputs]
-    if compiled:
-        module = torch.compile(module)
+    names = list(feeds)
+    outputs = [str(output.name) for output in model.graph.outputs]
+    module = to_fx(_fixed(model, feeds)).eval()
+
+    def forward(*arrays: Any) -> list[Any]:
+        results = module(**dict(zip(names, arrays)))
+        return list(results.values() if isinstance(results, Mapping) else results)
+
+    traced = _traced(forward, [torch.from_numpy(array) for array in feeds.values()])
+    function = torch.compile(traced) if compiled else traced
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            results = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
-        tensors = results.values() if isinstance(results, Mapping) else results
-        return {name: tensor.numpy() for name, tensor in zip(names, tensors)}
+            results = function(*(torch.from_numpy(feeds[name]) for name in names))
+        return {name: tensor.numpy() for name, tensor in zip(outputs, results)}
 
     return run
+
+
+def _traced(forward: Callable[..., list[Any]], arrays: list[Any]) -> Callable[..., list[Any]]:
+    """The ATen operators that ``forward`` runs on ``arrays``; itself where what it runs depends on numbers in them."""
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        with torch.no_grad():
+            traced: Callable[..., list[Any]] = make_fx(forward)(*arrays)
+    except Exception:  # torch has several errors for what it cannot trace, and the module still runs
+        return forward
+    return traced
+
+
+def _fixed(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> ir.Model:
+    from xopt.ir.shapes import bind_dims
+    from xopt.pipeline.context import PassContext
+    from xopt.pipeline.manager import PassManager
+    from xopt.pipeline.registry import create
+
+    bound = bind_dims(model, symbol_sizes(model, feeds))
+    PassManager([create("fold-constants", {})], instruments=()).run(bound, PassContext())
+    return bound
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from xopt.data.dataset import Dataset
 from xopt.data.metrics import Metric
 from xopt.errors import InputError
 from xopt.pipeline import registry, text
-from xopt.pipeline.base import Effect, Pass
+from xopt.pipeline.base import Pass
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -149,18 +149,3 @@ def timed_feeds(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     """The first ``batch`` samples, over again where there are fewer."""
     rows = np.arange(batch) % len(data)
     return {name: np.ascontiguousarray(array[rows]) for name, array in data.inputs.items()}
-
-
-def symbol_sizes(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Size of each symbolic axis of the inputs in ``feeds``."""
-    sizes: dict[str, int] = {}
-    for value in model.graph.inputs:
-        for dim, size in zip(value.shape or (), feeds[str(value.name)].shape if value.name in feeds else ()):
-            if not isinstance(dim, int) and dim.value is not None:
-                sizes.setdefault(str(dim.value), int(size))
-    return sizes
-
-
-def has_lossy(passes: Sequence[Pass]) -> bool:
-    """Whether some pass may change the outputs."""
-    return any(one.effect is Effect.LOSSY for one in passes)
