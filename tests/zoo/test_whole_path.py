@@ -59,6 +59,7 @@ def test_fx_view_equals_the_export(entry: Entry) -> None:
         _close(got.detach().numpy(), original(feeds))
 
 
+SLOW = (pytest.mark.slow,)
 COMPILED = ("vit", "swin", "bert", "gpt2", "llama", "t5", "whisper", "alibi", "soft_cap", "qk_norm", "cross")
 """Between them these show every operator and attention form; the others are compiled in the long run."""
 
@@ -67,7 +68,7 @@ def _compiled_cases() -> list[object]:
     names = {entry.name for entry in (*hf.ENTRIES, *own.ENTRIES)}
     assert set(COMPILED) <= names, set(COMPILED) - names
     return [
-        pytest.param(entry, id=entry.name, marks=() if entry.name in COMPILED else (pytest.mark.slow,))
+        pytest.param(entry, id=entry.name, marks=() if entry.name in COMPILED else SLOW)
         for entry in (*hf.ENTRIES, *own.ENTRIES)
     ]
 
@@ -93,9 +94,7 @@ MERGED = ("vit", "clipvision", "bert", "swin", "whisper", "weights_read")
 def _lossy_cases() -> list[object]:
     quick = {("prune-heads", name) for name in PRUNED} | {("merge-tokens", name) for name in MERGED}
     return [
-        pytest.param(
-            entry, name, id=f"{entry.name}-{name}", marks=() if (name, entry.name) in quick else (pytest.mark.slow,)
-        )
+        pytest.param(entry, name, id=f"{entry.name}-{name}", marks=() if (name, entry.name) in quick else SLOW)
         for entry in (*hf.ENTRIES, *own.ENTRIES)
         for name in LOSSY
     ]
@@ -110,9 +109,9 @@ def test_lossy_pass_rewrites_and_verifies_or_says_why_not(entry: Entry, name: st
     try:
         (step,) = manager.run(model, context)
     except InputError as error:
-        assert error.code == "E-NO-ATTENTION"
-        assert entry.expect.count == 0
-        return
+        if error.code == "E-NO-ATTENTION" and entry.expect.count == 0:
+            return
+        raise
     assert step.report.rewritten > 0 or step.report.refused, "neither done nor refused"
     assert all(refusal.reason for refusal in step.report.refused)
     if step.report.rewritten:

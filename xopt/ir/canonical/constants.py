@@ -33,12 +33,17 @@ GROWING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike")
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Lift constants to initializers of the main graph and fold constant expressions."""
     before = sum(1 for _ in model.graph.all_nodes())
-    for step in (
-        RemoveInitializersFromInputsPass(),
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        LiftSubgraphInitializersToMainGraphPass(),
-    ):
-        step(model)
+    try:
+        for step in (
+            RemoveInitializersFromInputsPass(),
+            LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            LiftSubgraphInitializersToMainGraphPass(),
+        ):
+            step(model)
+    except (ir.passes.PassError, TypeError, ValueError) as error:
+        raise InputError(
+            "E-FORMAT", "a constant cannot be read", where=str(error.__cause__ or error), cure="export the model again"
+        ) from error
     infer_shapes(model)
     _fold(model)
     report.rewrote("fold-constant", max(0, before - sum(1 for _ in model.graph.all_nodes())))
