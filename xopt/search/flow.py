@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 FINAL_ROUNDS = 30
-FINAL_SECONDS = 20.0
+FINAL_SECONDS = 15.0
 
 
 @dataclass
