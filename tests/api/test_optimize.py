@@ -55,6 +55,14 @@ def test_the_steps_say_what_happened(result: api.Result) -> None:
     assert all(step["quality"] == pytest.approx(1.0, abs=1e-6) for step in steps[:-1])
 
 
+def test_passes_see_the_canonical_model_even_when_there_was_nothing_to_rewrite(tmp_path: Path) -> None:
+    """A file in canonical form has no shapes inside; canonicalize infers them, which is no rewrite."""
+    save(model(), tmp_path / "m.onnx")
+    done = xopt.optimize(tmp_path / "m.onnx", target="arm")
+    fused = next(step for step in done.report["steps"] if step["pass"] == "fuse-qkv")
+    assert fused["rewritten"] == 1
+
+
 def test_without_data_quality_is_fidelity_and_says_so(result: api.Result) -> None:
     metric = result.report["metric"]
     assert (metric["name"], metric["synthetic"], metric["baseline"]) == ("cosine", True, 1.0)

@@ -95,7 +95,7 @@ def _passes(job: Job, lab: Lab, cache: StepCache, instruments: Sequence[Instrume
         apply = _applier(manager, context, index, optional=job.optional and one.effect is Effect.LOSSY)
         step = _one_step(one, best, lab, apply, job.max_drop, cache)
         steps.append(step)
-        best = step.candidate if step.kept else best
+        best = step.candidate if step.kept or one.effect is Effect.EXACT else best
         lab.progress(one.name, index, len(manager.passes))
     return Outcome(best, steps, lab.baseline, lab.evaluator.samples)
 

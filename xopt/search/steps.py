@@ -103,7 +103,7 @@ def step_from_record(one: Pass, model: ir.Model, record: dict[str, Any], best: C
     report.refused = [Refusal(**refusal) for refusal in record["refused"]]
     report.numbers = record["numbers"]
     candidate = best
-    if report.rewritten:
+    if report.rewritten or one.effect is Effect.EXACT:
         candidate = Candidate(model, record["quality"], record["drop"], cost(model, lab.dims))
     step = Step(report, record["kept"], record["reason"], candidate, [Trial(**trial) for trial in record["trials"]])
     if (race := record["decision_samples_ms"]) is not None:
@@ -113,15 +113,17 @@ def step_from_record(one: Pass, model: ir.Model, record: dict[str, Any], best: C
 
 
 def exact_step(one: Pass, best: Candidate, lab: Lab, apply: Apply) -> Step:
-    """Run an exact pass: what it computes was verified, so it is kept."""
+    """Run an exact pass: what it computes was verified, so the model goes on with it.
+
+    Also a pass with nothing to rewrite leaves its model: canonicalize has inferred the shapes.
+    """
     from xopt.ir.cost import cost
 
     assert one.effect is Effect.EXACT
     model = best.model.clone()
     report = apply(one, model)
-    if not report.rewritten:
-        return Step(report, False, _nothing(report), best)
-    return Step(report, True, "exact", Candidate(model, best.quality, best.drop, cost(model, lab.dims)))
+    reason = "exact" if report.rewritten else _nothing(report)
+    return Step(report, report.rewritten > 0, reason, Candidate(model, best.quality, best.drop, cost(model, lab.dims)))
 
 
 def lossy_step(one: Pass, best: Candidate, lab: Lab, apply: Apply, max_drop: float | None) -> Step:
