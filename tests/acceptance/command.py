@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMMAND = Path(sys.executable).with_name("xopt")
-DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits" / "digits_vit.onnx"
-"""A trained vision transformer: float32 [batch, 1, 8, 8] -> logits [batch, 10]."""
 LIMIT = 300.0
 """Seconds after which a command hangs."""
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
