@@ -197,7 +197,7 @@ def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
     columns = lowering.value(layer.weight).shape[0 if layer.patches else 1]
     sides = [lowering.tensor(value) for value in (layer.gate, layer.residual) if value is not None]
     workload = gemm.Workload(
-        rows=static(shape[:-1]),
+        rows=leading(shape[:-1]),
         k=int(shape[-1]),
         n=columns,
         bias=layer.bias is not None,
@@ -220,6 +220,16 @@ def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
 def static(shape: Sequence[Dim]) -> tuple[int | None, ...]:
     """A shape as kernels' workloads have it: None where dynamic."""
     return tuple(dim if isinstance(dim, int) else None for dim in shape)
+
+
+def leading(shape: Sequence[Dim]) -> tuple[int | None, ...]:
+    """Leading dimensions for a workload: all of them static, or none.
+
+    One dynamic dimension makes the number of rows dynamic; to know the others gains nothing, and would make a kernel of
+    its own for every token count of a model whose tokens are merged.
+    """
+    known = static(shape)
+    return known if None not in known else (None,) * len(known)
 
 
 def _activation(node: ir.Node | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from xopt.targets.ops.call import Call
-from xopt.targets.ops.fusion import Layer, linear, static
+from xopt.targets.ops.fusion import Layer, leading, linear, static
 from xopt.targets.ops.indexing import note_positions
 from xopt.targets.symbolic import Array, Dim
 
@@ -30,7 +30,7 @@ def _norm(call: Call) -> Value | None:
     if not isinstance(shape[-1], int) or any(c is None or c.shape != (shape[-1],) for c in constants):
         return None
     workload = norm.Workload(
-        rows=static(shape[:-1]),
+        rows=leading(shape[:-1]),
         width=shape[-1],
         epsilon=float(call.attr("epsilon", 1e-5)),
         rms=call.node.op_type == "RMSNormalization",
@@ -52,8 +52,7 @@ def _softmax(call: Call) -> Value | None:
     isa, shape = call.lowering.target.isa(), call.shape()
     if isa is None or call.axis(-1, len(shape)) != len(shape) - 1 or str(call.x().ty.dtype) != "float32":
         return None
-    (*rows, width) = static(shape)
-    workload = softmax.Workload(tuple(rows), width)
+    workload = softmax.Workload(leading(shape[:-1]), static(shape)[-1])
     config = softmax.heuristic(workload, isa)
     name = softmax.name(workload, config, isa)
     return call.lowering.call(name, lambda: softmax.build(workload, config, isa), [call.x()], shape)
@@ -99,8 +98,8 @@ def _matmul(call: Call) -> Value | None:
         return None
     if not shared and not call.dims.same_shape(left[:-2], right[:-2]):
         return None
-    (*batch, m, k) = static(left)
-    workload = batch_matmul.Workload(tuple(batch), m, k, static(right)[-1], shared and len(left) > 2)
+    # One kernel serves every shape: it tiles at run time, and compiles too slowly to have one for each.
+    workload = batch_matmul.Workload((None,) * (len(left) - 2), None, None, None, shared and len(left) > 2)
     config = batch_matmul.heuristic(workload, isa)
     name = batch_matmul.name(workload, config, isa)
     shape = [*left[:-1], right[-1]]
@@ -119,7 +118,11 @@ def _attention(call: Call) -> Value | None:
     if form is None or mask is None:
         return None
     inputs, shape, described = form
+    # One kernel serves all lengths at the speed of a special one, also where merging gives each layer its own.
     workload = attention.Workload(
+        batch=None,
+        queries=None,
+        keys=None,
         scale=float(call.attr("scale", described["head_dim"] ** -0.5)),
         causal=bool(call.attr("is_causal", 0)),
         softcap=float(call.attr("softcap", 0.0)),
@@ -155,9 +158,8 @@ def _merged(call: Call) -> Form | None:
     inputs = [call.lowering.tensor(source) for source in buffers]
     if any(str(x.ty.dtype) != "float32" for x in inputs):
         return None
-    batch, queries, keys = static([q[0], q[1], k[1]])
     d, dv = q[-1] // heads, v[-1] // kv_heads
-    described = {"batch": batch, "queries": queries, "keys": keys, "heads": heads, "kv_heads": kv_heads, **operands}
+    described = {"heads": heads, "kv_heads": kv_heads, **operands}
     return inputs, [q[0], q[1], heads * dv], {**described, "head_dim": d, "v_head_dim": dv}
 
 
@@ -171,10 +173,8 @@ def _heads_first(call: Call) -> Form | None:
         return None
     if not all(isinstance(dim, int) for dim in (q[1], k[1], q[3], v[3])):
         return None
-    batch, queries, keys = static([q[0], q[2], k[2]])
     sizes = {"heads": q[1], "kv_heads": k[1], "head_dim": q[3], "v_head_dim": v[3]}
-    described = {"batch": batch, "queries": queries, "keys": keys, "heads_first": True, **sizes, **separate(**sizes)}
-    return inputs, [*q[:3], v[3]], described
+    return inputs, [*q[:3], v[3]], {"heads_first": True, **sizes, **separate(**sizes)}
 
 
 def _columns_of(call: Call, value: ir.Value) -> tuple[ir.Value, int]:
