@@ -26,7 +26,10 @@ COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64-static"
 SYSROOT = Path("/usr/aarch64-linux-gnu")
 
-_LIBRARIES = {"apache-tvm": ("tvm/lib/libtvm_runtime.so",), "apache-tvm-ffi": ("tvm_ffi/lib/libtvm_ffi.so",)}
+_LIBRARIES = {
+    "apache-tvm": ("tvm/lib/libtvm_runtime.so", "tvm/lib/libtvm_runtime_extra.so"),  # the second sorts, for TopK
+    "apache-tvm-ffi": ("tvm_ffi/lib/libtvm_ffi.so",),
+}
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_24_aarch64", "manylinux2014_aarch64")
 _DTYPE_NAMES = {(0, 8): "int8", (0, 32): "int32", (0, 64): "int64", (1, 8): "uint8", (2, 16): "float16"}
 _DTYPE_NAMES |= {(2, 32): "float32", (2, 64): "float64", (6, 8): "bool"}
@@ -77,7 +80,15 @@ def _build_runner(folder: Path) -> Path:
         return program
     command = [COMPILER, "-std=c++17", "-O2", f"-I{tvm_ffi.libinfo.find_include_path()}", str(source)]
     command += [f"-I{tvm_ffi.libinfo.find_dlpack_include_path()}"]
-    command += [f"-L{folder}", "-ltvm_ffi", "-Wl,--no-as-needed", "-ltvm_runtime", "-o", str(program)]
+    command += [
+        f"-L{folder}",
+        "-ltvm_ffi",
+        "-Wl,--no-as-needed",
+        "-ltvm_runtime",
+        "-ltvm_runtime_extra",
+        "-o",
+        str(program),
+    ]
     _call(command, "building the aarch64 runner")
     return program
 

@@ -12,12 +12,24 @@ import pytest
 from tests.ir import builders
 from xopt import targets
 from xopt.errors import InputError
+from xopt.passes.merge_tokens import MergeTokens
+from xopt.pipeline.context import PassContext
+from xopt.pipeline.manager import PassManager
 from xopt.runtime.manifest import Manifest, manifest_path
 from xopt.runtime.reference import ReferenceSession
 from xopt.runtime.session import Session
 from xopt.targets import arm_runtime
 
-MODELS: dict[str, Callable[[], ir.Model]] = {"vit": builders.vit, "bert": builders.bert, "llama": builders.llama}
+
+def merged_vit() -> ir.Model:
+    """A vision transformer with two merges, whose top-k needs the runtime's sort."""
+    model = builders.vit()
+    (step,) = PassManager([MergeTokens(ratio=0.3)]).run(model, PassContext())
+    assert step.report.rewritten == 2
+    return model
+
+
+MODELS: dict[str, Callable[[], ir.Model]] = {"merged": merged_vit, "bert": builders.bert, "llama": builders.llama}
 
 
 @pytest.fixture(scope="module", autouse=True)
