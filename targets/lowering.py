@@ -190,10 +190,26 @@ class Lowering:
         dtype: str = "float32",
     ) -> relax.Var:
         """Call one of our kernels; ``build`` is asked once for each distinct ``name``."""
+        out = relax.TensorType(list(shape), dtype)
+        return self.emit(relax.call_tir(self._kernel(name, build), list(inputs), out_ty=out))
+
+    def call_for_all(
+        self,
+        name: str,
+        build: Callable[[], tirx.PrimFunc],
+        inputs: Sequence[relax.Expr],
+        shapes: Sequence[Sequence[Dim]],
+    ) -> list[relax.Var]:
+        """Call one of our kernels that has several outputs, float32."""
+        out = [relax.TensorType(list(shape), "float32") for shape in shapes]
+        results = self.emit(relax.call_tir(self._kernel(name, build), list(inputs), out_ty=out))
+        return [self.emit(relax.TupleGetItem(results, index)) for index in range(len(shapes))]
+
+    def _kernel(self, name: str, build: Callable[[], tirx.PrimFunc]) -> tvm.ir.GlobalVar:
         if name not in self._kernels:
             function = build().with_attr("op_pattern", _OPAQUE).with_attr("global_symbol", name)
             self._kernels[name] = self.builder.add_func(function.with_attr("xopt.kernel", True), name)
-        return self.emit(relax.call_tir(self._kernels[name], list(inputs), out_ty=relax.TensorType(list(shape), dtype)))
+        return self._kernels[name]
 
     def aligned(self, tensors: Sequence[relax.Expr]) -> list[relax.Expr]:
         """Tensors whose dimensions broadcast provably: a dimension that only must be equal is checked at run time."""
@@ -332,7 +348,7 @@ def lower(model: ir.Model, target: Target) -> Lowered:
     from xopt.targets.ops import has_kernel
 
     model = model.clone()
-    if InlinePass(criteria=lambda function: not has_kernel(function.domain, function.name))(model).modified:
+    if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     lowering = Lowering(target)

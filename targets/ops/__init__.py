@@ -16,6 +16,7 @@ from xopt.targets.ops import attention, elementwise, fallback, indexing, layout,
 from xopt.targets.ops.call import Call, Emitter
 
 if TYPE_CHECKING:
+    from xopt.targets.base import Target
     from xopt.targets.lowering import Lowering, Value
 
 OPERATORS: dict[tuple[str, str], Emitter] = {
@@ -29,9 +30,9 @@ KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = templates.KERNE
 """Emitters of our kernels by (domain, operator type); None from one means: use the Relax operators."""
 
 
-def has_kernel(domain: str, name: str) -> bool:
-    """Whether an xopt function has a kernel of its own, so that its body is not inlined."""
-    return (domain, name) in KERNELS
+def has_kernel(target: Target, domain: str, name: str) -> bool:
+    """Whether an xopt function has a kernel of its own on a target, so that its body is not inlined."""
+    return (domain, name) in KERNELS and target.isa() is not None
 
 
 def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
@@ -44,7 +45,7 @@ def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     try:
         if (kernel := KERNELS.get(key)) is not None and (result := kernel(call)) is not None:
-            return [result]
+            return result if isinstance(result, list) else [result]
         if (emitter := OPERATORS.get(key)) is not None:
             result = emitter(call)
             return result if isinstance(result, list) else [result]

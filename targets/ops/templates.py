@@ -241,6 +241,27 @@ def _is_patches(call: Call, shape: list[Dim], weight: Array) -> bool:
     )
 
 
+def _merge_tokens(call: Call) -> list[Value]:
+    """Token merging; its body is not inlined where this is used, so it takes everything that the operator means."""
+    from xopt.kernels import merge_tokens
+
+    isa = call.lowering.target.isa()
+    assert isa is not None
+    (batch, tokens, width), metric = call.shape(0), call.shape(1)
+    r = int(call.attr("r")[0])
+    if isinstance(tokens, int) and not 0 <= r <= (tokens + 1) // 2:
+        raise call.unsupported(f"{r} of {tokens} tokens cannot be merged: only every second one is given away")
+    # One kernel serves every layer: token counts are read at run time.
+    sizes = dict(zip(("width", "metric"), static([width, metric[-1]])))
+    protected = int(call.attr("protected", 0))
+    workload = merge_tokens.Workload(batch=None, tokens=None, kept=None, **sizes, protected=protected)
+    config = merge_tokens.heuristic(workload, isa)
+    name = merge_tokens.name(workload, config, isa)
+    kept = tokens - r
+    shapes = [[batch, kept, width], [batch, kept, 1]]
+    return call.lowering.call_for_all(name, lambda: merge_tokens.build(workload, config, isa), call.xs(), shapes)
+
+
 KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {
     ("", "LayerNormalization"): _norm,
     ("", "RMSNormalization"): _norm,
@@ -249,5 +270,6 @@ KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {
     ("", "RotaryEmbedding"): _rotary,
     ("", "MatMul"): _matmul,
     ("", "Conv"): _patches,
+    ("xopt", "MergeTokens"): _merge_tokens,
 }
 """Emitters by (domain, operator type)."""

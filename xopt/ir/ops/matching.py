@@ -81,7 +81,8 @@ def contains(op: Op, chosen: ir.Value, count: ir.Value) -> ir.Value:
     """Bool [B, count]: whether each position is among ``chosen [B, r]``."""
     positions = op.Range(scalar(op, 0), op.Squeeze(count), scalar(op, 1))
     hits = op.Equal(op.Unsqueeze(positions, ints(op, 0, 2)), op.Unsqueeze(chosen, ints(op, 1)))
-    return op.Cast(op.ReduceMax(op.Cast(hits, to=ir.DataType.INT32), ints(op, 2), keepdims=0), to=ir.DataType.BOOL)
+    # A sum, since the largest of none chosen would be the lowest integer, which is true.
+    return op.Cast(op.ReduceSum(op.Cast(hits, to=ir.DataType.INT32), ints(op, 2), keepdims=0), to=ir.DataType.BOOL)
 
 
 def is_protected(op: Op, x: ir.Value, protected: ir.Value) -> ir.Value:
