@@ -49,7 +49,7 @@ class PruneHeads(Pass):
             units already account for each other, and swapping them gained nothing where it was measured.
         compensate: fit the output projections of pruned layers by least squares.
         ridge: penalty of that fit, relative to the mean square of its inputs. More is more robust off the calibration
-            samples, less is closer on them.
+            samples, less is closer on them (the default is from MiniLM on the dev split of STS Benchmark).
     """
 
     name: ClassVar[str] = "prune-heads"
@@ -62,7 +62,7 @@ class PruneHeads(Pass):
     uniform: bool = False
     rearrange: bool = False
     compensate: bool = True
-    ridge: Annotated[float, Between(1e-6, 1.0)] = 0.03
+    ridge: Annotated[float, Between(1e-6, 1.0)] = 0.1
 
     def requires(self, model: ir.Model, context: PassContext) -> None:
         if not self.ffn:

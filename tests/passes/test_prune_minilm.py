@@ -20,11 +20,10 @@ from xopt.passes.prune_heads.scores import fisher, gate_gradients
 from xopt.passes.prune_heads.sites import Site, find_sites
 from xopt.runtime.reference import ReferenceSession
 
-#: At each share of heads and neurons kept, the better of a uniform cut by a second-order score with ridge
-#: compensation and of magnitude without: Spearman on the test split.
-BASELINE = {0.9: 0.8252, 0.75: 0.8178, 0.6: 0.8037, 0.5: 0.7790}
-#: Multiply-accumulates that the uniform cut leaves of all heads and neurons (11, 9, 7 and 6 heads a layer).
-BASELINE_SHARE = {0.9: 0.905, 0.75: 0.75, 0.6: 0.594, 0.5: 0.5}
+#: Spearman on the test split after keeping 90, 75, 60 and 50 % of the heads and neurons of each layer: the better of a
+#: second-order score with ridge compensation and of magnitude without. The keys are the multiply-accumulates that
+#: these cuts (11, 9, 7, 6 heads; 1382, 1152, 922, 768 neurons) leave of all heads and neurons at 128 tokens.
+BASELINE = {0.9059: 0.8252, 0.75: 0.8178, 0.594: 0.8037, 0.5: 0.7790}
 
 
 def sentences(shared_data: Path, minilm_folder: Path, count: int) -> Dataset:
@@ -48,9 +47,11 @@ def test_summary(minilm: ir.Model, few: Dataset) -> None:
     assert report.matched == 12
     assert not report.refused
     assert len(heads) == len(neurons) == 6
-    # The last attention keeps what it has, the last FFN loses most, and the budget goes to the last bundle of neurons.
-    assert heads[5] == max(heads)
-    assert neurons[5] == min(neurons)
+    # The last block makes the output: it keeps its heads and most neurons; the blocks in the middle lose most.
+    assert heads[5] == 12
+    assert max(heads[1:5]) <= 8
+    assert neurons[5] == max(neurons) > 1200
+    assert max(neurons[1:4]) < 768
     assert 0.495 < report.numbers["kept_share"] <= 0.5
     assert report.numbers["error_compensated"] < 0.5 * report.numbers["error_plain"]
     # Heads and neurons are all of this model but the pooler: 384^2 for one token.
@@ -91,7 +92,8 @@ def test_pruned_beats_the_baseline_at_equal_cost(
     keep: float, minilm: ir.Model, shared_data: Path, minilm_folder: Path
 ) -> None:
     report = run(minilm, sentences(shared_data, minilm_folder, 400), keep=keep, ffn=True)
-    assert report.numbers["kept_share"] <= BASELINE_SHARE[keep]
+    assert report.numbers["kept_share"] <= keep
     pairs, scores = stsb.read(shared_data, "test")
     found = stsb.spearman(ReferenceSession(minilm).run, stsb.tokenizer(minilm_folder), pairs, scores)
+    print(f"{keep:g}: {found:.4f}, {report.numbers}")
     assert found > BASELINE[keep]
