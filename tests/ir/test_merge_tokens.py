@@ -97,6 +97,13 @@ def test_ties_go_to_the_lower_position(protected: int) -> None:
     np.testing.assert_allclose(merged, expected, atol=ROUNDING)
 
 
+def test_merging_none_only_reorders() -> None:
+    x = np.arange(14, dtype=np.float32).reshape(1, 7, 2)
+    merged, sizes = run("MergeTokens", x, x, np.ones((1, 7, 1), np.float32), 0, protected=1)
+    np.testing.assert_array_equal(merged, x[:, [0, 2, 4, 6, 1, 3, 5]])
+    np.testing.assert_array_equal(sizes, np.ones((1, 7, 1)))
+
+
 @pytest.mark.parametrize("name", ["MergeTokens", "MergeTokensMCTF"])
 def test_equal_tokens_stay_what_they_are(name: str) -> None:
     x = np.broadcast_to(np.float32([1.5, -2.0, 0.25]), (2, 12, 3)).copy()
