@@ -55,6 +55,11 @@ def xopt(*arguments: object, env: Mapping[str, str] | None = None, preexec: Call
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def heed_interrupts() -> None:
+    """In a child before it starts: undo the "ignore SIGINT" that a test run in the background has inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(stage: str, *arguments: object, env: Mapping[str, str] | None = None) -> Done:
     """Run ``xopt`` on a terminal, and press Ctrl-C as soon as its progress bar names ``stage``.
 
@@ -67,6 +72,7 @@ def interrupted(stage: str, *arguments: object, env: Mapping[str, str] | None = 
         stderr=writer,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120", **(env or {})},
     )
     os.close(writer)

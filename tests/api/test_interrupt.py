@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import xopt
+from tests.acceptance.command import heed_interrupts
 from tests.ir import builders
 from xopt import api
 from xopt.errors import InputError
@@ -24,7 +25,9 @@ def test_sigint_ends_with_one_line_and_no_output(tmp_path: Path) -> None:
     save(builders.vit(layers=2), tmp_path / "model.onnx")
     cache = tmp_path / ".out.xopt-cache"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(COMMAND, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        COMMAND, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as running:
         while running.poll() is None and not cache.exists():  # until the first pass is done
             pass
         running.send_signal(signal.SIGINT)

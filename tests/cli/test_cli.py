@@ -36,8 +36,10 @@ Run = Callable[..., Answer]
 
 
 @pytest.fixture
-def xopt(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command in this process."""
+def xopt(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs the command in this process, in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
     def run(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["xopt", *map(str, arguments)])
