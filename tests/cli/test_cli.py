@@ -36,10 +36,11 @@ Run = Callable[..., Answer]
 
 
 @pytest.fixture
-def xopt(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def xopt(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """Runs the command in this process, in an empty folder."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
     def run(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["xopt", *map(str, arguments)])
