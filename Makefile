@@ -52,4 +52,4 @@ bench: $(STAMP)
 	$(BIN)/xopt bench examples/digits/digits_vit.onnx --peers --data examples/digits/test.npz --batch 32
 
 clean:
-	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf out build .venv/.xopt-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
