@@ -205,6 +205,10 @@ class Lowering:
         results = self.emit(relax.call_tir(self._kernel(name, build), list(inputs), out_ty=out))
         return [self.emit(relax.TupleGetItem(results, index)) for index in range(len(shapes))]
 
+    def config(self, family: Any, workload: Any) -> Any:
+        """The configuration of a kernel family (a module of `xopt.kernels`) for a workload on the target."""
+        return family.heuristic(workload, self.target.isa())
+
     def _kernel(self, name: str, build: Callable[[], tirx.PrimFunc]) -> tvm.ir.GlobalVar:
         if name not in self._kernels:
             function = build().with_attr("op_pattern", _OPAQUE).with_attr("global_symbol", name)

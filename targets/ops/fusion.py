@@ -205,7 +205,7 @@ def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
         residual=layer.residual is not None,
         **_activation(layer.activation),
     )
-    config = gemm.heuristic(workload, isa)
+    config = lowering.config(gemm, workload)
     panels = (config.vectors, isa.lanes)
     inputs = [
         x,

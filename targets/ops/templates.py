@@ -36,7 +36,7 @@ def _norm(call: Call) -> Value | None:
         rms=call.node.op_type == "RMSNormalization",
         bias=call.has(2),
     )
-    config = norm.heuristic(workload, isa)
+    config = call.lowering.config(norm, workload)
     vectors = [
         call.lowering.packed(call.input(index), ("vector", isa.lanes), lambda v: norm.pack_vector(v, isa))
         for index in range(1, 3)
@@ -53,7 +53,7 @@ def _softmax(call: Call) -> Value | None:
     if isa is None or call.axis(-1, len(shape)) != len(shape) - 1 or str(call.x().ty.dtype) != "float32":
         return None
     workload = softmax.Workload(leading(shape[:-1]), static(shape)[-1])
-    config = softmax.heuristic(workload, isa)
+    config = call.lowering.config(softmax, workload)
     name = softmax.name(workload, config, isa)
     return call.lowering.call(name, lambda: softmax.build(workload, config, isa), [call.x()], shape)
 
@@ -83,7 +83,7 @@ def _rotary(call: Call) -> Value | None:
         interleaved=bool(call.attr("interleaved", 0)),
         positions=positions,
     )
-    config = rotary.heuristic(workload, isa)
+    config = call.lowering.config(rotary, workload)
     name = rotary.name(workload, config, isa)
     return call.lowering.call(name, lambda: rotary.build(workload, config, isa), inputs, shape)
 
@@ -100,7 +100,7 @@ def _matmul(call: Call) -> Value | None:
         return None
     # One kernel serves every shape: it tiles at run time, and compiles too slowly to have one for each.
     workload = batch_matmul.Workload((None,) * (len(left) - 2), None, None, None, shared and len(left) > 2)
-    config = batch_matmul.heuristic(workload, isa)
+    config = call.lowering.config(batch_matmul, workload)
     name = batch_matmul.name(workload, config, isa)
     shape = [*left[:-1], right[-1]]
     return call.lowering.call(name, lambda: batch_matmul.build(workload, config, isa), call.xs(), shape)
@@ -131,7 +131,7 @@ def _attention(call: Call) -> Value | None:
     )
     if call.has(3):
         inputs.append(call.x(3))
-    config = attention.heuristic(workload, isa)
+    config = call.lowering.config(attention, workload)
     name = attention.name(workload, config, isa)
     return call.lowering.call(name, lambda: attention.build(workload, config, isa), inputs, shape)
 
@@ -255,7 +255,7 @@ def _merge_tokens(call: Call) -> list[Value]:
     sizes = dict(zip(("width", "metric"), static([width, metric[-1]])))
     protected = int(call.attr("protected", 0))
     workload = merge_tokens.Workload(batch=None, tokens=None, kept=None, **sizes, protected=protected)
-    config = merge_tokens.heuristic(workload, isa)
+    config = call.lowering.config(merge_tokens, workload)
     name = merge_tokens.name(workload, config, isa)
     kept = tokens - r
     shapes = [[batch, kept, width], [batch, kept, 1]]
