@@ -124,14 +124,14 @@ def nan_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "code", "clue"),
     [
-        (truncated, "E-FORMAT", "bad.onnx"),
-        (empty, "E-FORMAT", "bad.onnx"),
+        (truncated, "E-FORMAT", "truncated"),
+        (empty, "E-FORMAT", "no ONNX graph"),
         (wrong_magic, "E-FORMAT", "zip archive"),
         (missing_data, "E-EXTERNAL-DATA", "weights.bin"),
         (short_data, "E-EXTERNAL-DATA", "weights.bin"),
-        (escaping_data, "E-EXTERNAL-DATA", "bad.onnx"),
-        (linked_data, "E-EXTERNAL-DATA", "bad.onnx"),
-        (foreign_op, "E-UNSUPPORTED-OP", "Sparkle"),
+        (escaping_data, "E-EXTERNAL-DATA", "outside"),
+        (linked_data, "E-EXTERNAL-DATA", "outside"),
+        (foreign_op, "E-UNSUPPORTED-OP", "Sparkle is not standard ONNX, node "),
         (unknown_op, "E-UNSUPPORTED-OP", "MatMull"),
         (nan_weights, "E-NAN-WEIGHTS", "tensor"),
     ],
@@ -142,6 +142,7 @@ def test_a_bad_model(
     spoil(tmp_path)
     message = xopt("optimize", tmp_path / "bad.onnx", "-o", place / "out", env=env).refused(code)
     assert clue in message
+    assert "bad.onnx" in message
     assert "root:" not in message  # nothing of a file outside of the model's folder
 
 

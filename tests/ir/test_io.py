@@ -205,7 +205,17 @@ def test_foreign_op(path: Path) -> None:
         model.graph.node[2].domain = "com.microsoft"
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
-    assert "com.microsoft::MatMul" in str(refused(edited(path, change), "E-UNSUPPORTED-OP"))
+    message = str(refused(edited(path, change), "E-UNSUPPORTED-OP"))
+    assert "com.microsoft::MatMul" in message
+    assert str(path) in message
+
+
+def test_foreign_op_in_a_function(path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.functions[0].node[-1].domain = "com.microsoft"
+        model.functions[0].opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+    assert "com.microsoft::Add" in str(refused(edited(path, change), "E-UNSUPPORTED-OP"))
 
 
 def test_unknown_op(path: Path) -> None:

@@ -76,11 +76,19 @@ def check_graph(model: ir.Model) -> None:
 
 
 def check_nodes(model: ir.Model) -> None:
-    """Check nodes, attributes and names by ONNX's own checker, on a copy without weights.
+    """Check that every op has a meaning; nodes, attributes and names by ONNX's own checker, on a copy without weights.
 
     Raises:
         InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``.
     """
+    for node in model.graph.all_nodes():
+        if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
+            raise InputError(
+                "E-UNSUPPORTED-OP",
+                f"op {node.domain}::{node.op_type} is not standard ONNX",
+                where=f"node {node.name!r}",
+                cure="export the model without optimizations for one runtime",
+            )
     try:
         with bounded_memory():
             proto = without_weights(model)

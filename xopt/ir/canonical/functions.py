@@ -16,18 +16,11 @@ from xopt.ir.io import check_nodes
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
-    """Inline every function but xopt's own; refuse ops that then are left without a meaning."""
+    """Inline every function but xopt's own."""
     if model.functions:
         _inline(model, report)
     NameFixPass()(model)
     for node in model.graph.all_nodes():
-        if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
-            raise InputError(
-                "E-UNSUPPORTED-OP",
-                f"op {node.domain}::{node.op_type} is not standard ONNX",
-                where=f"node {node.name!r}",
-                cure="export the model without optimizations for one runtime",
-            )
         node.domain = "" if node.domain == "ai.onnx" else node.domain
 
 
@@ -39,5 +32,7 @@ def _inline(model: ir.Model, report: CanonicalizeReport) -> None:
             "E-FORMAT", f"local functions cannot be inlined: {error}", cure="export the model without them"
         ) from error
     report.rewrote("inline-function", sum(getattr(result, "id_count", {}).values()))
-    check_nodes(model)  # bodies now have the attributes of their calls, of whatever type
+    check_nodes(
+        model
+    )  # bodies now have the attributes of their calls, of whatever type, and ops of no meaning may come to light
     RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
