@@ -194,7 +194,7 @@ def gemm_case(name: str, m: int, k: int, n: int, activation: str, residual: bool
     b = rng.standard_normal(n).astype(np.float32)
     workload = gemm.Workload((None,), k, n, bias=True, activation=activation, residual=residual)
     config = gemm.heuristic(workload, isa())
-    inputs = [a, gemm.pack_weight(w, config, isa()), gemm.pack_bias(b, config, isa()), *([r] if residual else [])]
+    inputs = [a, gemm.pack_weight(w, config, isa()), gemm.pack_columns(b, config, isa()), *([r] if residual else [])]
     xopt, result = compiled(gemm, workload, *inputs, out=(m, n))
     ta, tw, tb, tr = (torch.from_numpy(array) for array in (a, w.T.copy(), b, r))
     gelu = torch.nn.functional.gelu

@@ -7,6 +7,7 @@ registers.  All index arithmetic is int64, as the symbolic dimensions are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from tvm import s_tir, tirx
@@ -24,13 +25,27 @@ def prim_func(name: str, body: Callable[[], None]) -> PrimFunc:
 
     Relax's analyses need a root block; the loop nest inside it is final and never scheduled.
     """
+    _llvm_texts.clear()
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
         body()
     func = builder.get()
-    root = s_tir.SBlock([], [], [], "root", func.body)
+    nest = func.body
+    for text in _llvm_texts.values():
+        nest = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", text, nest)
+    root = s_tir.SBlock([], [], [], "root", nest)
     return func.with_body(s_tir.SBlockRealize([], True, root))
+
+
+_llvm_texts: dict[str, str] = {}
+"""LLVM functions that the kernel being emitted calls."""
+
+
+def llvm_function(name: str, text: str, dtype: str, *arguments: Expr) -> Expr:
+    """Call a function given as LLVM assembly, which is inlined: for what TVM's own types cannot say."""
+    _llvm_texts[name] = text
+    return tirx.call_pure_extern(dtype, name, *arguments)
 
 
 def i64(value: int | Expr) -> Expr:
@@ -166,8 +181,8 @@ def put(buffer: Buffer, value: Expr, *index: int | Expr) -> None:
 def partial_load(buffer: Buffer, *index: int | Expr, count: int | Expr, lanes: int, fill: Expr | None = None) -> Expr:
     """The first ``count`` neighbours, then ``fill`` (zeros), without reading past them."""
     *outer, last = index
-    spill = local((lanes,))
-    store(spill, splat(0.0, lanes) if fill is None else fill, 0, lanes=lanes)
+    spill = local((lanes,), buffer.dtype)
+    store(spill, splat(0, lanes, buffer.dtype) if fill is None else fill, 0, lanes=lanes)
     with serial(count) as lane:
         put(spill, buffer[(*(i64(i) for i in outer), i64(last) + lane)], lane)
     return load(spill, 0, lanes=lanes)
@@ -176,7 +191,7 @@ def partial_load(buffer: Buffer, *index: int | Expr, count: int | Expr, lanes: i
 def partial_store(buffer: Buffer, value: Expr, *index: int | Expr, count: int | Expr, lanes: int) -> None:
     """Store the first ``count`` lanes."""
     *outer, last = index
-    spill = local((lanes,))
+    spill = local((lanes,), buffer.dtype)
     store(spill, value, 0, lanes=lanes)
     with serial(count) as lane:
         put(buffer, spill[lane], *outer, i64(last) + lane)
@@ -220,6 +235,17 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
     return square
 
 
+@dataclass(frozen=True)
+class Dot:
+    """One step of a sum of products: ``step(acc, factor, operand)`` on vectors; ``dtype`` is that of the sums."""
+
+    dtype: str
+    step: Callable[[Expr, Expr, Expr], Expr]
+
+
+FLOAT32_FMA = Dot("float32", lambda acc, factor, operand: acc + factor * operand)
+
+
 def outer_product(
     rows: int,
     vectors: int,
@@ -232,18 +258,20 @@ def outer_product(
     chains: int,
     start: Callable[[int, int], Expr] | None = None,
     ahead: Callable[[Expr], None] | None = None,
+    dot: Dot = FLOAT32_FMA,
 ) -> None:
     """The register tile: ``acc[r, v] = start(r, v) + sum_k row_value(r, k) * vector_value(v, k)``.
 
     Each sum then goes through ``finish(r, v, acc)``.  ``row_value`` is a scalar that is broadcast, ``vector_value`` a
-    vector.  A tile with too few accumulators to hide the latency sums several k at once in separate chains.
-    ``ahead(k)``, if given, is emitted once for each step: a place for prefetches.
+    vector; ``dot`` says what multiplying and adding them means.  A tile with too few accumulators to hide the latency
+    sums several k at once in separate chains.  ``ahead(k)``, if given, is emitted once for each step: a place for
+    prefetches.
     """
     split = 1
     while 2 * split * rows * vectors <= 2 * chains and split < 8:
         split *= 2
-    acc = local((split, rows, vectors, lanes))
-    zero = splat(0.0, lanes)
+    acc = local((split, rows, vectors, lanes), dot.dtype)
+    zero = splat(0, lanes, dot.dtype)
     for s in range(split):
         for r in range(rows):
             for v in range(vectors):
@@ -257,7 +285,7 @@ def outer_product(
         for r in range(rows):
             factor = let(splat(row_value(r, k), lanes))
             for v in range(vectors):
-                store(acc, load(acc, s, r, v, 0, lanes=lanes) + factor * operands[v], s, r, v, 0, lanes=lanes)
+                store(acc, dot.step(load(acc, s, r, v, 0, lanes=lanes), factor, operands[v]), s, r, v, 0, lanes=lanes)
 
     trips = depth // split
     with serial(trips) as k:

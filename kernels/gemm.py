@@ -7,6 +7,13 @@
 The M rows are split evenly over the row blocks, so each block holds ``MT`` rows or a few less: one specialized tile per
 row count, chosen at run time, and no masked work for any M.  When A outgrows the cache, the rows are walked in groups.
 Ragged N: W and bias are padded with zeros, the last columns are stored one by one.
+
+A and W are float32, bfloat16 or int8 (see `xopt.kernels.precision`); sums are float32 or int32, and the epilogue is
+float32.  For int8, with x = scale_a (q - zero_point) and w = scale_w[n] q:
+
+    C[m, n] = act(scale[n] * (sum_k a[m, k] w[k, n] - offset[n]) + bias[n]) ...
+              scale = scale_a scale_w[n]     offset = zero_point * sum_k w[k, n], where the integer sum starts
+
 Source    Goto, van de Geijn (2008): panels packed for a register tile; a rank-1 update per step.
 """
 
@@ -15,11 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from xopt.kernels import vector
+from xopt.kernels import precision, vector
 from xopt.kernels.emit import (
     Buffer,
     Expr,
@@ -38,16 +46,19 @@ from xopt.kernels.emit import (
     outer_product,
     parallel,
     partial_load,
-    partial_store,
     prefetch,
     prim_func,
     product,
     serial,
+    splat,
     store,
     switch,
     when,
 )
 from xopt.kernels.isa import Isa
+from xopt.kernels.precision import Precision, Result
+
+Array: TypeAlias = npt.NDArray[Any]
 
 VERSION = 1
 MOST_ROWS = 14  # every row count is a copy of the tile: more of them cost compile time and gain little
@@ -62,11 +73,13 @@ class Workload:
         rows: leading dimensions of A and C, None where dynamic: ``(None,)`` is A[M, K], ``(None, None)`` A[B, S, K].
         k: input features.
         n: output features.
-        bias: add a vector [N padded] (see `pack_bias`) before the activation.
+        bias: add a vector [N padded] (see `pack_columns`) before the activation.
         activation: "none", "gelu", "gelu-tanh", "swish" or "relu".
         alpha: the factor inside swish.
         gate: multiply by a tensor shaped like C, after the activation.
         residual: add a tensor shaped like C, last.
+        operands: "float32", "bfloat16" or "int8", the precision of A and W.
+        results: formats that C is written in, each a tensor of its own: "float32", "bfloat16", "uint8".
     """
 
     rows: tuple[int | None, ...]
@@ -77,6 +90,13 @@ class Workload:
     alpha: float = 1.0
     gate: bool = False
     residual: bool = False
+    operands: str = "float32"
+    results: tuple[str, ...] = ("float32",)
+
+    @property
+    def precision(self) -> Precision:
+        """How A and W lie in memory."""
+        return precision.BY_NAME[self.operands]
 
     @property
     def m(self) -> int | None:
@@ -122,19 +142,30 @@ def heuristic(workload: Workload, isa: Isa) -> Config:
     return Config(min(mt, workload.m) if workload.m else mt, best)
 
 
-def pack_weight(weight: npt.NDArray[np.float32], config: Config, isa: Isa) -> npt.NDArray[np.float32]:
-    """W [K, N] as panels [ceil(N / NT), K, vectors, lanes], zero padded."""
+def pack_weight(weight: Array, config: Config, isa: Isa, operands: str = "float32") -> Array:
+    """W [K, N] (float32; int8 for "int8") as panels [ceil(N / NT), ceil(K / pack), vectors, lanes * pack], zero padded.
+
+    ``pack`` neighbours along K of one column lie side by side.
+    """
+    form = precision.BY_NAME[operands]
     k, n = weight.shape
     panel = config.panel(isa)
-    padded = np.zeros((k, -(-n // panel) * panel), np.float32)
-    padded[:, :n] = weight
-    panels = padded.reshape(k, -1, config.vectors, isa.lanes).transpose(1, 0, 2, 3)
-    return np.ascontiguousarray(panels)
+    values = precision.to_bfloat16(weight) if operands == "bfloat16" else weight.astype(form.weight)
+    padded = np.zeros((form.padded(k), -(-n // panel) * panel), form.weight)
+    padded[:k, :n] = values
+    split = padded.reshape(-1, form.pack, padded.shape[1] // panel, config.vectors, isa.lanes)
+    panels = split.transpose(2, 0, 3, 4, 1)
+    return np.ascontiguousarray(panels).reshape(*panels.shape[:3], -1)
 
 
-def pack_bias(bias: npt.NDArray[np.float32], config: Config, isa: Isa) -> npt.NDArray[np.float32]:
-    """Bias [N], zero padded to whole panels."""
-    return np.pad(bias.astype(np.float32), (0, -len(bias) % config.panel(isa)))
+def pack_columns(values: Array, config: Config, isa: Isa) -> Array:
+    """One number per column [N] (bias, scale, offset), zero padded to whole panels."""
+    return np.pad(values, (0, -len(values) % config.panel(isa)))
+
+
+def offset(weight: npt.NDArray[np.int8], zero_point: int) -> npt.NDArray[np.int32]:
+    """What int8 sums over K are too large by, because activations are stored with a zero point."""
+    return (zero_point * weight.astype(np.int64).sum(axis=0)).astype(np.int32)
 
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:
@@ -143,48 +174,65 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     parts += [part for part in ("bias", "gate", "residual") if getattr(workload, part)]
     if workload.activation != "none":
         parts.append(workload.activation.replace("-", "_") + f"{workload.alpha:g}".replace(".", "p"))
-    return "_".join([*parts, isa.name, f"{config.mt}x{config.vectors}"])
+    parts += precision.suffix(workload.operands, workload.results)
+    return "_".join([*parts, isa.name.replace("-", "_"), f"{config.mt}x{config.vectors}"])
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
-    """The kernel over (A [*rows, K], W packed, [bias packed], [gate], [residual], C [*rows, N]), all float32."""
+    """The kernel over (A [*rows, K], W packed, [scale, offset], [bias], [gate], [residual], [quantization], C...).
+
+    A [*rows, K padded] holds what `Precision.activation` says; scale and offset (int32) come with int8, quantization
+    with a "uint8" result (`xopt.kernels.precision.Result`); C [*rows, N] comes once for each format.
+    """
     w = workload
+    form = w.precision
     lanes, vectors, nt = isa.lanes, config.vectors, config.panel(isa)
     panels = -(-w.n // nt)
+    depth = form.padded(w.k) // form.pack
 
     def body() -> None:
         rows = dims(w.rows, "m")
-        a_full = argument("a", (*rows, w.k))
-        weight = argument("w", (panels, w.k, vectors, lanes))
+        a_full = argument("a", (*rows, form.padded(w.k)), form.activation)
+        weight = argument("w", (panels, depth, vectors, lanes * form.pack), form.weight)
+        scale, start = (
+            (argument("scale", (panels * nt,)), argument("offset", (panels * nt,), "int32"))
+            if form is precision.INT8
+            else (None, None)
+        )
         bias = argument("bias", (panels * nt,)) if w.bias else None
         sides = {side: argument(side, (*rows, w.n)) for side in ("gate", "residual") if getattr(w, side)}
-        c_full = argument("c", (*rows, w.n))
+        quantization = precision.quantization_argument(w.results)
+        c_full = precision.result_arguments("c", w.results, (*rows, w.n))
         m = let(product(rows))
-        a = flat(a_full, (m, w.k))
-        c = flat(c_full, (m, w.n))
-        epilogue = _Epilogue(w, isa, bias, {side: flat(t, (m, w.n)) for side, t in sides.items()}, c)
+        a = flat(a_full, (m, form.padded(w.k)))
+        result = Result(c_full, quantization, lanes).flat((m, w.n))
+        epilogue = _Epilogue(w, isa, scale, bias, {side: flat(t, (m, w.n)) for side, t in sides.items()}, result)
 
         blocks = let(at_least_one(ceil_div(m, config.mt)))
-        groups = let(at_least_one(ceil_div(m * (4 * w.k), GROUP_BYTES)))
+        groups = let(at_least_one(ceil_div(m * (4 * depth), GROUP_BYTES)))
         group = let(ceil_div(blocks, groups))
         with parallel(groups * panels * group) as task:
             panel = bind(task // group % panels)
             block = bind(task // (group * panels) * group + task % group)
             low = bind(block * m // blocks)
             count = bind((block + 1) * m // blocks - low)
-            stage = local((config.mt, nt))
+            stage = local((config.mt, nt), form.accumulator)
             line = bind(block % vectors)
 
             def tile(count: int) -> None:
                 outer_product(
                     count,
                     vectors,
-                    w.k,
-                    lambda r, k: a[low + r, k],
-                    lambda v, k: load(weight, panel, k, v, 0, lanes=lanes),
+                    depth,
+                    lambda r, k: precision.scalar_lane(a, form, low + r, k),
+                    lambda v, k: precision.vector_lanes(weight, form, panel, k, v, 0, lanes=lanes),
                     lambda r, v, acc: store(stage, acc, r, v * lanes, lanes=lanes),
                     lanes=lanes,
                     chains=isa.chains,
+                    start=None
+                    if start is None
+                    else lambda r, v: splat(0, lanes, "int32") - load(start, panel * nt + v * lanes, lanes=lanes),
+                    dot=precision.dot(form, isa),
                     # A model's weights fit no cache: each block fetches a share of the next panel.  So few rows
                     # come only as a single block, which memory limits anyway.
                     ahead=None if 2 * count <= config.mt else lambda k: prefetch(weight, panel + 1, k, line, 0),
@@ -210,13 +258,14 @@ def _counts(m: int | None, mt: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Epilogue:
-    """Bias, activation, gate and residual of one row of a tile, and the store into C."""
+    """Scale, bias, activation, gate and residual of one row of a tile, and the store into C."""
 
     workload: Workload
     isa: Isa
+    scale: Buffer | None
     bias: Buffer | None
     sides: dict[str, Buffer]
-    c: Buffer
+    c: Result
 
     def row(self, stage: Buffer, stage_row: Expr, row: Expr, panel: Expr, nt: int) -> None:
         full = self.workload.n // nt
@@ -238,17 +287,19 @@ class _Epilogue:
             with serial(vectors) as v:
                 column = bind(first + v * lanes)
                 sides = {side: load(t, row, column, lanes=lanes) for side, t in self.sides.items()}
-                store(self.c, self.value(stage, stage_row, v * lanes, column, sides), row, column, lanes=lanes)
+                self.c.store(self.value(stage, stage_row, v * lanes, column, sides), row, column)
         if tail := width % lanes:
             offset = width - tail
             column = first + offset
             sides = {side: partial_load(t, row, column, count=tail, lanes=lanes) for side, t in self.sides.items()}
             value = self.value(stage, stage_row, offset, column, sides)
-            partial_store(self.c, value, row, column, count=tail, lanes=lanes)
+            self.c.partial_store(value, row, column, count=tail)
 
     def value(self, stage: Buffer, stage_row: Expr, offset: int | Expr, column: Expr, sides: dict[str, Expr]) -> Expr:
         lanes = self.isa.lanes
         value = load(stage, stage_row, offset, lanes=lanes)
+        if self.scale is not None:
+            value = value.astype(f"float32x{lanes}") * load(self.scale, column, lanes=lanes)
         if self.bias is not None:
             value = value + load(self.bias, column, lanes=lanes)
         value = keep(value, lanes)

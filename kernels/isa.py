@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,16 @@ class Isa:
         lanes: float32 values in one vector register.
         registers: architectural vector registers.
         chains: independent multiply-adds in flight that hide the latency (pipes times latency).
+        vnni: has VPDPBUSD (four products of bytes a lane).
+        bf16: has VDPBF16PS (two products of bfloat16 a lane).
     """
 
     name: str
     lanes: int
     registers: int
     chains: int
+    vnni: bool = False
+    bf16: bool = False
 
     def tile_rows(self, vectors: int) -> int:
         """Rows of an outer-product tile ``vectors`` wide: accumulators, one row of operands and a broadcast fit."""
@@ -27,7 +31,9 @@ class Isa:
 
 
 AVX512 = Isa("avx512", lanes=16, registers=32, chains=8)
+AVX512_VNNI = replace(AVX512, name="avx512-vnni", vnni=True)
+AVX512_BF16 = replace(AVX512, name="avx512-bf16", vnni=True, bf16=True)
 AVX2 = Isa("avx2", lanes=8, registers=16, chains=8)
 NEON = Isa("neon", lanes=4, registers=32, chains=8)
 
-BY_NAME = {isa.name: isa for isa in (AVX512, AVX2, NEON)}
+BY_NAME = {isa.name: isa for isa in (AVX512, AVX512_VNNI, AVX512_BF16, AVX2, NEON)}

@@ -212,7 +212,7 @@ def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
         lowering.packed(layer.weight, panels, lambda array: gemm.pack_weight(layer.matrix(array), config, isa)),
     ]
     if layer.bias is not None:
-        inputs.append(lowering.packed(layer.bias, panels, lambda array: gemm.pack_bias(array.reshape(-1), config, isa)))
+        inputs.append(lowering.packed(layer.bias, panels, lambda array: gemm.pack_columns(array.reshape(-1), config, isa)))
     name = gemm.name(workload, config, isa)
     return lowering.call(name, lambda: gemm.build(workload, config, isa), [*inputs, *sides], [*shape[:-1], columns])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -33,9 +33,10 @@ def compiled() -> Callable[..., Kernel]:
                 cache[name] = tvm.compile(family.build(workload, config, isa), target)
         function = cache[name][name]
 
-        def run(*inputs: np.ndarray, out: list[tuple[int, ...]]) -> list[np.ndarray]:
+        def run(*inputs: np.ndarray, out: list[tuple[int, ...]], dtypes: Sequence[str] = ()) -> list[np.ndarray]:
             # A value that no kernel writes by chance: an element left out is seen.
-            outputs = [tvm.runtime.tensor(np.full(shape, 12345.0, np.float32)) for shape in out]
+            kinds = dtypes or ["float32"] * len(out)
+            outputs = [tvm.runtime.tensor(np.full(shape, 123, dtype)) for shape, dtype in zip(out, kinds, strict=True)]
             function(*(tvm.runtime.tensor(array) for array in inputs), *outputs)
             return [output.numpy() for output in outputs]
 

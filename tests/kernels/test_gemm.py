@@ -43,7 +43,7 @@ def check(compiled, workload: gemm.Workload, isa: Isa, lead: tuple[int, ...], se
     expected = a.astype(np.float64) @ weight
     scale = np.abs(a.astype(np.float64)) @ np.abs(weight)
     if workload.bias:
-        inputs.append(gemm.pack_bias(bias, config, isa))
+        inputs.append(gemm.pack_columns(bias, config, isa))
         expected, scale = expected + bias, scale + np.abs(bias)
     expected = activate(workload, expected)
     if workload.gate:
@@ -107,7 +107,7 @@ def test_nan_and_infinity_stay_in_their_row(compiled):
     a = np.ones((5, 16), np.float32)
     a[1, 3], a[2, 0] = np.nan, np.inf
     weight = gemm.pack_weight(np.ones((16, 40), np.float32), config, AVX512)
-    bias = gemm.pack_bias(np.zeros(40, np.float32), config, AVX512)
+    bias = gemm.pack_columns(np.zeros(40, np.float32), config, AVX512)
     [c] = compiled(gemm, workload, AVX512, config)(a, weight, bias, out=[(5, 40)])
     assert np.isnan(c[1]).all() and np.isposinf(c[2]).all() and np.isfinite(c[[0, 3, 4]]).all()
 
