@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -122,7 +123,10 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
 
 
 def _check_space(folder: Path, weights: int) -> None:
-    """Refuse a full disk before LLVM meets it, which would end the process; OSError ENOSPC."""
+    """Refuse a full disk, or a limit on files, before LLVM meets it and ends the process; OSError ENOSPC or EFBIG."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < max(weights, CODE_SPACE):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder))
     if shutil.disk_usage(folder).free < weights + CODE_SPACE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 

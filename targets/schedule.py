@@ -32,8 +32,28 @@ def schedule_leftovers(module: tvm.IRModule, _context: tvm.transform.PassContext
     result = tvm.IRModule(module.functions, attrs=module.attrs)
     for variable, function in module.functions.items():
         if isinstance(function, tirx.PrimFunc) and not function.attrs.get("xopt.kernel", False):
-            result[variable] = scheduled(function)
+            result[variable] = unscoped(scheduled(function))
     return result
+
+
+def unscoped(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Without the pragma by which TVM's scatters group statements: its code generator warns that it knows no such one."""
+    return function.with_body(_unscoped(function.body))
+
+
+def _unscoped(part: Any) -> Any:
+    match part:
+        case tirx.AttrStmt(attr_key="pragma_scope"):
+            return _unscoped(part.body)
+        case tirx.SeqStmt():
+            return tirx.SeqStmt([_unscoped(statement) for statement in part.seq])
+        case s_tir.SBlockRealize():
+            return s_tir.SBlockRealize(part.iter_values, part.predicate, _unscoped(part.block), part.span)
+        case s_tir.SBlock():
+            regions = (part.iter_vars, part.reads, part.writes, part.name_hint)
+            rest = (part.init, part.alloc_buffers, part.match_buffers, part.annotations, part.span)
+            return s_tir.SBlock(*regions, _unscoped(part.body), *rest)
+    return part
 
 
 def scheduled(function: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.data.dataset import Dataset, symbol_sizes
-from xopt.errors import XoptError
 from xopt.ir.io import load, output_errors, save
 from xopt.ir.tracing import trace
 from xopt.pipeline.context import silent
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from xopt.pipeline.base import Pass
     from xopt.pipeline.instruments import Instrument
     from xopt.runtime.session import Session
+    from xopt.search.cache import StepCache
     from xopt.search.flow import Outcome
     from xopt.search.job import Job
     from xopt.targets.base import Target
@@ -144,7 +144,7 @@ def run_plan(
     Args:
         job: the plan.
         progress: called with (stage, done, total).
-        cache: folder that finished steps are kept in until the end; None keeps none.
+        cache: folder that finished steps are kept in until the result is saved; None keeps none.
         resume: take finished steps from the cache.
         instruments: what watches the passes, besides the verification and the dumps of the plan.
     """
@@ -162,14 +162,9 @@ def run_plan(
         watching.insert(0, VerifyEach())
     folder = tempfile.TemporaryDirectory(prefix="xopt-", ignore_cleanup_errors=True)
     steps = StepCache(cache, job, resume=resume)
-    try:
+    with steps.guarded():
         outcome = run(job, Path(folder.name), steps, instruments=watching, progress=progress)
-    except XoptError:  # the same again would fail again
-        steps.forget()
-        raise
-    result = Result(outcome.best.model, outcome, job, record(job, outcome), folder)
-    steps.forget()
-    return result
+    return Result(outcome.best.model, outcome, job, record(job, outcome), steps, folder)
 
 
 def compile(
@@ -220,6 +215,7 @@ class Result:
     outcome: Outcome
     job: Job
     report: dict[str, Any]
+    _steps: StepCache
     _folder: tempfile.TemporaryDirectory[str]
 
     def session(self) -> Session:
@@ -243,7 +239,7 @@ class Result:
         from xopt.search.proof import prove
 
         output = Path(output)
-        with replacing(output) as folder:
+        with self._steps.guarded(), replacing(output) as folder:
             save(export(self.model, inline=True), folder / "model.onnx")
             artifact = self.outcome.best.artifact
             assert artifact is not None
@@ -255,4 +251,5 @@ class Result:
             (folder / "pipeline.yaml").write_text(to_yaml(kept), encoding="utf-8")
             (folder / "report.json").write_text(to_json(self.report), encoding="utf-8")
             write_page(self.report, folder / "report.html")
+        self._steps.forget()
         return output

@@ -16,7 +16,7 @@ import xopt
 from tests.ir import builders
 from xopt import api
 from xopt.data.dataset import Dataset
-from xopt.errors import InputError
+from xopt.errors import InputError, VerificationError
 from xopt.ir.io import save
 from xopt.ir.shapes import bind_dims
 from xopt.pipeline.manager import PassManager
@@ -134,7 +134,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     result = api.run_plan(job, cache=tmp_path / "cache", resume=True)
     assert set(ran) == {"prune-heads"}
     assert [s["pass"] for s in result.report["steps"]][:2] == ["canonicalize", "fold-constants"]
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError) as caught:
+        result.save(tmp_path / "taken")
+    assert caught.value.code == "E-OUTPUT"
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 6  # a place that cannot be written does not lose them
+    result.save(tmp_path / "out")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_would_fail_again_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*anything: object) -> None:
+        raise VerificationError("E-VERIFY", "they differ")
+
+    result = api.run_plan(api.plan(model(), peers=(), target="arm"), cache=tmp_path / "cache")
+    monkeypatch.setattr("xopt.search.proof.prove", broken)
+    with pytest.raises(VerificationError):
+        result.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_of_another_job_is_not_used(tmp_path: Path) -> None:

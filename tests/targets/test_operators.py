@@ -102,7 +102,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("op", "inputs", "kind", "out", "rest"), CASES)
-def test_operator(op: str, inputs: dict[str, Any], kind: ir.DataType, out: ir.DataType, rest: dict[str, Any]) -> None:
+def test_operator(
+    op: str,
+    inputs: dict[str, Any],
+    kind: ir.DataType,
+    out: ir.DataType,
+    rest: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     given = {name: content for name, content in inputs.items() if isinstance(content, list)}
     model = node_model(op, inputs, dtypes=dict.fromkeys(given, kind), output_type=out, **rest)
     feeds = {name: data(shape, kind) for name, shape in given.items()}
@@ -110,6 +117,7 @@ def test_operator(op: str, inputs: dict[str, Any], kind: ir.DataType, out: ir.Da
         assert ours.shape == theirs.shape
         # Float32 rounding of a handful of operations; integers and booleans are exact.
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6)
+    assert "pragma" not in capfd.readouterr().err  # the compiler has nothing to complain about
 
 
 def test_dynamic_dimension_in_range_and_fill() -> None:

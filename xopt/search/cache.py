@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xopt.errors import InputError
+from xopt.errors import InputError, XoptError
 from xopt.measure.machine import versions
 from xopt.pipeline import text
 
@@ -75,6 +77,16 @@ class StepCache:
         partial = folder / f"{self._state}.partial"
         partial.write_text(json.dumps(record), encoding="utf-8")
         partial.replace(folder / f"{self._state}.json")
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Forget everything when the block fails with an error that would come again; a full disk would not."""
+        try:
+            yield
+        except XoptError as error:
+            if error.code != "E-OUTPUT":
+                self.forget()
+            raise
 
     def forget(self) -> None:
         """Remove everything: the job is done."""
