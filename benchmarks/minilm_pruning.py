@@ -5,8 +5,9 @@
 Curves: the scores fisher, optin and magnitude, with and without compensation, with the budget shared out over all
 layers or the same in each; at the multiply-accumulates that are left by keeping 90, 75, 60 and 50 % of the heads and
 neurons of each layer. Calibrated on 400 unlabelled sentences of the training split. The models of the first curve are
-compiled by xopt and exported for onnxruntime, and timed in turns, on one sentence of 32 tokens. The file gets every
-sample of the timing; a run that was interrupted goes on where it stopped.
+compiled by xopt and exported for onnxruntime, and stay in a folder; ``--time`` times them in turns, on one sentence of
+32 tokens, and needs a quiet machine. The file gets every sample of the timing; a run that was interrupted goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,20 +107,24 @@ def spearman(run: Runner, split: Split) -> float:
 
 
 def variants() -> dict[str, PruneHeads]:
-    """Every point of every curve, by name; the pass as it is by default comes first."""
+    """Every point of every curve, by name: the pass as it is by default, the other scores, the plainer allocations."""
     found = {}
-    for share, keep in BUDGETS.items():
-        for score, compensate, uniform in itertools.product(
-            ("fisher", "optin", "magnitude"), (True, False), (False, True)
-        ):
-            words = [score, "compensated" if compensate else "plain", "uniform" if uniform else "global"]
+    scores = ("fisher", "optin", "magnitude")
+    for uniform, compensate, score in itertools.product((False, True), (True, False), scores):
+        words = [score, "compensated" if compensate else "plain", "uniform" if uniform else "global"]
+        for share, keep in BUDGETS.items():
             found[f"{' '.join(words)} {share:g}"] = PruneHeads(
                 keep=keep, ffn=True, score=score, compensate=compensate, uniform=uniform
             )
-        for compensate in (True, False):
-            words = f"fisher {'compensated' if compensate else 'plain'} global rearranged"
-            found[f"{words} {share:g}"] = PruneHeads(keep=keep, ffn=True, compensate=compensate, rearrange=True)
+    for compensate, (share, keep) in itertools.product((True, False), BUDGETS.items()):
+        words = ["fisher", "compensated" if compensate else "plain", "global rearranged"]
+        found[f"{' '.join(words)} {share:g}"] = PruneHeads(keep=keep, ffn=True, compensate=compensate, rearrange=True)
     return found
+
+
+def is_default(name: str) -> bool:
+    """Whether a point is of the first curve, whose models are timed."""
+    return name.rpartition(" ")[0] == "fisher compensated global"
 
 
 def measure_quality(model: ir.Model, splits: Mapping[str, Split], threads: int) -> dict[str, float]:
@@ -128,20 +132,22 @@ def measure_quality(model: ir.Model, splits: Mapping[str, Split], threads: int) 
     return {name: spearman(session.run, split) for name, split in splits.items()}
 
 
-def measure_latency(models: Mapping[str, ir.Model], threads: int, target: str) -> dict[str, dict[str, list[float]]]:
+def keep_compiled(model: ir.Model, folder: Path, target: str) -> None:
+    """Put a model into a folder as onnxruntime and as xopt run it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    xopt.ir.save(xopt.ir.export(model), folder / "model.onnx")
+    targets.compile(model, targets.get(target), folder / "model.so")
+
+
+def measure_latency(folder: Path, names: Sequence[str], threads: int) -> dict[str, dict[str, list[float]]]:
     """Samples in milliseconds by model and runtime, all in turns."""
     feeds = {name: np.ones((1, LENGTH), np.int64) for name in ("input_ids", "attention_mask")}
     runners: dict[str, Runner] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for index, (name, model) in enumerate(models.items()):
-            place = Path(folder, str(index))
-            place.mkdir()
-            xopt.ir.save(xopt.ir.export(model), place / "model.onnx")
-            runners[f"{name}/onnxruntime"] = onnxruntime_runner(place / "model.onnx", threads)
-            artifact = targets.compile(model, targets.get(target), place / "model.so")
-            runners[f"{name}/xopt"] = Session.load(artifact, threads=threads).run
-        with pinned(threads):
-            times = interleaved(runners, feeds, rounds=40, seconds=60.0 * len(models))
+    for name in names:
+        runners[f"{name}/onnxruntime"] = onnxruntime_runner(folder / name / "model.onnx", threads)
+        runners[f"{name}/xopt"] = Session.load(folder / name / "model.so", threads=threads).run
+    with pinned(threads):
+        times = interleaved(runners, feeds, rounds=40, seconds=60.0)
     found: dict[str, dict[str, list[float]]] = {}
     for key, latency in times.items():
         name, _, runtime = key.rpartition("/")
@@ -168,48 +174,62 @@ def _main() -> None:
     parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration sentences")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-latency", action="store_true", help="Spearman and MACs alone")
+    parser.add_argument("--models", type=Path, default=Path("build/minilm_pruning"), help="where compiled models stay")
+    parser.add_argument("--time", action="store_true", help="only time the models that an earlier run has left")
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)
-    splits = {name: Split.read(arguments.data, name, tokenizer) for name in ("train", "dev", "test")}
-    samples = calibration(splits.pop("train"), arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        minilm(Path(folder, "minilm.onnx"))
-        original = xopt.ir.load(Path(folder, "minilm.onnx"))
-        xopt.ir.canonicalize(original)
-        results = _resume(arguments.output, arguments.seed)
-        whole = cost(original, {}).macs
-        results["unpruned"] = {"macs": whole, "spearman": measure_quality(original, splits, arguments.threads)}
+    results = _resume(arguments.output, arguments.seed)
+    if arguments.time:
+        names = ["unpruned", *filter(is_default, variants())]
+        results["latency_ms"] = measure_latency(arguments.models, names, arguments.threads)
+        results["latency_setting"] = {
+            "batch": 1,
+            "tokens": LENGTH,
+            "threads": arguments.threads,
+            "load": round(os.getloadavg()[0], 2),
+        }
+        _write(arguments.output, results)
+    else:
         chosen = {name: one for name, one in variants().items() if arguments.only in name}
-        timed = {"unpruned": original}
-        for name, one in chosen.items():
-            default = name.startswith("fisher compensated global ") and "rearranged" not in name
-            timing = default and not arguments.no_latency
-            if name in results["pruned"] and not timing:
-                continue
-            model = original.clone()
-            start = time.perf_counter()
-            report = one.run(model, PassContext(calibration=samples))
-            seconds = time.perf_counter() - start
-            results["pruned"][name] = {
-                "options": one.values(),
-                **report.numbers,
-                "seconds": round(seconds, 1),
-                "spearman": measure_quality(model, splits, arguments.threads),
-            }
-            print(f"{name}: {results['pruned'][name]['spearman']}", file=sys.stderr, flush=True)
-            _write(arguments.output, results)
-            if timing:
-                timed[name] = model
-        if not arguments.no_latency:
-            results["latency_ms"] = measure_latency(timed, arguments.threads, "cpu")
-            results["latency_setting"] = {"batch": 1, "tokens": LENGTH, "threads": arguments.threads}
-    _write(arguments.output, results)
+        _prune(chosen, results, arguments)
     print(table(results))
     for name, runtimes in results.get("latency_ms", {}).items():
         medians = "  ".join(f"{runtime} {np.median(ms):.3f} ms" for runtime, ms in runtimes.items())
         print(f"{name:38} {medians}")
+
+
+def _prune(chosen: Mapping[str, PruneHeads], results: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Fill in the points that are missing; every point is on disk once it is known."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)
+    splits = {name: Split.read(arguments.data, name, tokenizer) for name in ("train", "dev", "test")}
+    samples = calibration(splits.pop("train"), arguments.seed)
+    arguments.models.mkdir(parents=True, exist_ok=True)
+    minilm(arguments.models / "minilm.onnx")
+    original = xopt.ir.load(arguments.models / "minilm.onnx")
+    xopt.ir.canonicalize(original)
+    if "unpruned" not in results:
+        quality = measure_quality(original, splits, arguments.threads)
+        results["unpruned"] = {"macs": cost(original, {}).macs, "spearman": quality}
+    if not Path(arguments.models, "unpruned", "model.so").exists():
+        keep_compiled(original, arguments.models / "unpruned", "cpu")
+    for name, one in chosen.items():
+        place = arguments.models / name
+        timed = is_default(name) and not (place / "model.so").exists()
+        if name in results["pruned"] and not timed:
+            continue
+        model = original.clone()
+        start = time.perf_counter()
+        report = one.run(model, PassContext(calibration=samples))
+        results["pruned"][name] = {
+            "options": one.values(),
+            **report.numbers,
+            "seconds": round(time.perf_counter() - start, 1),
+            "spearman": measure_quality(model, splits, arguments.threads),
+        }
+        print(f"{name}: {results['pruned'][name]['spearman']}", file=sys.stderr, flush=True)
+        _write(arguments.output, results)
+        if timed:
+            keep_compiled(model, place, "cpu")
 
 
 def _resume(path: Path, seed: int) -> dict[str, Any]:
@@ -224,7 +244,8 @@ def _resume(path: Path, seed: int) -> dict[str, Any]:
     if path.exists():
         earlier = json.loads(path.read_text())
         if earlier["calibration"] == record["calibration"]:
-            record["pruned"] = earlier["pruned"]
+            kept = ("unpruned", "pruned", "latency_ms", "latency_setting")
+            record |= {key: earlier[key] for key in kept if key in earlier}
     return record
 
 
