@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from xopt.errors import InputError
 from xopt.runtime.manifest import machine_features
+from xopt.targets.database import Configs, Heuristics
 
 if TYPE_CHECKING:
     import tvm
@@ -24,12 +25,14 @@ class Target(ABC):
         tile: widths that are multiples of this run at full speed; structured pruning snaps to it.
         device: kind of memory the code works on, as the runtime numbers it (DLPack: 1 is the CPU, 2 is CUDA).
         linker: the C++ compiler that links the generated code.
+        configs: chooses the configuration of each kernel.
     """
 
     name: str
     tile: int = 8
     device: int = 1
     linker: ClassVar[str] = "g++"
+    configs: Configs = Heuristics()
 
     @abstractmethod
     def tvm_target(self) -> tvm.target.Target:
