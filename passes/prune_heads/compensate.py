@@ -18,10 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from xopt.passes.prune_heads.replay import Batch, Replay
+from xopt.passes.prune_heads.replay import Replay
 from xopt.passes.prune_heads.sites import Site
 from xopt.pipeline.context import silent
 from xopt.recover.ridge import Moments, Solution
+from xopt.recover.samples import Batch
 
 Indices = npt.NDArray[np.int64]
 

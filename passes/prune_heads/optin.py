@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from xopt.passes.prune_heads.compensate import weights
-from xopt.passes.prune_heads.replay import Batch
 from xopt.passes.prune_heads.sites import Site
 from xopt.pipeline.context import silent
+from xopt.recover.samples import Batch
 
 Array = npt.NDArray[np.float64]
 

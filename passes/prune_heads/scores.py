@@ -21,10 +21,10 @@ from torch import Tensor, fx
 
 from xopt.ir.dependency import Member
 from xopt.ir.fx import run_with_values
-from xopt.passes.prune_heads.replay import Batch
 from xopt.passes.prune_heads.sites import Site
 from xopt.pipeline.context import silent
 from xopt.recover.ridge import Moments
+from xopt.recover.samples import Batch
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[str, int, int], None]

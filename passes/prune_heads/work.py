@@ -21,11 +21,11 @@ from xopt.passes.prune_heads.compensate import Refit, refit
 from xopt.passes.prune_heads.latency import latency_costs
 from xopt.passes.prune_heads.optin import optin
 from xopt.passes.prune_heads.rearrange import rearrange
-from xopt.passes.prune_heads.replay import Batch, batches
 from xopt.passes.prune_heads.scores import fisher, gate_gradients, magnitude
 from xopt.passes.prune_heads.sites import Site, find_sites
 from xopt.pipeline.base import PassReport
 from xopt.pipeline.context import PassContext
+from xopt.recover.samples import Batch, batches
 
 if TYPE_CHECKING:
     from xopt.passes.prune_heads import PruneHeads

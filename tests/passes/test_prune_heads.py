@@ -18,11 +18,11 @@ from xopt.ir.structure import transformer_blocks
 from xopt.passes import PruneHeads
 from xopt.passes.prune_heads import work
 from xopt.passes.prune_heads.optin import optin
-from xopt.passes.prune_heads.replay import batches
 from xopt.passes.prune_heads.scores import fisher, gate_gradients
 from xopt.passes.prune_heads.sites import Site, find_sites
 from xopt.pipeline import text
 from xopt.pipeline.context import PassContext
+from xopt.recover.samples import batches
 from xopt.runtime.reference import ReferenceSession
 
 

@@ -15,9 +15,10 @@ from xopt.ir.cost import cost
 from xopt.ir.fx import to_fx
 from xopt.ir.structure import transformer_blocks
 from xopt.passes.prune_heads.optin import optin
-from xopt.passes.prune_heads.replay import Replay, batches
+from xopt.passes.prune_heads.replay import Replay
 from xopt.passes.prune_heads.scores import fisher, gate_gradients
 from xopt.passes.prune_heads.sites import Site, find_sites
+from xopt.recover.samples import batches
 from xopt.runtime.reference import ReferenceSession
 
 #: Spearman on the test split after keeping 90, 75, 60 and 50 % of the heads and neurons of each layer: the better of a
