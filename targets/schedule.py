@@ -37,7 +37,7 @@ def schedule_leftovers(module: tvm.IRModule, _context: tvm.transform.PassContext
 
 
 def unscoped(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Without the pragma by which TVM's scatters group statements: its code generator warns that it knows no such one."""
+    """Without the pragma by which TVM's scatters group statements: its code generator warns of it."""
     return function.with_body(_unscoped(function.body))
 
 
