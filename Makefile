@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PYTHONSAFEPATH := 1
 
 # The set-up is repeated when a source file comes or goes, or when what it installs changes.
-STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' -o -name '*.cc' -o -name '*.j2' -o -name '*.js' -o -name '*.css' | sort; \
+STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' -o -name '*.cc' -o -name '*.j2' -o -name '*.js' -o -name '*.css' -o -name '*.jsonl' | sort; \
 	cat pyproject.toml constraints.txt .ci/system_packages.sh; } | sha256sum | cut -c 1-12)
 STAMP := .venv/.xopt-$(STATE)
 WORKERS ?= 2
