@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from xopt.passes.fuse_qkv import FuseQKV
     from xopt.passes.merge_tokens import MergeTokens
     from xopt.passes.prune_heads import PruneHeads
+    from xopt.passes.quantize import Quantize
 
 __all__ = [
     "Canonicalize",
@@ -24,6 +25,7 @@ __all__ = [
     "FuseQKV",
     "MergeTokens",
     "PruneHeads",
+    "Quantize",
 ]
 
 _MODULES = {attribute: module for module, _, attribute in (path.partition(":") for path in BUILT_IN.values())}
