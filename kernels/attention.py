@@ -174,7 +174,7 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     parts += [f"scale{_token(w.scale)}"] + [f"softcap{_token(w.softcap)}"] * (w.softcap > 0)
     if w.mask != "none":
         parts.append(w.mask + "".join("1" if extent == 1 else "n" for extent in w.mask_shape))
-    parts += [isa.name, f"{config.vectors}x{config.block}x{config.key_rows}x{config.value_rows}"]
+    parts += [isa.token, f"{config.vectors}x{config.block}x{config.key_rows}x{config.value_rows}"]
     return "_".join(parts)
 
 

@@ -92,7 +92,7 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     w = workload
     shape = "x".join("any" if extent is None else str(extent) for extent in (*w.batch, w.m, w.k, w.n))
     kind = "batch_matmul_shared" if w.shared else "batch_matmul"
-    return f"{kind}_{shape}_{isa.name}_{config.mt}x{config.vectors}"
+    return f"{kind}_{shape}_{isa.token}_{config.mt}x{config.vectors}"
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:

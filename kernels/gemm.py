@@ -165,7 +165,8 @@ def pack_columns(values: Array, config: Config, isa: Isa) -> Array:
 
 def offset(weight: npt.NDArray[np.int8], zero_point: int) -> npt.NDArray[np.int32]:
     """What int8 sums over K are too large by, because activations are stored with a zero point."""
-    return (zero_point * weight.astype(np.int64).sum(axis=0)).astype(np.int32)
+    sums: npt.NDArray[np.int32] = weight.astype(np.int32).sum(axis=0, dtype=np.int32)
+    return np.multiply(sums, zero_point, dtype=np.int32)
 
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:
@@ -175,7 +176,7 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     if workload.activation != "none":
         parts.append(workload.activation.replace("-", "_") + f"{workload.alpha:g}".replace(".", "p"))
     parts += precision.suffix(workload.operands, workload.results)
-    return "_".join([*parts, isa.name.replace("-", "_"), f"{config.mt}x{config.vectors}"])
+    return "_".join([*parts, isa.token, f"{config.mt}x{config.vectors}"])
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:

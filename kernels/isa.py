@@ -25,6 +25,11 @@ class Isa:
     vnni: bool = False
     bf16: bool = False
 
+    @property
+    def token(self) -> str:
+        """The name as part of an identifier."""
+        return self.name.replace("-", "_")
+
     def tile_rows(self, vectors: int) -> int:
         """Rows of an outer-product tile ``vectors`` wide: accumulators, one row of operands and a broadcast fit."""
         return max(1, (self.registers - 1 - vectors) // vectors)

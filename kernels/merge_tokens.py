@@ -99,7 +99,7 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     w = workload
     extents = (w.batch, w.tokens, w.kept, w.width, w.metric)
     shape = "x".join("any" if extent is None else str(extent) for extent in extents)
-    return f"merge_tokens_{shape}_{w.protected}_{isa.name}_{config.mt}x{config.vectors}"
+    return f"merge_tokens_{shape}_{w.protected}_{isa.token}_{config.mt}x{config.vectors}"
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
+from xopt.kernels import precision
 from xopt.kernels.emit import (
     Buffer,
     Expr,
@@ -32,7 +33,6 @@ from xopt.kernels.emit import (
     local,
     parallel,
     partial_load,
-    partial_store,
     prim_func,
     product,
     put,
@@ -42,6 +42,7 @@ from xopt.kernels.emit import (
     store,
 )
 from xopt.kernels.isa import Isa
+from xopt.kernels.precision import Result
 
 VERSION = 1
 
@@ -56,7 +57,8 @@ class Workload:
         epsilon: added to the variance (or mean square).
         rms: RMSNormalization: no mean, no bias.
         bias: LayerNormalization with its bias.
-        residual: normalize x + r, and also give x + r as a second output.
+        residual: normalize x + r, and also give x + r as a first output.
+        results: formats that the normalized rows are written in: "float32", "bfloat16", "uint8".
     """
 
     rows: tuple[int | None, ...]
@@ -65,6 +67,7 @@ class Workload:
     rms: bool = False
     bias: bool = True
     residual: bool = False
+    results: tuple[str, ...] = ("float32",)
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,25 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     kind = "rms_norm" if workload.rms else "layer_norm"
     parts = [part for part in ("bias", "residual") if getattr(workload, part) and not (part == "bias" and workload.rms)]
     epsilon = f"{workload.epsilon:g}".replace("-", "m").replace(".", "p").replace("+", "")
-    return "_".join([kind, rows, str(workload.width), epsilon, *parts, isa.name, str(config.chains)])
+    return "_".join(
+        [
+            kind,
+            rows,
+            str(workload.width),
+            epsilon,
+            *parts,
+            *precision.suffix("float32", workload.results),
+            isa.token,
+            str(config.chains),
+        ]
+    )
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
-    """The kernel over (X [*rows, D], [R], scale, [bias], [X + R], Y); scale and bias packed by `pack_vector`."""
+    """The kernel over (X [*rows, D], [R], scale, [bias], [quantization], [X + R], Y...), packed by `pack_vector`.
+
+    Y comes once for each format; quantization belongs to "uint8" (`xopt.kernels.precision.Result`).
+    """
     w, lanes = workload, isa.lanes
     padded = -(-w.width // lanes) * lanes
 
@@ -109,10 +126,12 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         r_full = argument("r", shape) if w.residual else None
         scale = argument("scale", (padded,))
         bias = argument("bias", (padded,)) if w.bias and not w.rms else None
+        quantization = precision.quantization_argument(w.results)
         sum_full = argument("sum", shape) if w.residual else None
-        y_full = argument("y", shape)
+        y_full = Result(precision.result_arguments("y", w.results, shape), quantization, lanes)
         m = let(product(rows))
-        x, r, total, y = (t if t is None else flat(t, (m, w.width)) for t in (x_full, r_full, sum_full, y_full))
+        x, r, total = (t if t is None else flat(t, (m, w.width)) for t in (x_full, r_full, sum_full))
+        y = y_full.flat((m, w.width))
         with parallel(m) as row:
             if r is not None:
                 _add(x, r, total, row, w.width, lanes)
@@ -133,7 +152,7 @@ def _add(x: Buffer, r: Buffer, total: Buffer, row: Expr, width: int, lanes: int)
 
 
 def _normalize(
-    w: Workload, config: Config, isa: Isa, x: Buffer, scale: Buffer, bias: Buffer | None, y: Buffer, row: Expr
+    w: Workload, config: Config, isa: Isa, x: Buffer, scale: Buffer, bias: Buffer | None, y: Result, row: Expr
 ) -> None:
     lanes = isa.lanes
     mean = None if w.rms else _mean(w, config, isa, x, row)
@@ -149,11 +168,11 @@ def _normalize(
     if whole:
         with serial(whole) as v:
             column = v * lanes
-            store(y, normalized(load(x, row, column, lanes=lanes), column), row, column, lanes=lanes)
+            y.store(normalized(load(x, row, column, lanes=lanes), column), row, column)
     if tail:
         column = whole * lanes
-        partial_store(y, normalized(partial_load(x, row, column, count=tail, lanes=lanes), column), row, column,
-                      count=tail, lanes=lanes)  # fmt: skip
+        value = normalized(partial_load(x, row, column, count=tail, lanes=lanes), column)
+        y.partial_store(value, row, column, count=tail)
 
 
 def _mean(w: Workload, config: Config, isa: Isa, x: Buffer, row: Expr, centre: Expr | None = None) -> Expr:

@@ -77,7 +77,7 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     w = workload
     shape = "x".join("any" if e is None else str(e) for e in (w.batch, w.sequence, w.heads, w.head_dim, w.rotary))
     table = "any" if w.positions is None else str(w.positions)
-    return f"rotary_{'pairs' if w.interleaved else 'halves'}_{shape}_{table}_{isa.name}"
+    return f"rotary_{'pairs' if w.interleaved else 'halves'}_{shape}_{table}_{isa.token}"
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:

@@ -63,7 +63,7 @@ def heuristic(workload: Workload, isa: Isa) -> Config:
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:
     shape = "x".join("any" if extent is None else str(extent) for extent in (*workload.rows, workload.width))
-    return f"softmax_{shape}_{isa.name}"
+    return f"softmax_{shape}_{isa.token}"
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:

@@ -44,7 +44,14 @@ def get(name: str) -> Target:
     raise InputError("E-TARGET", f"unknown target {name!r}", cure=f"use one of {', '.join(NAMES)}")
 
 
-def compile(model: ir.Model, target: Target | str, path: Path, *, dims: Mapping[str, int] | None = None) -> Path:
+def compile(
+    model: ir.Model,
+    target: Target | str,
+    path: Path,
+    *,
+    dims: Mapping[str, int] | None = None,
+    precision: str = "fp32",
+) -> Path:
     """Compile a canonical model into an artifact: ``path`` (a ``.so``), its weights and its manifest beside it.
 
     Args:
@@ -52,13 +59,17 @@ def compile(model: ir.Model, target: Target | str, path: Path, *, dims: Mapping[
         target: a target or its name.
         path: the library to write, such as ``out/model.so``.
         dims: symbolic dimensions to fix by name; the others stay dynamic.
+        precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
 
     Returns:
         ``path``.
 
     Raises:
-        InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT.
+        InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT; E-OPTION for an unknown precision.
     """
     from xopt.targets.build import compile_model
+    from xopt.targets.formats import PRECISIONS
 
-    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)
+    if precision not in PRECISIONS:
+        raise InputError("E-OPTION", f"unknown precision {precision!r}", cure=f"use one of {', '.join(PRECISIONS)}")
+    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims, precision)

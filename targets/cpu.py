@@ -70,7 +70,12 @@ class CpuTarget(Target):
         return platform.machine() == "x86_64" and set(self.features()) <= cpu_features()
 
     def isa(self) -> Isa | None:
-        """AVX-512: 32 registers of 16 float32 lanes; AVX2: 16 of 8."""
-        from xopt.kernels.isa import AVX2, AVX512
+        """AVX-512: 32 registers of 16 float32 lanes; AVX2: 16 of 8; with the dot products that this machine has."""
+        from xopt.kernels.isa import AVX2, AVX512, AVX512_BF16, AVX512_VNNI
 
-        return AVX512 if self._wide else AVX2
+        if not self._wide:
+            return AVX2
+        here = set(self.features())
+        if {"avx512_vnni", "avx512_bf16"} <= here:
+            return AVX512_BF16
+        return AVX512_VNNI if "avx512_vnni" in here else AVX512

@@ -22,13 +22,23 @@ from tvm.tirx.analysis import undefined_vars
 from xopt.errors import InputError
 from xopt.ir.shapes import infer_shapes
 from xopt.runtime.manifest import TensorInfo
+from xopt.targets.formats import (
+    FLOAT32,
+    Format,
+    Formatted,
+    decoded,
+    dequantize,
+    dequantized,
+    plan_formats,
+)
 from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Array, Dim, Dimensions, Ints, UndecidedError, evaluate, known
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
 
 Value: TypeAlias = Any
-"""An ONNX value while lowering: a run-time tensor, a constant, or a small integer tensor known by its shapes."""
+"""An ONNX value while lowering: a run-time tensor (or several, in different formats), a constant, or a small integer
+tensor known by its shapes."""
 
 
 @dataclass
@@ -47,6 +57,8 @@ class Lowering:
     """The state of one walk: values so far, weights so far, and the Relax function being built."""
 
     target: Target
+    precision: str = "fp32"
+    wanted: dict[ir.Value, tuple[Format, ...]] = field(default_factory=dict)
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
     dims: Dimensions = field(default_factory=Dimensions)
     values: dict[ir.Value, Value] = field(default_factory=dict)
@@ -60,14 +72,24 @@ class Lowering:
 
     # -- values ----------------------------------------------------------------------------------------------------
     def value(self, value: ir.Value) -> Value:
-        """What ``value`` was lowered to; initializers become constants."""
-        if value not in self.values and value.const_value is not None:
-            self.values[value] = value.const_value.numpy()
+        """What ``value`` was lowered to; initializers, also dequantized ones, become constants."""
+        if value not in self.values:
+            if value.const_value is not None:
+                self.values[value] = value.const_value.numpy()
+            elif (node := dequantized(value)) is not None:
+                self.values[value] = dequantize(node)
         return self.values[value]
 
     def tensor(self, value: ir.Value) -> relax.Expr:
-        """``value`` as a run-time tensor."""
+        """``value`` as a run-time tensor of its own type."""
         content = self.value(value)
+        if isinstance(content, Formatted):
+            if FLOAT32 not in content.tensors:
+                form, stored = next(iter(content.tensors.items()))
+                content.tensors[FLOAT32] = self.compute(
+                    "from_" + form.name, self.shape_of(stored), lambda x, *i: decoded(x(*i), form), stored
+                )
+            return content.tensors[FLOAT32]
         if isinstance(content, np.ndarray):
             return self.constant(content, value.name or "", key=value)
         if isinstance(content, Ints):
@@ -132,7 +154,7 @@ class Lowering:
             return list(content.shape)
         if isinstance(content, Ints):
             return list(content.array.shape)
-        return self.shape_of(content)
+        return self.shape_of(content.any if isinstance(content, Formatted) else content)
 
     def shape_of(self, expression: relax.Expr) -> list[Dim]:
         """The shape of a run-time tensor."""
@@ -199,11 +221,79 @@ class Lowering:
         build: Callable[[], tirx.PrimFunc],
         inputs: Sequence[relax.Expr],
         shapes: Sequence[Sequence[Dim]],
+        dtypes: Sequence[str] = (),
     ) -> list[relax.Var]:
-        """Call one of our kernels that has several outputs, float32."""
-        out = [relax.TensorType(list(shape), "float32") for shape in shapes]
+        """Call one of our kernels that has several outputs, float32 unless ``dtypes`` says otherwise."""
+        kinds = dtypes or ["float32"] * len(shapes)
+        out = [relax.TensorType(list(shape), dtype) for shape, dtype in zip(shapes, kinds, strict=True)]
         results = self.emit(relax.call_tir(self._kernel(name, build), list(inputs), out_ty=out))
         return [self.emit(relax.TupleGetItem(results, index)) for index in range(len(shapes))]
+
+    def call_formats(
+        self,
+        name: str,
+        build: Callable[[], tirx.PrimFunc],
+        inputs: Sequence[relax.Expr],
+        shape: Sequence[Dim],
+        formats: Sequence[Format],
+    ) -> Value:
+        """Call one of our kernels that writes its result in each of ``formats``."""
+        from xopt.kernels.precision import STORAGE
+
+        if tuple(formats) == (FLOAT32,):
+            return self.call(name, build, inputs, shape)
+        dtypes = [STORAGE[form.name] for form in formats]
+        if len(formats) == 1:
+            return Formatted({formats[0]: self.call(name, build, inputs, shape, dtypes[0])})
+        results = self.call_for_all(name, build, inputs, [shape] * len(formats), dtypes)
+        return Formatted(dict(zip(formats, results)))
+
+    def formats(self, value: ir.Value, width: Dim) -> tuple[Format, ...]:
+        """The formats that the kernel which computes ``value`` [..., width] is to write."""
+        wanted = self.wanted.get(value, (FLOAT32,))
+        if not isinstance(width, int) or width % 4:
+            return (FLOAT32,)  # rows that do not fill whole lanes are padded when they are converted
+        quantized = [form for form in wanted if form.name == "uint8"]
+        return tuple(form for form in wanted if form not in quantized[1:])
+
+    def quantization(self, formats: Sequence[Format]) -> list[relax.Expr]:
+        """The kernel input that a "uint8" result needs."""
+        return [
+            self.constant(np.array([1 / form.scale, form.zero_point], np.float32), "quantization", key=form)
+            for form in formats
+            if form.name == "uint8"
+        ]
+
+    def formatted(self, value: ir.Value, form: Format) -> relax.Expr:
+        """``value`` [..., K] in a format, its rows padded to whole lanes of the product that reads them."""
+        if form == FLOAT32:
+            return self.tensor(value)
+        content = self.value(value)
+        if not isinstance(content, Formatted):
+            content = self.values[value] = Formatted({FLOAT32: self.tensor(value)})
+        if form not in content.tensors:
+            content.tensors[form] = self.converted(self.tensor(value), form)
+        return content.tensors[form]
+
+    def converted(self, tensor: relax.Expr, form: Format) -> relax.Expr:
+        """A float32 tensor in a format, by a kernel of its own unless it is float32."""
+        if form == FLOAT32:
+            return tensor
+        from xopt.kernels import convert, precision
+
+        shape = self.shape_of(tensor)
+        reader = precision.BFLOAT16 if form.name == "bfloat16" else precision.INT8
+        rows = tuple(dim if isinstance(dim, int) else None for dim in shape[:-1])
+        rows = rows if None not in rows else (None,) * len(rows)
+        workload = convert.Workload(rows, shape[-1], reader.padded(shape[-1]), form.name)
+        config, isa = self.config(convert, workload), self.target.isa()
+        assert isa is not None
+        name = convert.name(workload, config, isa)
+        inputs = [tensor, *self.quantization([form])]
+        storage = precision.STORAGE[form.name]
+        return self.call(
+            name, lambda: convert.build(workload, config, isa), inputs, [*shape[:-1], workload.padded], storage
+        )
 
     def config(self, family: Any, workload: Any) -> Any:
         """The configuration of a kernel family (a module of `xopt.kernels`) for a workload on the target."""
@@ -249,8 +339,14 @@ class Lowering:
         from xopt.targets.ops import emit_node
         from xopt.targets.ops.fusion import emit_chain, plan_fusion
 
-        plan = plan_fusion(graph)
+        plan = plan_fusion(graph, quantized=self.target.isa() is not None)
+        layers = {chain.matmul: chain.quantized for chain in plan.values() if chain is not None}
+        absorbed: set[ir.Node] = set()
+        if self.target.isa() is not None:
+            self.wanted, absorbed = plan_formats(graph, layers, self.precision)
         for node in graph:
+            if node in absorbed or dequantized(node.outputs[0]) is not None:
+                continue
             if node in plan:
                 if (chain := plan[node]) is not None:
                     self.values[node.outputs[0]] = emit_chain(self, chain)
@@ -339,12 +435,13 @@ def _readable(dim: Any) -> str:
     return str(dim).replace("T.int64(", "").replace(")", "") if isinstance(dim, tirx.Var) else str(dim)
 
 
-def lower(model: ir.Model, target: Target) -> Lowered:
+def lower(model: ir.Model, target: Target, precision: str = "fp32") -> Lowered:
     """Turn a canonical model into Relax.
 
     Args:
         model: canonical form; not changed.
         target: decides which kernels are used.
+        precision: of linear layers and attention: "fp32", or "bf16" (operands; sums are float32).
 
     Raises:
         InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
@@ -355,7 +452,7 @@ def lower(model: ir.Model, target: Target) -> Lowered:
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    lowering = Lowering(target)
+    lowering = Lowering(target, precision)
     parameters = [lowering.parameter(value) for value in model.graph.inputs]
     bundle = relax.Var("weights", relax.ObjectType())
     with lowering.builder.function("main", [*parameters, bundle]):

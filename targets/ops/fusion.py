@@ -9,24 +9,31 @@ the rest of its nodes are emitted one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.targets.formats import BFLOAT16, FLOAT32, Format, Quantized, dequantized, quantized_operands
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Lowering
+    from xopt.targets.lowering import Lowering, Value
 
 
 @dataclass
 class Chain:
-    """A MatMul with a constant weight, and the nodes of its epilogue in order."""
+    """A MatMul with a constant weight, and the nodes of its epilogue in order.
+
+    Attributes:
+        quantized: its operands where it is computed on integers.
+    """
 
     matmul: ir.Node
+    quantized: Quantized | None = None
     bias: ir.Value | None = None
     activation: ir.Node | None = None
     gate: ir.Value | None = None
@@ -40,28 +47,40 @@ class Chain:
         return self.nodes[-1] if self.nodes else self.matmul
 
 
-def plan_fusion(graph: ir.Graph) -> dict[ir.Node, Chain | None]:
-    """Chains by their last node; the other nodes of a chain map to None: they are not emitted by themselves."""
+def plan_fusion(graph: ir.Graph, quantized: bool = False) -> dict[ir.Node, Chain | None]:
+    """Chains by their last node; the other nodes of a chain map to None: they are not emitted by themselves.
+
+    Args:
+        graph: a canonical graph.
+        quantized: compute products of quantized operands on integers.
+    """
     plan: dict[ir.Node, Chain | None] = {}
     for node in graph:
         if node.op_type == "MatMul" and node.domain in ("", "ai.onnx") and _weight(node) is not None:
-            chain = _chain(node, plan)
+            chain = _chain(Chain(node, quantized_operands(node) if quantized else None), plan)
             for absorbed in (node, *chain.nodes):
                 plan[absorbed] = None
             plan[chain.last] = chain
     return plan
 
 
-def _weight(matmul: ir.Node) -> ir.Value | None:
-    """The constant matrix of a linear layer, float32 [K, N]."""
+def _weight(matmul: ir.Node) -> tuple[int, ...] | None:
+    """The shape [K, N] of a linear layer's matrix, a float32 constant or a dequantized one; else None."""
     weight = matmul.inputs[1]
-    if weight is None or weight.const_value is None or weight.const_value.dtype != ir.DataType.FLOAT:
+    if weight is None:
         return None
-    return weight if len(weight.const_value.shape) == 2 else None
+    if (node := dequantized(weight)) is not None:
+        matrix, scale = node.inputs[:2]
+        assert matrix is not None and scale is not None
+        constant, dtype = matrix.const_value, scale.dtype
+    else:
+        constant, dtype = weight.const_value, weight.dtype
+    if constant is None or dtype != ir.DataType.FLOAT or len(constant.shape) != 2:
+        return None
+    return tuple(constant.shape.numpy())
 
 
-def _chain(matmul: ir.Node, taken: dict[ir.Node, Chain | None]) -> Chain:
-    chain = Chain(matmul)
+def _chain(chain: Chain, taken: dict[ir.Node, Chain | None]) -> Chain:
     while (reader := _only_reader(chain.last.outputs[0])) is not None and reader not in taken:
         if not _joins(chain, reader):
             break
@@ -106,43 +125,41 @@ def _joins(chain: Chain, node: ir.Node) -> bool:
 
 def _is_bias(value: ir.Value, chain: Chain) -> bool:
     """Whether a constant is one number per output feature."""
-    weight = _weight(chain.matmul)
-    constant = value.const_value
-    assert weight is not None and weight.const_value is not None and constant is not None
-    columns = weight.const_value.shape[1]
+    matrix, constant = _weight(chain.matmul), value.const_value
+    assert matrix is not None and constant is not None
+    columns = matrix[1]
     shape = list(constant.shape)
     return bool(shape) and shape[-1] == columns and all(dim == 1 for dim in shape[:-1]) and len(shape) <= 3
 
 
-def emit_chain(lowering: Lowering, chain: Chain) -> relax.Expr | None:
+def emit_chain(lowering: Lowering, chain: Chain) -> Value:
     """Call the GEMM kernel for as much of the chain as fits it; emit the rest node by node.
 
     Returns:
-        The value of the chain's last node; None where the target has no templates.
+        The value of the chain's last node.
     """
-    isa = lowering.target.isa()
-    source, weight = chain.matmul.inputs[0], chain.matmul.inputs[1]
-    assert source is not None and weight is not None
-    x = lowering.tensor(source)
-    if isa is None or str(x.ty.dtype) != "float32":
+    matrix, weight = _weight(chain.matmul), chain.matmul.inputs[1]
+    source = chain.quantized.source if chain.quantized else chain.matmul.inputs[0]
+    assert source is not None and weight is not None and matrix is not None
+    if lowering.target.isa() is None or source.dtype != ir.DataType.FLOAT:
         return _emit_rest(lowering, [chain.matmul, *chain.nodes])
-    shape = [*lowering.shape_of(x)[:-1], lowering.value(weight).shape[1]]
+    shape = [*lowering.shape(source)[:-1], matrix[1]]
     fused = _fitting(lowering, chain, shape)
-    result = linear(lowering, x, Layer(weight, fused.bias, fused.activation, fused.gate, fused.residual))
-    done = len(fused.nodes)
     last = fused.nodes[-1] if fused.nodes else fused.matmul
-    if done == len(chain.nodes):
+    layer = Layer(weight, fused.bias, fused.activation, fused.gate, fused.residual, fused.quantized)
+    result = linear(lowering, source, layer, lowering.formats(last.outputs[0], shape[-1]))
+    if last is chain.last:
         return result
     lowering.values[last.outputs[0]] = result
-    return _emit_rest(lowering, chain.nodes[done:])
+    return _emit_rest(lowering, chain.nodes[len(fused.nodes) :])
 
 
-def _emit_rest(lowering: Lowering, nodes: Sequence[ir.Node]) -> relax.Expr:
+def _emit_rest(lowering: Lowering, nodes: Sequence[ir.Node]) -> Value:
     from xopt.targets.ops import emit_node
 
     for node in nodes:
         lowering.values.update(zip(node.outputs, emit_node(lowering, node)))
-    return lowering.tensor(nodes[-1].outputs[0])
+    return lowering.value(nodes[-1].outputs[0])
 
 
 def _fitting(lowering: Lowering, chain: Chain, shape: Sequence[Dim]) -> Chain:
@@ -162,8 +179,7 @@ def _fitting(lowering: Lowering, chain: Chain, shape: Sequence[Dim]) -> Chain:
 
 
 def _same(lowering: Lowering, value: ir.Value, shape: Sequence[Dim]) -> bool:
-    tensor = lowering.tensor(value)
-    return str(tensor.ty.dtype) == "float32" and lowering.dims.same_shape(lowering.shape_of(tensor), shape)
+    return value.dtype == ir.DataType.FLOAT and lowering.dims.same_shape(lowering.shape(value), shape)
 
 
 @dataclass(frozen=True)
@@ -173,6 +189,7 @@ class Layer:
     Attributes:
         weight: constant [K, N], or with ``patches`` a convolution's [N, channels, *kernel].
         bias: constant of N elements.
+        quantized: the operands, where they are integers.
     """
 
     weight: ir.Value
@@ -180,21 +197,28 @@ class Layer:
     activation: ir.Node | None = None
     gate: ir.Value | None = None
     residual: ir.Value | None = None
+    quantized: Quantized | None = None
     patches: bool = False
 
     def matrix(self, array: Array) -> Array:
         """The weight's content as [K, N]."""
+        if self.quantized is not None:
+            return self.quantized.matrix(array)
         return array.reshape(len(array), -1).T if self.patches else array
 
 
-def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
-    """Call the GEMM kernel for a layer over x [*rows, K]."""
+def linear(
+    lowering: Lowering, x: ir.Value | relax.Expr, layer: Layer, results: tuple[Format, ...] = (FLOAT32,)
+) -> Value:
+    """Call the GEMM kernel for a layer over x [*rows, K], which is a value of the graph or a float32 tensor."""
     from xopt.kernels import gemm
 
     isa = lowering.target.isa()
     assert isa is not None
-    shape = lowering.shape_of(x)
-    columns = lowering.value(layer.weight).shape[0 if layer.patches else 1]
+    shape = lowering.shape(x) if isinstance(x, ir.Value) else lowering.shape_of(x)
+    form, operands = _operands(lowering, layer)
+    weight = layer.quantized.weight if layer.quantized else layer.weight
+    columns = int(lowering.value(weight).shape[0 if layer.patches else 1])
     sides = [lowering.tensor(value) for value in (layer.gate, layer.residual) if value is not None]
     workload = gemm.Workload(
         rows=leading(shape[:-1]),
@@ -203,18 +227,38 @@ def linear(lowering: Lowering, x: relax.Expr, layer: Layer) -> relax.Expr:
         bias=layer.bias is not None,
         gate=layer.gate is not None,
         residual=layer.residual is not None,
+        operands=operands,
+        results=tuple(result.name for result in results),
         **_activation(layer.activation),
     )
     config = lowering.config(gemm, workload)
-    panels = (config.vectors, isa.lanes)
+    panels = (operands, config.vectors, isa.lanes)
+
+    def columns_of(value: ir.Value, key: object, content: Callable[[Array], Array]) -> relax.Expr:
+        return lowering.packed(value, (panels, key), lambda array: gemm.pack_columns(content(array), config, isa))
+
     inputs = [
-        x,
-        lowering.packed(layer.weight, panels, lambda array: gemm.pack_weight(layer.matrix(array), config, isa)),
+        lowering.packed(weight, panels, lambda array: gemm.pack_weight(layer.matrix(array), config, isa, operands))
     ]
+    if (quantized := layer.quantized) is not None:
+        factor, zero = np.float32(form.scale), form.zero_point
+        inputs.append(columns_of(quantized.scale, factor, lambda s: np.resize(factor * s, columns)))
+        inputs.append(columns_of(weight, zero, lambda array: gemm.offset(quantized.matrix(array), zero)))
     if layer.bias is not None:
-        inputs.append(lowering.packed(layer.bias, panels, lambda array: gemm.pack_columns(array.reshape(-1), config, isa)))
+        inputs.append(columns_of(layer.bias, "bias", lambda array: array.reshape(-1).astype(np.float32)))
+    inputs += [*sides, *lowering.quantization(results)]
     name = gemm.name(workload, config, isa)
-    return lowering.call(name, lambda: gemm.build(workload, config, isa), [*inputs, *sides], [*shape[:-1], columns])
+    # Read last, so that a conversion stands right before the product.
+    a = lowering.formatted(x, form) if isinstance(x, ir.Value) else lowering.converted(x, form)
+    shape = [*shape[:-1], columns]
+    return lowering.call_formats(name, lambda: gemm.build(workload, config, isa), [a, *inputs], shape, results)
+
+
+def _operands(lowering: Lowering, layer: Layer) -> tuple[Format, str]:
+    """The format of a layer's activations, and the precision of both operands in the words of the workload."""
+    if layer.quantized is not None:
+        return layer.quantized.format, "int8"
+    return (BFLOAT16, "bfloat16") if lowering.precision == "bf16" else (FLOAT32, "float32")
 
 
 def static(shape: Sequence[Dim]) -> tuple[int | None, ...]:

@@ -29,12 +29,14 @@ def _norm(call: Call) -> Value | None:
         return None
     if not isinstance(shape[-1], int) or any(c is None or c.shape != (shape[-1],) for c in constants):
         return None
+    formats = call.lowering.formats(call.node.outputs[0], shape[-1])
     workload = norm.Workload(
         rows=leading(shape[:-1]),
         width=shape[-1],
         epsilon=float(call.attr("epsilon", 1e-5)),
         rms=call.node.op_type == "RMSNormalization",
         bias=call.has(2),
+        results=tuple(form.name for form in formats),
     )
     config = call.lowering.config(norm, workload)
     vectors = [
@@ -43,7 +45,8 @@ def _norm(call: Call) -> Value | None:
         if call.has(index)
     ]
     name = norm.name(workload, config, isa)
-    return call.lowering.call(name, lambda: norm.build(workload, config, isa), [call.x(), *vectors], shape)
+    inputs = [call.x(), *vectors, *call.lowering.quantization(formats)]
+    return call.lowering.call_formats(name, lambda: norm.build(workload, config, isa), inputs, shape, formats)
 
 
 def _softmax(call: Call) -> Value | None:

@@ -1,0 +1,89 @@
+"""Rows of float32 in another format: for values that no kernel of ours has written in the format that a product reads.
+
+for row:                    in parallel, rows of X [*rows, D]
+    Y = converted X         zeros behind D, up to whole lanes of the product that reads Y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from xopt.kernels import precision
+from xopt.kernels.emit import (
+    PrimFunc,
+    argument,
+    dims,
+    flat,
+    let,
+    load,
+    parallel,
+    partial_load,
+    prim_func,
+    product,
+    serial,
+)
+from xopt.kernels.isa import Isa
+from xopt.kernels.precision import Result
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One conversion.
+
+    Args:
+        rows: leading dimensions, None where dynamic.
+        width: the last axis of X.
+        padded: the last axis of Y.
+        result: "bfloat16" or "uint8".
+    """
+
+    rows: tuple[int | None, ...]
+    width: int
+    padded: int
+    result: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to choose."""
+
+
+def space(workload: Workload, isa: Isa) -> Iterator[Config]:
+    yield Config()
+
+
+def heuristic(workload: Workload, isa: Isa) -> Config:
+    return Config()
+
+
+def name(workload: Workload, config: Config, isa: Isa) -> str:
+    rows = "x".join("any" if extent is None else str(extent) for extent in workload.rows)
+    return f"to_{workload.result}_{rows}_{workload.width}_{workload.padded}_{isa.token}"
+
+
+def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
+    """The kernel over (X [*rows, D], [quantization], Y [*rows, D padded])."""
+    w, lanes = workload, isa.lanes
+
+    def body() -> None:
+        rows = dims(w.rows, "m")
+        x_full = argument("x", (*rows, w.width))
+        quantization = precision.quantization_argument((w.result,))
+        y_full = precision.result_arguments("y", (w.result,), (*rows, w.padded))
+        m = let(product(rows))
+        x = flat(x_full, (m, w.width))
+        y = Result(y_full, quantization, lanes).flat((m, w.padded))
+        whole, tail = divmod(w.width, lanes)
+        with parallel(m) as row:
+            if whole:
+                with serial(whole) as v:
+                    y.store(load(x, row, v * lanes, lanes=lanes), row, v * lanes)
+            if tail:
+                column = whole * lanes
+                value = partial_load(x, row, column, count=tail, lanes=lanes)
+                y.partial_store(value, row, column, count=min(w.padded - column, lanes))
+
+    return prim_func(name(w, config, isa), body)
