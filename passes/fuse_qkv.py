@@ -5,11 +5,13 @@
              x ─▶ MatMul ─▶ Add ─▶ V                                            └──▶ V
 
 Projections are grouped by the value that they read: in cross attention, keys and values of the memory are fused.
+Quantized weights are fused as integers, with their scales.
 
 Refuses  "already-fused": the projections are parts of one product.
          "nothing-to-fuse": no two of the projections read the same value.
          "shared-weight": a weight is used elsewhere too; fusing would store it twice.
          "read-before-bias": something reads a product before its bias is added.
+         "quantized-differently": integers of several types, some weights floating, or scales that are not by column.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir import edit
+from xopt.ir import edit, quantized
 from xopt.ir.structure import AttentionSite, Projection, transformer_blocks
 from xopt.pipeline.base import Effect, Pass, PassReport
 from xopt.pipeline.context import PassContext
@@ -49,7 +51,7 @@ class FuseQKV(Pass):
 def _same_input(site: AttentionSite) -> list[Projection]:
     """The projections that read what K's reads, in the order Q, K, V; [] without one for K."""
     found = [projection for projection in (site.q, site.k, site.v) if projection is not None]
-    return [one for one in found if site.k is not None and one.input is site.k.input]
+    return [one for one in found if site.k is not None and one.matmul.inputs[0] is site.k.matmul.inputs[0]]
 
 
 def _problem(site: AttentionSite, group: list[Projection]) -> str | None:
@@ -63,23 +65,28 @@ def _problem(site: AttentionSite, group: list[Projection]) -> str | None:
             return "shared-weight"
         if one.bias is not None and len(one.matmul.outputs[0].uses()) > 1:
             return "read-before-bias"
-    return None
+    return None if quantized.joinable(_weights(group)) else "quantized-differently"
+
+
+def _weights(group: list[Projection]) -> list[ir.Value]:
+    """What the products multiply by: initializers, or what is dequantized from some."""
+    return [edit.operand(one.matmul, 1) for one in group]
 
 
 def _fuse(graph: ir.Graph, group: list[Projection]) -> None:
-    weights = [_array(one.weight) for one in group]
-    widths = [weight.shape[1] for weight in weights]
+    widths = [_array(one.weight).shape[1] for one in group]
     site = min((one.matmul for one in group), key=list(graph).index)
-    source, stem = group[0].input, f"{group[0].matmul.name}/qkv"
+    source, stem = edit.operand(site, 0), f"{group[0].matmul.name}/qkv"
     rows = list(source.shape)[:-1] if source.shape is not None else None
     shape = [*rows, sum(widths)] if rows is not None else None
     dtype = source.dtype
 
-    weight = edit.initializer(graph, f"{stem}.weight", np.concatenate(weights, axis=1))
+    weight = quantized.joined(site, _weights(group), f"{stem}.weight")
     fused = edit.insert(site, "MatMul", [source, weight], name=f"{stem}/MatMul", shape=shape)
     if any(one.bias_value is not None for one in group):
+        floats = dtype.numpy() if dtype is not None else np.float32
         bias = [
-            _array(one.bias_value) if one.bias_value is not None else np.zeros(width, weights[0].dtype)
+            _array(one.bias_value) if one.bias_value is not None else np.zeros(width, floats)
             for one, width in zip(group, widths)
         ]
         vector = edit.initializer(graph, f"{stem}.bias", np.concatenate(bias))

@@ -32,9 +32,9 @@ import onnx_ir as ir
 
 import xopt.ir
 from xopt.errors import InputError
-from xopt.ir import edit, ops, walk
+from xopt.ir import edit, ops, quantized, walk
 from xopt.ir.structure import AttentionSite, Block, token_layout, transformer_blocks
-from xopt.ir.tokens import TOKENWISE
+from xopt.ir.tokens import tokenwise
 from xopt.pipeline.base import Between, Choice, Effect, Pass, PassReport, Strength
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.requirements import require_attention
@@ -189,11 +189,11 @@ def _reader_problem(node: ir.Node, carriers: set[ir.Value]) -> str | None:
         return "cross-attention" if foreign else _attention_problem(node)
     if edit.is_op(node, "RotaryEmbedding"):
         return "rotary"
-    if edit.is_op(node, *TOKENWISE):
+    if tokenwise(node):
         return _operand_problem(node, carriers)
     if edit.is_op(node, "Gather", "Slice", "ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool"):
         return "head-reads-tokens"
-    linear = edit.is_op(node, "MatMul") and source in carriers and walk.is_weight(node.inputs[1], rank=2)
+    linear = edit.is_op(node, "MatMul") and source in carriers and quantized.stored_matrix(node.inputs[1]) is not None
     split = edit.is_op(node, "Split") and walk.axis(node, 0) == rank - 1
     per_head = edit.is_op(node, "Reshape") and (walk.ints(node.inputs[1]) or ())[:2] == [0, 0]
     return None if linear or split or per_head else f"read-by-{node.op_type.lower()}"

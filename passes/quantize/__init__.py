@@ -36,8 +36,8 @@ class Quantize(Pass):
 
     Attributes:
         bits: of weights and activations.
-        share: share of the weights of all linear layers that are quantized. Below 1, the layers that disturb the outputs
-            most for their size stay in float; it is measured for each layer on a batch of the calibration samples.
+        share: share of the weights of all linear layers that are quantized. Below 1, the layers that disturb the
+            outputs most for their size stay in float; it is measured for each layer on a batch of the samples.
         skip: layers to leave in float: ``first``, ``last``, or names of MatMuls or weights, with wildcards.
     """
 

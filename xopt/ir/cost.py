@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xopt.ir import edit, walk
+from xopt.ir import edit, quantized, walk
 from xopt.ir.canonical import constants
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.shapes import bind_dims, infer_shapes
@@ -30,7 +30,8 @@ class Cost:
     """The cost of one run.
 
     Attributes:
-        parameters: elements of the initializers that hold numbers (not those that hold shapes or indices).
+        parameters: elements of the initializers that hold numbers (not those that hold shapes or indices, nor the
+            scales and zero points of quantized ones).
         bytes: size of all initializers.
         macs: multiply-accumulates at ``dims``.
         per_node: MACs of each node that has any, by node name.
@@ -63,10 +64,10 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
     macs = {node: count for node in model.graph if (count := counts.get(node.outputs[0].name, 0))}
     unknown = [_label(node) for node in model.graph if counts.get(node.outputs[0].name, 0) is None]
     order = walk.Order(model.graph)
-    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    weights = {v: v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
     return Cost(
-        parameters=sum(tensor.size for tensor in weights if _is_number(tensor)),
-        bytes=sum(tensor.nbytes for tensor in weights),
+        parameters=sum(tensor.size for v, tensor in weights.items() if _is_number(tensor) and not quantized.is_grid(v)),
+        bytes=sum(tensor.nbytes for tensor in weights.values()),
         macs=sum(macs.values()),
         per_node={_label(node): count for node, count in macs.items()},
         per_block=tuple(sum(macs.get(n, 0) for n in _nodes(b, order)) for b in transformer_blocks(model)),

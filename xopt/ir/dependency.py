@@ -95,8 +95,8 @@ def uncuttable(model: ir.Model) -> list[Unrecognized]:
     """Sites of the structure that are in no group, and why.
 
     Reasons: "no-projection", "read-elsewhere" (a value between the projections has another reader),
-    "shared-weight" (something else reads a weight, or slices it differently), "mask-heads-unknown"; for the width
-    "width-..." with the op that stands in the way.
+    "shared-weight" (something else reads a weight, or slices it differently), "mask-heads-unknown", "quantized" (a
+    weight is dequantized from integers); for the width "width-..." with the op that stands in the way.
     """
     return _Analysis(model).refused
 
@@ -155,6 +155,9 @@ class _Analysis:
         """Tie a site's slices together, unless something else reads what lies between its projections."""
         if not members:
             self._refuse(site, "no-projection")
+            return
+        if any(part.quantized for part in (*_ups(site), _down(site))):
+            self._refuse(site, "quantized")
             return
         region = set(_region(self.order, site))
         inside = region | {_down(site).matmul}

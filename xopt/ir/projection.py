@@ -1,4 +1,7 @@
-"""Linear projections of a canonical graph: MatMul by a weight, its bias, and the part of a fused one."""
+"""Linear projections of a canonical graph: MatMul by a weight, its bias, and the part of a fused one.
+
+Weights and inputs in the QDQ form (:mod:`xopt.ir.quantized`) are seen through.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xopt.ir import edit, walk
+from xopt.ir import edit, quantized, walk
 
 
 @dataclass(frozen=True)
@@ -16,10 +19,10 @@ class Projection:
     Attributes:
         matmul: the MatMul; its second input is the weight.
         bias: the Add of the bias, if any.
-        weight: initializer [K, N].
+        weight: initializer [K, N]: floating, or the integers of a quantized one.
         bias_value: initializer [N], if any.
         part: columns that belong to this projection when the matmul is fused and split; None for all.
-        input: [..., K].
+        input: [..., K], before it is quantized.
         output: [..., N], or the output of the Split that holds ``part``.
     """
 
@@ -30,6 +33,11 @@ class Projection:
     part: slice | None
     input: ir.Value
     output: ir.Value
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is dequantized from integers."""
+        return self.matmul.inputs[1] is not self.weight
 
     @property
     def width(self) -> int:
@@ -55,11 +63,12 @@ def projection_into(value: ir.Value | None) -> Projection | None:
 
 def projection_from(value: ir.Value) -> Projection | None:
     """The projection that alone reads a value, with its bias."""
-    readers = edit.consumers(value)
-    if len(readers) != 1 or not edit.is_op(readers[0], "MatMul") or value.is_graph_output():
+    read = quantized.after(value)
+    readers = edit.consumers(read)
+    if len(readers) != 1 or not edit.is_op(readers[0], "MatMul") or read.is_graph_output():
         return None
     matmul = readers[0]
-    if matmul.inputs[0] is not value or not is_matrix(matmul.inputs[1]):
+    if matmul.inputs[0] is not read or quantized.stored_matrix(matmul.inputs[1]) is None:
         return None
     output = matmul.outputs[0]
     after = edit.consumers(output)
@@ -120,11 +129,10 @@ def _linear(value: ir.Value | None, part: slice | None, output: ir.Value | None)
     else:
         add = None
     matmul = edit.producer(value, "MatMul")
-    if matmul is None or not is_matrix(matmul.inputs[1]) or matmul.inputs[0] is None:
+    weight = quantized.stored_matrix(matmul.inputs[1]) if matmul is not None else None
+    if matmul is None or weight is None or matmul.inputs[0] is None:
         return None
-    weight = matmul.inputs[1]
-    assert weight is not None
-    return Projection(matmul, add, weight, bias_value, part, matmul.inputs[0], output)
+    return Projection(matmul, add, weight, bias_value, part, quantized.before(matmul.inputs[0]), output)
 
 
 def _bias_of(node: ir.Node | None, data: ir.Value | None) -> ir.Value | None:
@@ -135,8 +143,3 @@ def _bias_of(node: ir.Node | None, data: ir.Value | None) -> ir.Value | None:
         if walk.is_weight(bias, rank=1) and not walk.is_weight(other):
             return bias if data is None or other is data else None
     return None
-
-
-def is_matrix(value: ir.Value | None) -> bool:
-    """Whether a value is a weight of rank 2."""
-    return walk.is_weight(value, rank=2)

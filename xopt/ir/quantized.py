@@ -9,12 +9,15 @@ argument.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from xopt.ir import edit, walk
+
+PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,18 @@ def grid_of(node: ir.Node, rank: int) -> Grid | None:
     return Grid(scale, zero, walk.int_attribute(node, "axis", 1) % max(rank, 1))
 
 
+def is_grid(value: ir.Value) -> bool:
+    """Whether a value is nothing but scales or zero points."""
+    uses = value.uses()
+    return bool(uses) and all(use.idx > 0 and edit.is_op(use.node, *PAIR) for use in uses)
+
+
+def rounds_alike(node: ir.Node) -> bool:
+    """Whether a node quantizes or dequantizes all elements of a tensor by one grid."""
+    shape = walk.shape_of(edit.operand(node, 1)) if edit.is_op(node, *PAIR) else None
+    return shape in ((), (1,))
+
+
 def weight_dequantizer(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear that makes ``value`` from an initializer by a constant grid."""
     node = edit.producer(value, "DequantizeLinear")
@@ -78,18 +93,13 @@ def before(value: ir.Value) -> ir.Value:
 
 def after(value: ir.Value) -> ir.Value:
     """What a pair of QuantizeLinear and DequantizeLinear makes of ``value``, if nothing else reads it."""
-    for op_type in ("QuantizeLinear", "DequantizeLinear"):
-        readers = edit.consumers(value)
-        if len(readers) != 1 or not edit.is_op(readers[0], op_type) or value.is_graph_output():
-            return value if op_type == "QuantizeLinear" else edit.operand(_producer(value), 0)
-        value = readers[0].outputs[0]
-    return value
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None
-    return node
+    reached = value
+    for op_type in PAIR:
+        readers = edit.consumers(reached)
+        if len(readers) != 1 or not edit.is_op(readers[0], op_type) or reached.is_graph_output():
+            return value
+        reached = readers[0].outputs[0]
+    return reached
 
 
 def transposed(site: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -97,11 +107,60 @@ def transposed(site: ir.Node, value: ir.Value) -> ir.Value | None:
     node = weight_dequantizer(value)
     stored = stored_matrix(value)
     graph = site.graph
-    if node is None or stored is None or stored.const_value is None or not isinstance(graph, ir.Graph):
+    if node is None or stored is None or not isinstance(graph, ir.Graph):
         return None
-    array = np.ascontiguousarray(stored.const_value.numpy().T)
+    array = np.ascontiguousarray(_contents(stored).T)
     turned = edit.initializer(graph, f"{stored.name}_t", ir.tensor(array, dtype=stored.dtype))
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     attributes["axis"] = 1 - walk.int_attribute(node, "axis", 1) % 2
     inputs = [turned, *node.inputs[1:]]
     return edit.insert(site, "DequantizeLinear", inputs, attributes, dtype=value.dtype, shape=array.shape)
+
+
+def joinable(weights: Sequence[ir.Value]) -> bool:
+    """Whether :func:`joined` can put matrices side by side: all floating, or integers of one type, scaled by column."""
+    nodes = [weight_dequantizer(weight) for weight in weights]
+    if not any(nodes):
+        return True
+    stored = {node.inputs[0].dtype if node is not None and node.inputs[0] is not None else None for node in nodes}
+    return len(stored) == 1 and all(node is not None and _by_column(node) is not None for node in nodes)
+
+
+def joined(site: ir.Node, weights: Sequence[ir.Value], name: str) -> ir.Value:
+    """Joinable matrices [K, N1], [K, N2]… as one [K, N1 + N2 + …], as integers where they are; before ``site``."""
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    arrays = [_contents(stored_matrix(weight)) for weight in weights]
+    whole = edit.initializer(graph, name, np.concatenate(arrays, axis=1))
+    parts = [_by_column(node) for node in map(weight_dequantizer, weights) if node is not None]
+    if not parts:
+        return whole
+    scales, zeros = zip(*(part for part in parts if part is not None))
+    inputs = [whole, edit.initializer(graph, f"{name}.scale", np.concatenate(scales))]
+    if any(zero.any() for zero in zeros):
+        inputs.append(edit.initializer(graph, f"{name}.zero_point", np.concatenate(zeros)))
+    return edit.insert(
+        site,
+        "DequantizeLinear",
+        inputs,
+        {"axis": 1},
+        name=f"{name}.dequantized",
+        dtype=weights[0].dtype,
+        shape=whole.shape,
+    )
+
+
+def _by_column(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and zero point of each column of a dequantized matrix; None where they belong to its rows."""
+    stored = _contents(node.inputs[0])
+    grid = grid_of(node, stored.ndim)
+    if grid is None or stored.ndim != 2 or (grid.vector and grid.axis != 1):
+        return None
+    zero = np.zeros((), stored.dtype) if grid.zero is None else _contents(grid.zero)
+    columns = stored.shape[1:]
+    return np.broadcast_to(_contents(grid.scale), columns), np.broadcast_to(zero, columns)
+
+
+def _contents(value: ir.Value | None) -> np.ndarray:
+    assert value is not None and value.const_value is not None  # the callers have seen an initializer
+    return value.const_value.numpy()

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from xopt.ir import edit, walk
-from xopt.ir.projection import Projection, is_matrix, projection_from, projection_into
+from xopt.ir import edit, quantized, walk
+from xopt.ir.projection import Projection, projection_from, projection_into
 from xopt.ir.tokens import TokenLayout, layout
 
 __all__ = [
@@ -35,7 +35,8 @@ __all__ = [
 ACTIVATIONS = tuple("Gelu Swish Relu Tanh Sigmoid Elu LeakyRelu Celu Selu Mish HardSwish Softplus".split())  # noqa: SIM905
 #: Ops that carry a branch to its residual addition: they move, scale or normalize, and mix in no other stream.
 CARRIERS = walk.NORMS + tuple(
-    "Reshape Transpose Slice Concat Split Pad Cast Identity Dropout Squeeze Unsqueeze Gather Mul Div".split()  # noqa: SIM905
+    "Reshape Transpose Slice Concat Split Pad Cast Identity Dropout Squeeze Unsqueeze Gather Mul Div "  # noqa: SIM905
+    "QuantizeLinear DequantizeLinear".split()
 )
 
 
@@ -192,9 +193,9 @@ class _Anatomy:
         )
 
     def _feed_forward(self, node: ir.Node) -> FeedForward | None:
-        if not edit.is_op(node, "MatMul") or not is_matrix(node.inputs[1]) or node.inputs[0] is None:
+        if not edit.is_op(node, "MatMul") or quantized.stored_matrix(node.inputs[1]) is None:
             return None
-        hidden = node.inputs[0]
+        hidden = quantized.before(edit.operand(node, 0))
         found = _gated(hidden) or _ungated(hidden)
         if found is None:
             return None

@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from xopt.ir import edit, walk
+from xopt.ir import edit, quantized, walk
 
 Pooled = Literal["cls", "mean", "none", "unknown"]
 
@@ -35,6 +35,11 @@ class TokenLayout:
     protected: int
     padding_mask: ir.Value | None
     pooled: Pooled
+
+
+def tokenwise(node: ir.Node) -> bool:
+    """Whether a node treats each token alone."""
+    return edit.is_op(node, *TOKENWISE) or quantized.rounds_alike(node)
 
 
 def class_tokens(stream: ir.Value) -> int:
@@ -93,8 +98,8 @@ def _pools(node: ir.Node, value: ir.Value, axis: int) -> tuple[Pooled | None, in
     """What a reader does to the token axis: a kind of pooling, or the axis in its output (None: it reads no token)."""
     if edit.is_op(node, "Shape", "Size"):
         return None, None
-    linear = edit.is_op(node, "MatMul") and node.inputs[0] is value and walk.is_weight(node.inputs[1], rank=2)
-    if linear or edit.is_op(node, *TOKENWISE):
+    linear = edit.is_op(node, "MatMul") and node.inputs[0] is value
+    if (linear and quantized.stored_matrix(node.inputs[1]) is not None) or tokenwise(node):
         return None, axis
     if edit.is_op(node, "Transpose"):
         permutation = node.attributes.get("perm")

@@ -74,9 +74,19 @@ def _fold(model: ir.Model) -> None:
 
 def _may_fold(node: ir.Node) -> bool | None:
     """None leaves the decision to the folder's own limits; False forbids it, True demands it."""
+    if node.op_type == "DequantizeLinear":
+        return _is_vector(node)
+    if node.op_type == "QuantizeLinear":
+        return True
     if node.op_type not in GROWING:
         return None
     shape = node.outputs[0].shape
     if shape is None or not shape.is_static():
         return False
     return math.prod(shape.numpy()) <= LARGEST_OUTPUT
+
+
+def _is_vector(node: ir.Node) -> bool:
+    """Whether a constant is a quantized bias: it becomes floating, while weights stay in 8 bits."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return shape is not None and len(shape) < 2

@@ -3,7 +3,8 @@
     Gemm(x, W, b, transB=1)                        ->  Add(MatMul(x, W'), b)
     MatMul(x, Transpose(W))                        ->  MatMul(x, W')
     Reshape(Add(MatMul(Reshape(x, [-1, K]), W), b), [B, S, N])  ->  Add(MatMul(x, W), b)      (GPT-2's Conv1D)
-W' is W transposed now. Refuses  "gemm-dynamic": a Gemm whose second operand is computed and scaled.
+W' is W transposed now; where W is DequantizeLinear(V), its integers V are.
+Refuses  "gemm-dynamic": a Gemm whose second operand is computed and scaled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from xopt.ir import quantized
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import (
     attribute,
@@ -76,19 +78,20 @@ def _bias(node: ir.Node, bias: ir.Value) -> ir.Value:
 def _transpose(node: ir.Node, value: ir.Value, transposed: dict[ir.Value, ir.Value]) -> ir.Value:
     """A 2-D value transposed: now when it is constant (once per weight), else by a node."""
     array = constant(value)
-    if array is None or not isinstance(node.graph, ir.Graph):
-        return insert(node, "Transpose", [value], {"perm": [1, 0]})
-    if value not in transposed:
+    if value not in transposed and array is not None and isinstance(node.graph, ir.Graph):
         transposed[value] = initializer(node.graph, f"{value.name}_t", array.T)
-    return transposed[value]
+    elif value not in transposed and (turned := quantized.transposed(node, value)) is not None:
+        transposed[value] = turned
+    if value in transposed:
+        return transposed[value]
+    return insert(node, "Transpose", [value], {"perm": [1, 0]})
 
 
 def _weight(node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> bool:
     """Fold the transpose of a constant weight."""
     turn = producer(operand(node, 1), "Transpose")
     weight = operand(turn, 0) if turn is not None else None
-    array = constant(weight)
-    if turn is None or weight is None or array is None or array.ndim != 2:
+    if turn is None or weight is None or quantized.stored_matrix(weight) is None:
         return False
     perm = turn.attributes.get("perm")
     if perm is not None and list(perm.as_ints()) != [1, 0]:
