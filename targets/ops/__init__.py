@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import tvm
 
-from xopt.targets.ops import attention, elementwise, fallback, indexing, layout, linear, norm, reduction, templates
+from xopt.targets.ops import (
+    attention,
+    elementwise,
+    fallback,
+    indexing,
+    layout,
+    linear,
+    norm,
+    quantization,
+    reduction,
+    templates,
+)
 from xopt.targets.ops.call import Call, Emitter
 
 if TYPE_CHECKING:
@@ -21,7 +32,7 @@ if TYPE_CHECKING:
 
 OPERATORS: dict[tuple[str, str], Emitter] = {
     ("", name): emitter
-    for table in (elementwise, layout, indexing, reduction, linear, norm, attention)
+    for table in (elementwise, layout, indexing, reduction, linear, norm, attention, quantization)
     for name, emitter in table.OPS.items()
 }
 """Emitters of Relax operators by (domain, operator type)."""
