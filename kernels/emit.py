@@ -107,12 +107,12 @@ def bind(value: Expr) -> Expr:
     return register[i64(0)]
 
 
-def keep(value: Expr, lanes: int) -> Expr:
+def keep(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
     """Hold a vector in a register of its own.
 
     Unlike `bind` it stops TVM's simplifier, which would substitute a long expression into each of its uses.
     """
-    register = local((lanes,))
+    register = local((lanes,), dtype)
     store(register, value, 0, lanes=lanes)
     return load(register, 0, lanes=lanes)
 
@@ -219,7 +219,7 @@ def reduce_lanes(vector: Expr, combine: Callable[[Expr, Expr], Expr], lanes: int
     return keep(vector, lanes)
 
 
-def transpose(vectors: Sequence[Expr]) -> list[Expr]:
+def transpose(vectors: Sequence[Expr], dtype: str = "float32") -> list[Expr]:
     """Transpose a square of as many vectors as they have lanes, by log2(lanes) rounds of shuffles."""
     lanes = len(vectors)
     square = list(vectors)
@@ -230,7 +230,7 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
             a, b = square[i], square[i + step]
             low = [lane if not lane & step else lanes + lane - step for lane in range(lanes)]
             high = [lane + step if not lane & step else lanes + lane for lane in range(lanes)]
-            square[i], square[i + step] = keep(shuffle([a, b], low), lanes), keep(shuffle([a, b], high), lanes)
+            square[i], square[i + step] = (keep(shuffle([a, b], order), lanes, dtype) for order in (low, high))
         step *= 2
     return square
 

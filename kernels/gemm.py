@@ -225,7 +225,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
                     count,
                     vectors,
                     depth,
-                    lambda r, k: precision.scalar_lane(a, form, low + r, k),
+                    lambda r, k: precision.scalar_lane(a, form, low + r, k * form.pack),
                     lambda v, k: precision.vector_lanes(weight, form, panel, k, v, 0, lanes=lanes),
                     lambda r, v, acc: store(stage, acc, r, v * lanes, lanes=lanes),
                     lanes=lanes,

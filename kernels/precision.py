@@ -29,7 +29,10 @@ from xopt.kernels.emit import (
     keep,
     llvm_function,
     load,
+    local,
     partial_store,
+    put,
+    serial,
     splat,
     store,
 )
@@ -69,11 +72,10 @@ STORAGE = {"float32": "float32", "bfloat16": "uint16", "uint8": "uint8"}
 
 # -- operands ----------------------------------------------------------------------------------------------------------
 def scalar_lane(buffer: Buffer, precision: Precision, *index: int | Expr) -> Expr:
-    """One lane of an activation: value ``index`` for float32, else the pair or four that it numbers, as int32."""
+    """One lane of an activation: the value at ``index``, or the pair or four from there on as int32."""
     if precision.pack == 1:
         return buffer[tuple(i64(i) for i in index)]
-    *outer, last = index
-    return tirx.reinterpret("int32", load(buffer, *outer, i64(last) * precision.pack, lanes=precision.pack))
+    return tirx.reinterpret("int32", load(buffer, *index, lanes=precision.pack))
 
 
 def vector_lanes(buffer: Buffer, precision: Precision, *index: int | Expr, lanes: int) -> Expr:
@@ -193,6 +195,15 @@ class Result:
         for buffer in self.buffers:
             partial_store(buffer, self._converted(value, buffer.dtype), *index, count=count, lanes=self.lanes)
 
+    def scatter(self, value: Expr, count: Expr, index: Callable[[Expr], tuple[Expr, ...]]) -> None:
+        """Store the first ``count`` lanes, lane i at ``index(i)``."""
+        value = keep(value, self.lanes)
+        for buffer in self.buffers:
+            spill = local((self.lanes,), buffer.dtype)
+            store(spill, self._converted(value, buffer.dtype), 0, lanes=self.lanes)
+            with serial(count) as lane:
+                put(buffer, spill[lane], *index(lane))
+
     def _converted(self, value: Expr, dtype: str) -> Expr:
         if str(dtype) == "float32":
             return value
@@ -206,6 +217,13 @@ class Result:
         nothing, most = splat(0.0, lanes), splat(255.0, lanes)
         q = keep(tirx.Select(q > nothing, q, nothing), lanes)  # NaN becomes 0
         return tirx.Select(q < most, q, most).astype(f"uint8x{lanes}")
+
+
+def bfloat16_pairs(low: Expr, high: Expr, lanes: int) -> Expr:
+    """Two vectors of bfloat16 (as uint16), interleaved to int32 lanes for a product over pairs."""
+    kind = f"uint32x{lanes}"
+    pairs = low.astype(kind) | (high.astype(kind) << splat(16, lanes, "uint32"))
+    return tirx.reinterpret(f"int32x{lanes}", pairs)
 
 
 def bfloat16(value: Expr, lanes: int) -> Expr:
