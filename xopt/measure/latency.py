@@ -100,10 +100,13 @@ def _turn(run: Runner, feeds: Mapping[str, np.ndarray], calls: int) -> float:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[list[int]]:
-    """Keep this process, all its threads and those to come on the first ``threads`` CPUs it may use."""
+    """Keep this process, all its threads and those to come on the first ``threads`` CPUs it may use.
+
+    A thread that has pinned itself to some of them stays there.
+    """
     before = {task: os.sched_getaffinity(task) for task in _tasks()}
     cpus = usable_cpus()[:threads]
-    _move({task: set(cpus) for task in before})
+    _move({task: mask & set(cpus) or set(cpus) for task, mask in before.items()})
     try:
         yield cpus
     finally:

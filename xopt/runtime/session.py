@@ -28,9 +28,9 @@ from xopt.runtime.manifest import (
     manifest_path,
     weights_path,
 )
+from xopt.runtime.threads import before_loading, configure, settled
 
 _POOLED_ALLOCATOR = 2
-_BIG_CORES = 1
 
 
 class Session:
@@ -44,8 +44,16 @@ class Session:
     ``run`` is not safe to call from several threads at once; load one session per thread.
     """
 
-    def __init__(self, machine: Any, weights: Any, manifest: Manifest, transfer: Transfer | None = None) -> None:
+    def __init__(
+        self,
+        machine: Any,
+        weights: Any,
+        manifest: Manifest,
+        cpus: frozenset[int],
+        transfer: Transfer | None = None,
+    ) -> None:
         self.machine = machine
+        self._cpus = cpus
         self._transfer = transfer
         self.inputs: tuple[TensorInfo, ...] = manifest.inputs
         self.outputs: tuple[TensorInfo, ...] = manifest.outputs
@@ -70,16 +78,19 @@ class Session:
         library = library / "model.so" if library.is_dir() else library
         manifest, code = _checked(library)
         runtime = _runtime(threads)
+        cpus = configure(threads or physical_cores())
         if manifest.device == CUDA:
             load_cuda_runtime(_tvm_libraries())
         machine = _load_code(runtime, code)["vm_load_executable"]()
         weights = _map_weights(runtime, library, manifest)
         if manifest.device == CPU:
             machine["vm_initialization"](CPU, 0, _POOLED_ALLOCATOR)
-            return cls(machine, runtime.convert(weights), manifest)
+            return cls(machine, runtime.convert(weights), manifest, cpus)
         machine["vm_initialization"](manifest.device, 0, _POOLED_ALLOCATOR, CPU, 0, _POOLED_ALLOCATOR)
         transfer = Transfer(manifest.device)
-        return cls(machine, runtime.convert([transfer.to_device(weight) for weight in weights]), manifest, transfer)
+        return cls(
+            machine, runtime.convert([transfer.to_device(weight) for weight in weights]), manifest, cpus, transfer
+        )
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run the model once.
@@ -102,7 +113,8 @@ class Session:
             if sizes.get(name, 0) > most:
                 raise InputError("E-DATA", f"dimension {name} is {sizes[name]}", cure=f"give at most {most}")
         if self._transfer is None:
-            results = self._main(*arrays, self._weights)
+            with settled(self._cpus):
+                results = self._main(*arrays, self._weights)
         else:
             moved = [self._transfer.to_device(array) for array in arrays]
             results = [self._transfer.to_host(result) for result in self._main(*moved, self._weights)]
@@ -169,11 +181,9 @@ def _runtime(threads: int | None) -> Any:
     with _without_torch():
         import tvm_ffi
     if _LIBRARY is None:
-        os.environ.setdefault("TVM_NUM_THREADS", str(threads or physical_cores()))
+        before_loading(threads or physical_cores())
         _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime_extra.so"), ctypes.RTLD_GLOBAL)  # sorting: TopK
-    if threads is not None:
-        tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
     return tvm_ffi
 
 
