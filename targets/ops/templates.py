@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.targets.formats import BFLOAT16, FLOAT32
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import Layer, leading, linear, static
 from xopt.targets.ops.indexing import note_positions
@@ -121,6 +122,7 @@ def _attention(call: Call) -> Value | None:
     if form is None or mask is None:
         return None
     inputs, shape, described = form
+    formats = call.lowering.formats(call.node.outputs[0], shape[-1])
     # One kernel serves all lengths at the speed of a special one, also where merging gives each layer its own.
     workload = attention.Workload(
         batch=None,
@@ -129,14 +131,16 @@ def _attention(call: Call) -> Value | None:
         scale=float(call.attr("scale", described["head_dim"] ** -0.5)),
         causal=bool(call.attr("is_causal", 0)),
         softcap=float(call.attr("softcap", 0.0)),
+        results=tuple(result.name for result in formats),
         **described,
         **mask,
     )
     if call.has(3):
         inputs.append(call.x(3))
+    inputs += call.lowering.quantization(formats)
     config = call.lowering.config(attention, workload)
     name = attention.name(workload, config, isa)
-    return call.lowering.call(name, lambda: attention.build(workload, config, isa), inputs, shape)
+    return call.lowering.call_formats(name, lambda: attention.build(workload, config, isa), inputs, shape, formats)
 
 
 Form = tuple[list[relax.Expr], list[Dim], dict[str, Any]]
@@ -158,11 +162,12 @@ def _merged(call: Call) -> Form | None:
         if source not in buffers:
             buffers.append(source)
         operands[part] = Operand(buffers.index(source), int(call.lowering.shape(source)[-1]), offset)
-    inputs = [call.lowering.tensor(source) for source in buffers]
-    if any(str(x.ty.dtype) != "float32" for x in inputs):
-        return None
     d, dv = q[-1] // heads, v[-1] // kv_heads
-    described = {"heads": heads, "kv_heads": kv_heads, **operands}
+    read = _operands(call, buffers, d, *(operand.width for operand in operands.values()))
+    if read is None:
+        return None
+    inputs, precision = read
+    described = {"heads": heads, "kv_heads": kv_heads, "operands": precision, **operands}
     return inputs, [q[0], q[1], heads * dv], {**described, "head_dim": d, "v_head_dim": dv}
 
 
@@ -171,13 +176,23 @@ def _heads_first(call: Call) -> Form | None:
     from xopt.kernels.attention import separate
 
     q, k, v = (call.shape(index) for index in range(3))
-    inputs = [call.x(index) for index in range(3)]
-    if any(str(x.ty.dtype) != "float32" for x in inputs):
-        return None
     if not all(isinstance(dim, int) for dim in (q[1], k[1], q[3], v[3])):
         return None
+    read = _operands(call, [call.input(index) for index in range(3)], q[3], v[3])
+    if read is None:
+        return None
+    inputs, precision = read
     sizes = {"heads": q[1], "kv_heads": k[1], "head_dim": q[3], "v_head_dim": v[3]}
-    return inputs, [*q[:3], v[3]], {"heads_first": True, **sizes, **separate(**sizes)}
+    return inputs, [*q[:3], v[3]], {"heads_first": True, "operands": precision, **sizes, **separate(**sizes)}
+
+
+def _operands(call: Call, sources: Sequence[ir.Value], *widths: int) -> tuple[list[relax.Expr], str] | None:
+    """The tensors that attention reads, and their precision; None when they are no floats."""
+    if any(source.dtype != ir.DataType.FLOAT for source in sources):
+        return None
+    low = call.lowering.precision == "bf16" and all(width % 2 == 0 for width in widths)
+    form = BFLOAT16 if low else FLOAT32
+    return [call.lowering.formatted(source, form) for source in sources], form.name
 
 
 def _columns_of(call: Call, value: ir.Value) -> tuple[ir.Value, int]:
