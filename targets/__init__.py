@@ -16,7 +16,7 @@ from xopt.targets.base import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["NAMES", "Target", "compile", "get"]
+__all__ = ["NAMES", "Target", "compile", "configured", "get"]
 
 NAMES = ("cpu", "arm", "cuda")
 """The kinds of target; a variant may follow after a colon."""
@@ -42,6 +42,23 @@ def get(name: str) -> Target:
 
         return CudaTarget(variant)
     raise InputError("E-TARGET", f"unknown target {name!r}", cure=f"use one of {', '.join(NAMES)}")
+
+
+def configured(target: Target | str, database: bool | str | Path = True, threads: int | None = None) -> Target:
+    """A target whose kernels are configured from a database: `xopt.targets.database.open_database`.
+
+    Args:
+        target: a target, of which this is a copy, or its name.
+        database: True for what the user has tuned and what is shipped, a path to replace the former, False for none.
+        threads: how many the compiled model will be run on.
+    """
+    from copy import copy
+
+    from xopt.targets.database import open_database
+
+    machine = get(target) if isinstance(target, str) else copy(target)
+    machine.configs = open_database(database, threads)
+    return machine
 
 
 def compile(

@@ -170,7 +170,12 @@ def default_path() -> Path:
 
 
 def open_database(choice: bool | str | Path, threads: int | None = None) -> Configs:
-    """What configures the kernels: True is the user's file and the shipped one, False neither, a path replaces the former."""
+    """What configures the kernels.
+
+    Args:
+        choice: True for the user's file and the shipped one, a path to replace the former, False for neither.
+        threads: how many the compiled model will be run on.
+    """
     if choice is False:
         return Heuristics()
     return Database([default_path() if choice is True else Path(choice), SHIPPED], threads)
@@ -253,10 +258,11 @@ def distance(known: dict[str, Any], workload: Any) -> float:
     wanted = json.loads(json.dumps(dataclasses.asdict(workload)))
     if known.keys() != wanted.keys():
         return math.inf
-    return sum(_apart(known[name], wanted[name]) for name in wanted)
+    return sum(apart(known[name], wanted[name]) for name in wanted)
 
 
-def _apart(a: Any, b: Any) -> float:
+def apart(a: Any, b: Any) -> float:
+    """`distance` of two fields."""
     a, b = (_product(x) if isinstance(x, list) and all(map(_is_size, x)) else x for x in (a, b))
     if not (_is_size(a) and _is_size(b)):
         return 0.0 if a == b or isinstance(a, (float, dict)) else math.inf

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from xopt.api import Result, compile, load, optimize, trace
+    from xopt.api import Result, compile, load, optimize, trace, tune
     from xopt.data.dataset import Dataset
     from xopt.errors import InputError, VerificationError, XoptError
     from xopt.runtime.session import Session
@@ -37,6 +37,7 @@ _HOMES = {
     "load": "api",
     "optimize": "api",
     "trace": "api",
+    "tune": "api",
 }
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "optimize",
     "trace",
+    "tune",
 ]
 
 

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from xopt.search.flow import Outcome
     from xopt.search.job import Job
     from xopt.targets.base import Target
+    from xopt.tuning.run import Kernel, Progress, Tuning
 
     DataSource = str | Path | Dataset | Mapping[str, np.ndarray]
 
-__all__ = ["Result", "compile", "load", "optimize", "plan", "run_plan", "trace"]
+__all__ = ["Result", "compile", "load", "optimize", "plan", "run_plan", "trace", "tune"]
 
 
 def optimize(
@@ -74,6 +75,7 @@ def plan(
     peers: Sequence[str] | None = None,
     verify_each: bool = True,
     dump_ir: str | Path | None = None,
+    database: bool | str | Path = True,
 ) -> Job:
     """Check everything that an optimization needs, and fill in the defaults, without running it.
 
@@ -93,6 +95,7 @@ def plan(
         peers: runtimes to time beside; onnxruntime, openvino and torch by default.
         verify_each: check each pass: valid ONNX, shapes, outputs as the pass promised.
         dump_ir: folder for the model after each pass.
+        database: as for :func:`compile`.
     """
     from xopt import targets
     from xopt.runtime.session import physical_cores
@@ -101,7 +104,7 @@ def plan(
     path = Path(model) if isinstance(model, (str, Path)) else None
     graph = load(path) if path is not None else model
     assert not isinstance(graph, (str, Path))
-    machine = targets.get(target) if isinstance(target, str) else target
+    machine = targets.configured(target, database, threads)
     listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
     size = job.evaluation_batch(graph, batch)
     if data is None:
@@ -173,6 +176,8 @@ def compile(
     output: str | Path = "model.so",
     *,
     dims: Mapping[str, int] | None = None,
+    threads: int | None = None,
+    database: bool | str | Path = True,
 ) -> Path:
     """Compile a model as it is, after the exact passes.
 
@@ -181,11 +186,85 @@ def compile(
         target: as for :func:`plan`.
         output: the library to write (its weights and manifest go beside it), or a folder for ``model.so``.
         dims: symbolic axes to fix; the others stay dynamic.
+        threads: how many it will be run on, which its kernels are configured for; the physical cores by default.
+        database: configurations of kernels: True for what was tuned on this machine (:func:`tune`) and what is
+            shipped, the path of a file to take instead of the former, False for the kernels' own heuristics.
 
     Returns:
         Path of the library, for :meth:`xopt.Session.load`.
     """
     from xopt import targets
+
+    graph = _exactly(model)
+    path = Path(output)
+    library = path if path.suffix == ".so" else path / "model.so"
+    with output_errors(library):
+        library.parent.mkdir(parents=True, exist_ok=True)
+    return targets.compile(graph, targets.configured(target, database, threads), library, dims=dims)
+
+
+def tune(
+    model: ir.Model | str | Path,
+    target: str | Target = "cpu",
+    *,
+    batch: int = 1,
+    dims: Mapping[str, int] | None = None,
+    threads: int | None = None,
+    precision: str = "fp32",
+    trials: int = 48,
+    timeout: float = 600.0,
+    candidate_timeout: float = 20.0,
+    database: str | Path | None = None,
+    again: bool = False,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    finished: Callable[[Kernel], None] = lambda kernel: None,
+) -> Tuning:
+    """Search the configurations of a model's kernels by measurement, for whatever is compiled afterwards.
+
+    Args:
+        model: a graph, or the path of an ONNX file.
+        target: as for :func:`plan`; it must run on this machine.
+        batch: samples of the run that is tuned for, where the model takes any number.
+        dims: sizes of other symbolic axes.
+        threads: CPU threads that the model will be run on; the physical cores by default.
+        precision: "fp32" or "bf16".
+        trials: configurations tried for each kernel.
+        timeout: seconds for all; what is not done then is left, and the same call goes on with it.
+        candidate_timeout: seconds for one configuration to be built, or to be timed.
+        database: the file that results are added to; by default the user's own, which :func:`compile` reads.
+        again: tune kernels that the file knows, too.
+        progress: called after each configuration.
+        finished: called after each kernel.
+
+    Raises:
+        InputError: the model, an option or the target is at fault, or the file cannot be written.
+    """
+    from xopt import targets
+    from xopt.runtime.session import physical_cores
+    from xopt.search.job import evaluation_batch, timed_feeds
+    from xopt.targets.database import Database, default_path
+    from xopt.tuning.run import Tuner
+
+    graph = _exactly(model)
+    size = evaluation_batch(graph, batch)
+    feeds = timed_feeds(Dataset.random(graph, size, 0, dims), size)
+    tuner = Tuner(
+        target=targets.get(target) if isinstance(target, str) else target,
+        database=Database([default_path() if database is None else Path(database)], threads),
+        trials=trials,
+        timeout=timeout,
+        candidate_timeout=candidate_timeout,
+        workers=physical_cores(),
+        again=again,
+        precision=precision,
+        progress=progress,
+        finished=finished,
+    )
+    return tuner.run(graph, {name: array.shape for name, array in feeds.items()})
+
+
+def _exactly(model: ir.Model | str | Path) -> ir.Model:
+    """A copy of a model, or the one in a file, after the exact passes."""
     from xopt.pipeline.context import PassContext
     from xopt.pipeline.manager import PassManager
     from xopt.pipeline.registry import create
@@ -193,11 +272,7 @@ def compile(
 
     graph = load(model) if isinstance(model, (str, Path)) else model.clone()
     PassManager([create(name, {}) for name in EXACT], instruments=()).run(graph, PassContext())
-    path = Path(output)
-    library = path if path.suffix == ".so" else path / "model.so"
-    with output_errors(library):
-        library.parent.mkdir(parents=True, exist_ok=True)
-    return targets.compile(graph, target, library, dims=dims)
+    return graph
 
 
 @dataclass

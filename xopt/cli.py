@@ -24,6 +24,12 @@ BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=
 PASSES = click.option("--passes", help="Passes in their order: 'prune-heads{keep=0.75},merge-tokens{ratio=0.3}'.")
 RECIPE = click.option("--recipe", type=click.Path(path_type=Path), help="A YAML file with the passes.")
 VERIFY = click.option("--verify-each/--no-verify-each", default=True, show_default=True, help="Check each pass.")
+DATABASE = click.option(
+    "--database",
+    type=click.Path(path_type=Path),
+    help="Results of xopt tune, instead of those in the user's cache.",
+)
+NO_DATABASE = click.option("--no-database", is_flag=True, help="Configure kernels by heuristics alone.")
 DIMS = click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a symbolic axis.")
 
 
@@ -79,6 +85,8 @@ def cli() -> None:
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Time other runtimes beside.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same command stopped.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done.")
+@DATABASE
+@NO_DATABASE
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
 @JSON
 def optimize(model: Path, passes: str | None, recipe: Path | None, output: Path, as_json: bool, **options: Any) -> None:
@@ -100,18 +108,47 @@ def optimize(model: Path, passes: str | None, recipe: Path | None, output: Path,
 @MODEL
 @TARGET
 @DIMS
+@DATABASE
+@NO_DATABASE
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.so"), show_default=True)
 @JSON
-def compile_(model: Path, target: str, dims: tuple[str, ...], output: Path, as_json: bool) -> None:
+def compile_(model: Path, target: str, dims: tuple[str, ...], output: Path, as_json: bool, **options: Any) -> None:
     """Compile a model as it is: exact passes only.
 
     Examples:
         xopt compile model.onnx -o model.so
         xopt compile model.onnx --target arm --dim batch=1 -o arm/model.so
+        xopt compile model.onnx --database tuned.jsonl
     """
     from xopt import commands
 
-    commands.compile_model(model, target, dims, output, as_json)
+    commands.compile_model(model, target, dims, output, as_json, **options)
+
+
+@cli.command()
+@MODEL
+@TARGET
+@DIMS
+@BATCH
+@THREADS
+@click.option("--trials", type=click.IntRange(1), default=48, show_default=True, help="Candidates for each kernel.")
+@click.option("--timeout", type=click.FloatRange(0), default=600, show_default=True, help="Seconds for everything.")
+@click.option("--database", type=click.Path(path_type=Path), help="File for the results. [default: the user's cache]")
+@click.option("--again", is_flag=True, help="Also tune what the file knows.")
+@JSON
+def tune(model: Path, as_json: bool, **options: Any) -> None:
+    """Find the fastest configuration of each kernel of a model, by measurement on this machine.
+
+    What compile, optimize and bench build afterwards uses the results. An interrupted run goes on where it stopped.
+
+    Examples:
+        xopt tune model.onnx
+        xopt tune model.onnx --dim sequence=128 --threads 1 --timeout 120
+        xopt tune model.onnx --database tuned.jsonl --json
+    """
+    from xopt import commands
+
+    commands.tune(model, as_json=as_json, **options)
 
 
 @cli.command()

@@ -45,6 +45,8 @@ def optimize(
     resume: bool,
     dry_run: bool,
     time_passes: bool,
+    database: Path | None,
+    no_database: bool,
     **settings: Any,
 ) -> None:
     """``xopt optimize``."""
@@ -54,7 +56,8 @@ def optimize(
 
     folder.check(output)
     sizes = _dims(dims)
-    job = api.plan(model, passes, dims=sizes, peers=None if peers else (), **settings)
+    chosen = _database(database, no_database)
+    job = api.plan(model, passes, dims=sizes, peers=None if peers else (), database=chosen, **settings)
     if dry_run:
         summary.print_plan(job.plan(), as_json)
         return
@@ -72,16 +75,43 @@ def optimize(
         summary.print_report(result.report)
 
 
-def compile_model(model: Path, target: str, dims: tuple[str, ...], output: Path, as_json: bool) -> None:
+def compile_model(
+    model: Path,
+    target: str,
+    dims: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+    *,
+    database: Path | None = None,
+    no_database: bool = False,
+) -> None:
     """``xopt compile``."""
     from xopt import api
 
     sizes = _dims(dims)
-    library = api.compile(model, target, output, dims=sizes)
+    library = api.compile(model, target, output, dims=sizes, database=_database(database, no_database))
     if as_json:
         console.emit({"artifact": str(library), "target": target, "dims": sizes})
     else:
         print(library)
+
+
+def tune(model: Path, *, as_json: bool, dims: tuple[str, ...], database: Path | None, **settings: Any) -> None:
+    """``xopt tune``."""
+    from xopt import api
+    from xopt.report import tuning
+    from xopt.targets.database import default_path
+
+    path = default_path() if database is None else database
+    try:
+        with tuning.display() as (progress, finished):
+            result = api.tune(model, dims=_dims(dims), database=path, progress=progress, finished=finished, **settings)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"kernels that were done are kept in {path}") from interrupt
+    if as_json:
+        console.emit(tuning.to_json(result))
+    else:
+        tuning.print_result(result)
 
 
 def run(
@@ -286,6 +316,15 @@ def doctor(as_json: bool) -> None:
         raise InputError("E-TOOLCHAIN", f"{missing[0].name} is missing or unfit", cure=missing[0].cure)
 
 
+def _database(path: Path | None, without: bool) -> Path | bool:
+    """``--database`` and ``--no-database`` as the API takes them."""
+    if path is not None and without:
+        raise InputError("E-OPTION", "--database and --no-database exclude each other", cure="give one of them")
+    if path is not None and not path.is_file():
+        raise InputError("E-FILE", "there is no such database", where=str(path), cure="make it with xopt tune")
+    return not without if path is None else path
+
+
 def _dims(pairs: tuple[str, ...]) -> dict[str, int]:
     """``NAME=SIZE`` options as a dict."""
     sizes = {}
@@ -345,7 +384,7 @@ def _runners(
         return {"xopt": session.run}, _feeds(session.inputs, data, batch, seed, dims), {}
     graph = load(model)
     feeds = timed_feeds(_samples(graph, data, seed, dims), evaluation_batch(graph, batch))
-    session = Session.load(api.compile(graph, "cpu", folder / "model.so"), threads=threads)
+    session = Session.load(api.compile(graph, "cpu", folder / "model.so", threads=threads), threads=threads)
 
     def canonical() -> ir.Model:
         copy = graph.clone()

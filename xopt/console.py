@@ -102,8 +102,8 @@ def run_guarded(command: Callable[[], None]) -> int:
         return _report(_usage(error))
     except click.ClickException as error:
         return _report(InputError("E-OPTION", error.format_message()))
-    except (KeyboardInterrupt, click.Abort):
-        say("xopt: interrupted, the output is as it was before")
+    except (KeyboardInterrupt, click.Abort) as interrupt:
+        say(f"xopt: interrupted, {str(interrupt) or 'the output is as it was before'}")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
