@@ -34,6 +34,7 @@ class Recorder:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "PAUSE_S", 0.0)
     monkeypatch.setattr(latency, "TURN_MS", 1e-6)  # one timed call a turn
+    monkeypatch.setattr(latency, "_waited", lambda: 0.0)  # whatever else this machine does
 
 
 def test_every_runner_gives_a_sample_in_every_round() -> None:
@@ -80,3 +81,21 @@ def test_pinning_is_undone_after_an_error() -> None:
     with pytest.raises(RuntimeError), pinned(1):
         raise RuntimeError
     assert os.sched_getaffinity(0) == before
+
+
+def test_disturbed_turns_are_repeated_and_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([0.0, 1e9, *[0.0] * 100])  # before and after the first turn, then of all others
+    monkeypatch.setattr(latency, "_waited", lambda: next(waits))
+    times = interleaved(Recorder("a").runners, FEEDS, rounds=6)["a"]
+    assert len(times.samples_ms) == 7
+    assert times.undisturbed == times.samples_ms[1:]
+    assert times.median == np.median(times.samples_ms[1:])
+
+
+def test_all_samples_count_when_too_few_are_undisturbed() -> None:
+    times = Latency((1.0, 2.0, 3.0, 4.0, 50.0, 60.0), waits=(0.0, 0.0, 0.0, 0.0, 0.5, 0.5))
+    assert times.disturbed
+    assert times.median == 3.5
+    quiet = Latency((1.0, 2.0, 3.0, 4.0, 5.0, 60.0), waits=(0.0, 0.0, 0.0, 0.0, 0.0, 0.5))
+    assert not quiet.disturbed
+    assert quiet.median == 3.0

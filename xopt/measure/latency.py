@@ -4,6 +4,9 @@ Each round gives every runner one turn, in an order that rotates from round to r
 machine hits all of them. A turn: a pause in which the worker threads of the last runner go to sleep (they spin for
 a while after their work, and would take cycles from the next one), one call that is not timed, then calls for
 ``TURN_MS`` whose mean is one sample.
+
+A turn in which threads of this process waited for a CPU that something else used is disturbed: rounds are added, as
+long as there is time, until every runner has its samples without those.
 """
 
 from __future__ import annotations
@@ -24,25 +27,50 @@ TURN_MS = 3.0
 PAUSE_S = 0.003
 WARM_UP_CALLS = 3
 MIN_ROUNDS = 5
+DISTURBED = 0.02
+"""Time that threads waited for a CPU, as a share of the turn, from which on a sample does not count."""
 
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of each sample, in the order they were taken."""
+    """Samples of one runner in the order they were taken.
+
+    Attributes:
+        samples_ms: milliseconds of a call.
+        waits: time that threads waited for a CPU during the turn, as a share of it; empty when it is not known.
+    """
 
     samples_ms: tuple[float, ...]
+    waits: tuple[float, ...] = ()
+
+    @property
+    def undisturbed(self) -> tuple[float, ...]:
+        """The samples of turns that nothing disturbed."""
+        if not self.waits:
+            return self.samples_ms
+        return tuple(sample for sample, wait in zip(self.samples_ms, self.waits) if wait < DISTURBED)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether too few samples are undisturbed, so that all of them have to count."""
+        return len(self.undisturbed) < min(MIN_ROUNDS, len(self.samples_ms))
+
+    @property
+    def counted(self) -> tuple[float, ...]:
+        """The samples that the figures are made of."""
+        return self.samples_ms if self.disturbed else self.undisturbed
 
     @property
     def median(self) -> float:
         """Milliseconds that half of the samples do not exceed."""
-        return float(np.median(self.samples_ms))
+        return float(np.median(self.counted))
 
     @property
     def p90(self) -> float:
         """Milliseconds that nine tenths of the samples do not exceed."""
-        return float(np.quantile(self.samples_ms, 0.9))
+        return float(np.quantile(self.counted, 0.9))
 
     def to_dict(self) -> dict[str, float]:
         return {"median": self.median, "p90": self.p90}
@@ -61,23 +89,24 @@ def interleaved(
     Args:
         runners: what to time, by name.
         feeds: the arrays of one run.
-        rounds: samples of each runner.
+        rounds: undisturbed samples of each runner.
         seconds: stop earlier when this is used up, after at least ``MIN_ROUNDS`` rounds.
         progress: called with (stage, done, total).
     """
     calls = {name: _calls_in_a_turn(run, feeds) for name, run in runners.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runners}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     names = list(runners)
     deadline = time.perf_counter() + seconds
-    for done in range(rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() > deadline:
-            break
+    done = good = 0
+    while good < rounds and (done < MIN_ROUNDS or time.perf_counter() < deadline):
         shift = done % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(_turn(runners[name], feeds, calls[name]))
+            turns[name].append(_turn(runners[name], feeds, calls[name]))
+        done += 1
+        good = min((sum(wait < DISTURBED for _, wait in taken) for taken in turns.values()), default=done)
         if progress is not None:
-            progress("measure", done + 1, rounds)
-    return {name: Latency(tuple(values)) for name, values in samples.items()}
+            progress("measure", good, rounds)
+    return {name: Latency(*(tuple(column) for column in zip(*taken))) for name, taken in turns.items()}
 
 
 def _calls_in_a_turn(run: Runner, feeds: Mapping[str, np.ndarray]) -> int:
@@ -89,13 +118,27 @@ def _calls_in_a_turn(run: Runner, feeds: Mapping[str, np.ndarray]) -> int:
     return max(1, math.ceil(TURN_MS / max(last_ms, 1e-3)))
 
 
-def _turn(run: Runner, feeds: Mapping[str, np.ndarray], calls: int) -> float:
+def _turn(run: Runner, feeds: Mapping[str, np.ndarray], calls: int) -> tuple[float, float]:
+    """Milliseconds of a call, and the share of the turn that threads waited for a CPU."""
     time.sleep(PAUSE_S)
     run(feeds)
+    waited = _waited()
     start = time.perf_counter()
     for _ in range(calls):
         run(feeds)
-    return (time.perf_counter() - start) * 1e3 / calls
+    seconds = time.perf_counter() - start
+    return seconds * 1e3 / calls, (_waited() - waited) / seconds
+
+
+def _waited() -> float:
+    """Seconds that all threads of this process have been ready to run without a CPU; 0 where Linux does not tell."""
+    total = 0
+    for task in _tasks():
+        try:
+            total += int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return total * 1e-9
 
 
 @contextmanager
