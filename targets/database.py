@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_origin, get_type_hints
 
 from xopt.ir.io import output_errors
 from xopt.runtime.session import physical_cores
@@ -85,18 +85,11 @@ class Record:
     def parse(cls, line: str) -> Record | None:
         """The record of a line; None for anything else."""
         try:
-            content = json.loads(line)
-            record = cls(**content)
-            numbers = [record.seconds, record.heuristic_seconds]
-            sound = (
-                isinstance(record.workload, dict)
-                and isinstance(record.config, dict)
-                and isinstance(record.heuristic, dict)
-                and all(isinstance(number, float) and 0 < number < math.inf for number in numbers)
-            )
-            return record if sound else None
+            record = cls(**json.loads(line))
         except (ValueError, TypeError, RecursionError):
             return None
+        sound = all(isinstance(getattr(record, name), kind) for name, kind in _KINDS.items())
+        return record if sound and record.seconds > 0 and math.isfinite(record.gain) else None
 
     @property
     def gain(self) -> float:
@@ -108,6 +101,9 @@ class Record:
         """What was tuned: equal for records that answer the same question."""
         content = json.dumps([self.workload, self.shapes], sort_keys=True)
         return (self.kernel, self.version, self.isa, self.threads, self.machine, content)
+
+
+_KINDS = {name: get_origin(kind) or kind for name, kind in get_type_hints(Record).items()}
 
 
 class Database:
@@ -266,7 +262,7 @@ def apart(a: Any, b: Any) -> float:
     a, b = (_product(x) if isinstance(x, list) and all(map(_is_size, x)) else x for x in (a, b))
     if not (_is_size(a) and _is_size(b)):
         return 0.0 if a == b or isinstance(a, (float, dict)) else math.inf
-    return float(a is not b) if a is None or b is None else abs(math.log2((a + 1) / (b + 1)))
+    return float(a is not b) if a is None or b is None else abs(math.log2(a + 1) - math.log2(b + 1))
 
 
 def _is_size(value: Any) -> bool:

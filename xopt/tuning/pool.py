@@ -8,15 +8,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 from xopt.runtime.threads import SPINS
 from xopt.targets.base import Target
 
 START_SECONDS = 120.0
-"""For a process to start, which imports the compiler."""
+"""For a process to say that it is there: it imports the compiler first."""
 
 
 class CandidateError(Exception):
@@ -24,7 +25,7 @@ class CandidateError(Exception):
 
 
 class Worker:
-    """One process, started when it is first asked and again after it was lost.
+    """One process; after it was lost, the next request starts another.
 
     Args:
         target: what to build for.
@@ -32,61 +33,48 @@ class Worker:
     """
 
     def __init__(self, target: Target, threads: int) -> None:
-        self._command = [target.name, str(threads)]
-        self._threads = threads
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._fresh = True
+        self._arguments = [target.name, str(threads)]
+        self._environment = {"TVM_NUM_THREADS": str(threads), "TVM_THREAD_POOL_SPIN_COUNT": str(SPINS)}
+        self._ready = False
         self.deadline = 0.0
-
-    @property
-    def connection(self) -> Connection:
-        """Where answers arrive."""
-        if self._connection is None:
-            self._start()
-        assert self._connection is not None
-        return self._connection
+        self._start()
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        environment = {**os.environ, "TVM_NUM_THREADS": str(self._threads), "TVM_THREAD_POOL_SPIN_COUNT": str(SPINS)}
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "xopt.tuning.worker", str(theirs.fileno()), *self._command],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # an interrupt reaches the tuner alone
-            )
-        finally:
-            theirs.close()
-        self._fresh = True
+        self.connection, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "xopt.tuning.worker", str(theirs.fileno()), *self._arguments],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **self._environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # an interrupt reaches the tuner alone
+        )
+        theirs.close()
+        self._ready = False
 
     def send(self, method: str, *arguments: Any, seconds: float) -> None:
-        """Ask for something, to be answered within ``seconds``."""
-        connection = self.connection
-        self.deadline = time.monotonic() + seconds + (START_SECONDS if self._fresh else 0.0)
-        try:
-            connection.send((method, arguments))
-        except OSError:  # it died of the last request; `receive` says so
-            self.deadline = 0.0
+        """Ask for something, to be answered within ``seconds``; CandidateError when no process can be started."""
+        if self.connection.closed:
+            self._start()
+        if not self._ready:
+            self.deadline = time.monotonic() + START_SECONDS
+            self.receive()
+            self._ready = True
+        self.deadline = time.monotonic() + seconds
+        with suppress(OSError):  # it has died meanwhile; `receive` says so
+            self.connection.send((method, arguments))
 
     def receive(self) -> Any:
-        """The answer; CandidateError when there is none in time or none at all."""
-        connection = self.connection
+        """The answer; CandidateError when it says so, or there is none in time, or none at all."""
         try:
-            if not connection.poll(max(0.0, self.deadline - time.monotonic())):
+            if not self.connection.poll(max(0.0, self.deadline - time.monotonic())):
+                self.close()
                 raise CandidateError("it took too long")
-            done, result = connection.recv()
+            done, result = self.connection.recv()
         except (EOFError, OSError) as error:
             self.close()
             raise CandidateError("it crashed") from error
-        except CandidateError:
-            self.close()
-            raise
-        self._fresh = False
         if not done:
             raise CandidateError(str(result))
         return result
@@ -98,12 +86,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process at once."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        if self._connection is not None:
-            self._connection.close()
-        self._process = self._connection = None
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
 
 
 class Pool:
@@ -130,13 +115,19 @@ class Pool:
         """Send a request for each item to whichever worker is free; which one took it, or how it failed."""
         waiting = deque(items)
         results: dict[Any, Worker | CandidateError] = {}
-        busy: dict[Connection, tuple[Worker, Any]] = {}
+        busy: dict[Any, tuple[Worker, Any]] = {}
         free = list(self.workers)
         while waiting or busy:
             while waiting and free:
                 worker, item = free.pop(), waiting.popleft()
-                worker.send(*request(item), seconds=seconds)
-                busy[worker.connection] = worker, item
+                try:
+                    worker.send(*request(item), seconds=seconds)
+                    busy[worker.connection] = worker, item
+                except CandidateError as error:
+                    results[item] = error
+                    free.append(worker)
+            if not busy:
+                continue
             soonest = min(worker.deadline for worker, _ in busy.values())
             ready = wait(list(busy), max(0.0, soonest - time.monotonic()))
             for connection, (worker, item) in list(busy.items()):

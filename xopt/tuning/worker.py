@@ -206,7 +206,8 @@ def _values(array: Array) -> Array:
 
 
 def serve(connection: Connection, bench: Bench) -> None:
-    """Answer requests until the other side closes the connection."""
+    """Say that this process is ready, and answer requests until the other side closes the connection."""
+    connection.send((True, None))
     while True:
         try:
             method, arguments = connection.recv()
