@@ -37,6 +37,9 @@ from xopt.kernels.emit import (
 from xopt.kernels.isa import Isa
 from xopt.kernels.precision import BFLOAT16, FLOAT32, Result
 
+LOWEST = -2e38
+"""Exporters hide keys by the lowest float32, which has no finite multiple in units of log2(e)."""
+
 
 class Template:
     """Emits one attention kernel; the methods follow the loop structure in the module's docstring."""
@@ -215,7 +218,8 @@ class Template:
             value = mask[tuple(i64(0) if e == 1 else full[axis] for axis, e in enumerate(w.mask_shape))]
             if w.mask == "bool":
                 return tirx.Select(value, tirx.const(0.0, "float32"), tirx.const(-math.inf, "float32"))
-            return value * tirx.const(vector.LOG2_E, "float32")
+            finite = tirx.max(value, tirx.const(LOWEST, "float32")) * tirx.const(vector.LOG2_E, "float32")
+            return tirx.Select(value == tirx.const(-math.inf, "float32"), value, finite)
 
         with serial(self.count) as key:
             if not wide:

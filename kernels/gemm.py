@@ -304,7 +304,8 @@ class _Epilogue:
         if self.bias is not None:
             value = value + load(self.bias, column, lanes=lanes)
         value = keep(value, lanes)
-        value = vector.activation(self.workload.activation, self.workload.alpha)(value, lanes)
+        coarse = "float32" not in self.workload.results
+        value = vector.activation(self.workload.activation, self.workload.alpha, coarse)(value, lanes)
         if "gate" in sides:
             value = value * sides["gate"]
         if "residual" in sides:

@@ -114,6 +114,20 @@ def test_masks(compiled, mask: str, mask_shape: tuple, causal: bool):
         check(compiled, w, AVX512, b, s, t, s)
 
 
+@pytest.mark.parametrize("shape", [(None, 1, 1, None), (None, 1, None, None)])
+def test_a_row_hidden_by_the_lowest_number_is_the_mean(compiled, shape: tuple):
+    """As in ONNX: so low an addend takes the place of every score. Keys hidden by an infinity stay out of it."""
+    w = workload(2, 2, 8, 8, mask="float", mask_shape=shape)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 20, 16)).astype(np.float32) for _ in range(3))
+    mask = np.full((2, 1, 1 if shape[2] == 1 else 20, 20), np.finfo(np.float32).min)
+    mask[1, ..., 3:] = -np.inf
+    [o] = compiled(attention, w, AVX512, SMALL)(q, k, v, mask, out=[q.shape])
+    for row, keys in ((0, 20), (1, 3)):
+        expected = np.broadcast_to(v[row, :keys].astype(np.float64).mean(0), (20, 16))
+        np.testing.assert_allclose(o[row], expected, rtol=0, atol=1e-6)  # sums of 20 numbers of size 1
+
+
 @pytest.mark.parametrize("isa", ISAS[1:])
 def test_masks_at_other_widths(compiled, isa: Isa):
     w = workload(2, 1, 8, 8, mask="bool", mask_shape=(None, None, None, None), causal=True, softcap=3.0)

@@ -99,3 +99,18 @@ def test_activations(name: str):
     # each is x times a factor in [0, 1] that is right to 3e-7
     assert (np.abs(y[finite] - expected[finite]) <= 3e-7 * np.maximum(np.abs(z[finite]), 1e-30)).all()
     assert np.isnan(y[np.isnan(x)]).all() and np.isposinf(y[np.isposinf(x)]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["gelu", "gelu-tanh"])
+def test_coarse_gelu(isa: Isa, name: str):
+    x = samples(-12, 12, [np.inf, np.nan])
+    y = evaluate(vector.activation(name, coarse=True), x, isa)
+    z = x.astype(np.float64)
+    exact = {
+        "gelu": z * 0.5 * special.erfc(-z / np.sqrt(2)),
+        "gelu-tanh": z * special.expit(2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)),
+    }[name]
+    finite = np.isfinite(z)
+    assert np.abs(y[finite] - exact[finite]).max() < 5e-5
+    assert np.isnan(y[np.isnan(x)]).all() and np.isposinf(y[np.isposinf(x)]).all()
