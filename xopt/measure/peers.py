@@ -16,6 +16,8 @@ from xopt.measure.latency import Runner
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import openvino
+    import torch
 
 NAMES = ("onnxruntime", "openvino", "torch", "torch-compile")
 
@@ -51,11 +53,16 @@ def prepare(
         "torch": lambda: torch_runner(canonical(), feeds, threads),
         "torch-compile": lambda: torch_runner(canonical(), feeds, threads, compiled=True),
     }
+    return load(makers, feeds, names)
+
+
+def load(makers: Mapping[str, Callable[[], Runner]], feeds: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Peers:
+    """Make the named runners and run each once; InputError E-OPTION for a name that has no maker."""
     found = Peers({}, {})
     for name in names:
         if name not in makers:
             raise InputError(
-                "E-OPTION", f"unknown runtime {name!r}", where="--peer", cure=f"known are {', '.join(NAMES)}"
+                "E-OPTION", f"unknown runtime {name!r}", where="--peer", cure=f"known are {', '.join(makers)}"
             )
         try:
             with warnings.catch_warnings():
@@ -84,12 +91,16 @@ def onnxruntime_runner(path: Path, threads: int) -> Runner:
     return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
 
 
-def openvino_runner(path: Path, threads: int) -> Runner:
-    """OpenVINO's CPU plugin in float32 (it may pick bfloat16 by itself), tuned for latency."""
+def openvino_runner(model: Path | openvino.Model, threads: int, precision: str = "f32") -> Runner:
+    """OpenVINO's CPU plugin on a file or a model of its own, tuned for latency.
+
+    Left to itself it picks bfloat16 where the CPU has it; ``precision`` ("f32" or "bf16") says what floats are.
+    """
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(str(path), "CPU", options).create_infer_request()
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    source = str(model) if isinstance(model, Path) else model
+    request = openvino.Core().compile_model(source, "CPU", options).create_infer_request()
     names = [output.get_any_name() for output in request.model_outputs]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,14 +115,20 @@ def torch_runner(model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int,
 
     Shapes are fixed and constants folded first, so that torch gets one graph without breaks.
     """
-    import torch
-
     from xopt.ir.fx import to_fx
+
+    return module_runner(to_fx(fixed(model, feeds)).eval(), model, feeds, threads, compiled=compiled)
+
+
+def module_runner(
+    module: torch.nn.Module, model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int, *, compiled: bool = False
+) -> Runner:
+    """A torch module that takes and gives what ``model`` does, by name, for the shapes of ``feeds`` only."""
+    import torch
 
     torch.set_num_threads(threads)
     names = list(feeds)
     outputs = [str(output.name) for output in model.graph.outputs]
-    module = to_fx(_fixed(model, feeds)).eval()
 
     def forward(*arrays: Any) -> list[Any]:
         results = module(**dict(zip(names, arrays)))
@@ -141,7 +158,8 @@ def _traced(forward: Callable[..., list[Any]], arrays: list[Any]) -> Callable[..
     return traced
 
 
-def _fixed(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> ir.Model:
+def fixed(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> ir.Model:
+    """The model for the shapes of ``feeds`` only, with what these decide folded."""
     from xopt.ir.shapes import bind_dims
     from xopt.pipeline.context import PassContext
     from xopt.pipeline.manager import PassManager
