@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("record", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()

@@ -76,6 +76,7 @@ def plan(
     verify_each: bool = True,
     dump_ir: str | Path | None = None,
     database: bool | str | Path = True,
+    precision: str = "fp32",
 ) -> Job:
     """Check everything that an optimization needs, and fill in the defaults, without running it.
 
@@ -96,6 +97,7 @@ def plan(
         verify_each: check each pass: valid ONNX, shapes, outputs as the pass promised.
         dump_ir: folder for the model after each pass.
         database: as for :func:`compile`.
+        precision: as for :func:`compile`.
     """
     from xopt import targets
     from xopt.runtime.session import physical_cores
@@ -104,7 +106,7 @@ def plan(
     path = Path(model) if isinstance(model, (str, Path)) else None
     graph = load(path) if path is not None else model
     assert not isinstance(graph, (str, Path))
-    machine = targets.configured(target, database, threads)
+    machine = targets.configured(target, database, threads, precision)
     listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
     size = job.evaluation_batch(graph, batch)
     if data is None:
@@ -178,6 +180,7 @@ def compile(
     dims: Mapping[str, int] | None = None,
     threads: int | None = None,
     database: bool | str | Path = True,
+    precision: str = "fp32",
 ) -> Path:
     """Compile a model as it is, after the exact passes.
 
@@ -189,6 +192,7 @@ def compile(
         threads: how many it will be run on, which its kernels are configured for; the physical cores by default.
         database: configurations of kernels: True for what was tuned on this machine (:func:`tune`) and what is
             shipped, the path of a file to take instead of the former, False for the kernels' own heuristics.
+        precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
 
     Returns:
         Path of the library, for :meth:`xopt.Session.load`.
@@ -200,7 +204,7 @@ def compile(
     library = path if path.suffix == ".so" else path / "model.so"
     with output_errors(library):
         library.parent.mkdir(parents=True, exist_ok=True)
-    return targets.compile(graph, targets.configured(target, database, threads), library, dims=dims)
+    return targets.compile(graph, targets.configured(target, database, threads, precision), library, dims=dims)
 
 
 def tune(
@@ -211,7 +215,7 @@ def tune(
     dims: Mapping[str, int] | None = None,
     threads: int | None = None,
     precision: str = "fp32",
-    trials: int = 48,
+    trials: int = 32,
     timeout: float = 600.0,
     candidate_timeout: float = 20.0,
     database: str | Path | None = None,
@@ -227,7 +231,7 @@ def tune(
         batch: samples of the run that is tuned for, where the model takes any number.
         dims: sizes of other symbolic axes.
         threads: CPU threads that the model will be run on; the physical cores by default.
-        precision: "fp32" or "bf16".
+        precision: as for :func:`compile`.
         trials: configurations tried for each kernel.
         timeout: seconds for all; what is not done then is left, and the same call goes on with it.
         candidate_timeout: seconds for one configuration to be built, or to be timed.
@@ -249,14 +253,13 @@ def tune(
     size = evaluation_batch(graph, batch)
     feeds = timed_feeds(Dataset.random(graph, size, 0, dims), size)
     tuner = Tuner(
-        target=targets.get(target) if isinstance(target, str) else target,
+        target=targets.configured(target, False, threads, precision),
         database=Database([default_path() if database is None else Path(database)], threads),
         trials=trials,
         timeout=timeout,
         candidate_timeout=candidate_timeout,
         workers=physical_cores(),
         again=again,
-        precision=precision,
         progress=progress,
         finished=finished,
     )

@@ -29,6 +29,13 @@ DATABASE = click.option(
     type=click.Path(path_type=Path),
     help="Results of xopt tune, instead of those in the user's cache.",
 )
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of linear layers and attention; sums stay fp32. For int8 see the pass quantize.",
+)
 NO_DATABASE = click.option("--no-database", is_flag=True, help="Configure kernels by heuristics alone.")
 DIMS = click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a symbolic axis.")
 
@@ -85,6 +92,7 @@ def cli() -> None:
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Time other runtimes beside.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same command stopped.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done.")
+@PRECISION
 @DATABASE
 @NO_DATABASE
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
@@ -108,6 +116,7 @@ def optimize(model: Path, passes: str | None, recipe: Path | None, output: Path,
 @MODEL
 @TARGET
 @DIMS
+@PRECISION
 @DATABASE
 @NO_DATABASE
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.so"), show_default=True)
@@ -118,6 +127,7 @@ def compile_(model: Path, target: str, dims: tuple[str, ...], output: Path, as_j
     Examples:
         xopt compile model.onnx -o model.so
         xopt compile model.onnx --target arm --dim batch=1 -o arm/model.so
+        xopt compile model.onnx --precision bf16
         xopt compile model.onnx --database tuned.jsonl
     """
     from xopt import commands
@@ -131,8 +141,9 @@ def compile_(model: Path, target: str, dims: tuple[str, ...], output: Path, as_j
 @DIMS
 @BATCH
 @THREADS
-@click.option("--trials", type=click.IntRange(1), default=48, show_default=True, help="Candidates for each kernel.")
+@click.option("--trials", type=click.IntRange(1), default=32, show_default=True, help="Candidates for each kernel.")
 @click.option("--timeout", type=click.FloatRange(0), default=600, show_default=True, help="Seconds for everything.")
+@PRECISION
 @click.option("--database", type=click.Path(path_type=Path), help="File for the results. [default: the user's cache]")
 @click.option("--again", is_flag=True, help="Also tune what the file knows.")
 @JSON

@@ -103,7 +103,6 @@ class Tuner:
         candidate_timeout: seconds for a candidate to be built, or to be timed.
         workers: processes that build at the same time.
         again: measure what is known, too.
-        precision: as for `xopt.targets.compile`.
         progress: called after each candidate.
         finished: called after each kernel.
     """
@@ -115,7 +114,6 @@ class Tuner:
     candidate_timeout: float
     workers: int
     again: bool = False
-    precision: str = "fp32"
     progress: Callable[[Progress], None] = lambda progress: None
     finished: Callable[[Kernel], None] = lambda kernel: None
 
@@ -129,7 +127,7 @@ class Tuner:
             what = f"tuning measures on the target, and {self.target.name} cannot be measured here"
             raise InputError("E-TARGET", what, cure="tune on the machine that the model will run on")
         start = time.monotonic()
-        sites = Sites(model, self.target, feeds, self.precision)
+        sites = Sites(model, self.target, feeds)
         counts = sites.counts()
         larger = self._larger(model, feeds, sites)
         order = sorted((site for site in counts if len(self._space(site)) > 1), key=lambda s: -counts[s] * _work(s))
@@ -143,10 +141,10 @@ class Tuner:
         todo = [site for site in order if ends[site] is None]
         clock = _Clock(self, start, sum(min(self.trials, len(self._space(site)) - 1) for site in todo))
         with Pool(self.target, self.database.threads, self.workers) as pool:
-            for position, site in enumerate(todo):
+            for site in todo:
                 kernel = Kernel(site, counts[site], "left")
                 if clock.left > 0:
-                    limits = Limits(self.trials, self.candidate_timeout, clock.share(len(todo) - position))
+                    limits = Limits(self.trials, self.candidate_timeout, start + self.timeout)
                     search = Search(
                         site, larger.get(site), partial(sites.constants, site), self.target.isa(), pool, limits,
                         partial(clock.step, str(site)),
@@ -226,10 +224,6 @@ class _Clock:
     def left(self) -> float:
         """Seconds."""
         return self._start + self._tuner.timeout - time.monotonic()
-
-    def share(self, kernels: int) -> float:
-        """When a kernel should be done so that as many as are still to do get equal time, by `time.monotonic`."""
-        return time.monotonic() + self.left / kernels
 
     def step(self, kernel: str, gain: float) -> None:
         """One more candidate is done."""

@@ -83,13 +83,11 @@ class Sites:
         model: canonical form.
         target: where the kernels run.
         feeds: shape of each input of the model, by name.
-        precision: as for `xopt.targets.compile`.
     """
 
     model: ir.Model
     target: Target
     feeds: Mapping[str, tuple[int, ...]]
-    precision: str = "fp32"
 
     def counts(self) -> dict[Site, int]:
         """How often each kernel is called in one run."""
@@ -109,7 +107,7 @@ class Sites:
     def _calls(self, told: Mapping[tuple[str, Any], Any]) -> list[tuple[Site, dict[int, Array]]]:
         target = copy(self.target)
         target.configs = noted = _Noted(told)
-        lowered = lower(self.model, target, self.precision)
+        lowered = lower(self.model, target)
         main = lowered.module["main"]
         analyzer = self._sizes(lowered)
         weights: dict[Any, Array] = {}
