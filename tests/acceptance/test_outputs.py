@@ -21,6 +21,8 @@ from xopt.search import steps
 PASSES = "prune-heads{keep=0.75, ffn=true}, merge-tokens{ratio=0.2}"
 FILES = {"manifest.json", "model.onnx", "model.so", "model.weights", "pipeline.yaml", "report.html", "report.json"}
 Arrays = Mapping[str, np.ndarray]
+ROUNDING = 2e-5
+"""Of the largest output: four blocks of float32 sums in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +76,21 @@ def test_digits_in_another_runtime(vit: Path, runtime: str) -> None:
     feeds = {"pixel_values": digits.held_out_images(60)}
     (artifact,) = xopt.Session.load(vit).run(feeds).values()
     (plain,) = RUNTIMES[runtime](vit / "model.onnx", feeds)
-    # Between two nearly equal pairs of tokens rounding may choose another; that image is then merged differently.
-    close = np.abs(artifact - plain).max(1) <= 2e-5 * np.abs(plain).max()
-    assert close.mean() >= 0.95
-    assert (artifact.argmax(1) == plain.argmax(1)).mean() >= 0.95
+    close = np.abs(artifact - plain).max(1) <= ROUNDING * np.abs(plain).max()
+    np.testing.assert_array_equal(artifact.argmax(1)[close], plain.argmax(1)[close])
+    for index in np.flatnonzero(~close):
+        assert on_edge(vit / "model.onnx", runtime, feeds["pixel_values"][index : index + 1])
+    assert close.mean() >= 0.9
+
+
+def on_edge(path: Path, runtime: str, image: np.ndarray) -> bool:
+    """Whether two pairs of tokens are so nearly equal that this runtime itself merges others in an image that is
+    changed in the last bits: then no runtime's choice is the right one.
+    """
+    noise = np.random.default_rng(0).standard_normal((64, *image.shape[1:]))
+    images = np.concatenate([image, (image * (1 + 3e-7 * noise)).astype(np.float32)])
+    (outputs,) = RUNTIMES[runtime](path, {"pixel_values": images})
+    return bool((np.abs(outputs - outputs[:1]).max(1) > ROUNDING * np.abs(outputs).max()).any())
 
 
 @pytest.mark.slow
