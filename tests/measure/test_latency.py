@@ -34,7 +34,7 @@ class Recorder:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "PAUSE_S", 0.0)
     monkeypatch.setattr(latency, "TURN_MS", 1e-6)  # one timed call a turn
-    monkeypatch.setattr(latency, "_waited", lambda: 0.0)  # whatever else this machine does
+    monkeypatch.setattr(latency, "waited", lambda: 0.0)  # whatever else this machine does
 
 
 def test_every_runner_gives_a_sample_in_every_round() -> None:
@@ -85,7 +85,7 @@ def test_pinning_is_undone_after_an_error() -> None:
 
 def test_disturbed_turns_are_repeated_and_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = iter([0.0, 1e9, *[0.0] * 100])  # before and after the first turn, then of all others
-    monkeypatch.setattr(latency, "_waited", lambda: next(waits))
+    monkeypatch.setattr(latency, "waited", lambda: next(waits))
     times = interleaved(Recorder("a").runners, FEEDS, rounds=6)["a"]
     assert len(times.samples_ms) == 7
     assert times.undisturbed == times.samples_ms[1:]

@@ -122,15 +122,15 @@ def _turn(run: Runner, feeds: Mapping[str, np.ndarray], calls: int) -> tuple[flo
     """Milliseconds of a call, and the share of the turn that threads waited for a CPU."""
     time.sleep(PAUSE_S)
     run(feeds)
-    waited = _waited()
+    before = waited()
     start = time.perf_counter()
     for _ in range(calls):
         run(feeds)
     seconds = time.perf_counter() - start
-    return seconds * 1e3 / calls, (_waited() - waited) / seconds
+    return seconds * 1e3 / calls, (waited() - before) / seconds
 
 
-def _waited() -> float:
+def waited() -> float:
     """Seconds that all threads of this process have been ready to run without a CPU; 0 where Linux does not tell."""
     total = 0
     for task in _tasks():

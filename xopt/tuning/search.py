@@ -8,7 +8,7 @@
                                    not to lose at a larger batch where the kernel serves any
 
 A candidate that fails to build, crashes, hangs or computes something else is out. Times come as pairs taken within
-milliseconds, so that a slow minute of the machine hits both sides.
+milliseconds, so that a slow minute of the machine hits both sides; those that something else disturbed do not count.
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ class Search:
     ratios: dict[Any, float] = field(default_factory=dict)
     failures: dict[Any, str] = field(default_factory=dict)
     homes: dict[Any, Worker] = field(default_factory=dict)
+    baseline: list[float] = field(default_factory=list)
 
     def run(self) -> Found:
         """Search; CandidateError when the heuristic's own configuration cannot be measured."""
         family = family_of(self.site.family)
         self.heuristic = family.heuristic(self.site.workload, self.isa)
         first = self.pool.workers[0]
-        itself = self._pairs(first, self.site, self.heuristic, ROUNDS[0])
+        self._pairs(first, self.site, self.heuristic, ROUNDS[0])
         for batch in self._batches([c for c in family.space(self.site.workload, self.isa) if c != self.heuristic]):
             self._measure(batch)
         for keep, rounds in ((SEEN_AGAIN, ROUNDS[1]), (FINALISTS, ROUNDS[1])):
@@ -113,7 +114,7 @@ class Search:
             if pairs is not None:
                 seconds = float(np.median(pairs[:, 0] * np.median(pairs[:, 1] / pairs[:, 0])))
                 return Found(config, seconds, self.heuristic, float(np.median(pairs[:, 0])), tried, self.failures)
-        seconds = float(np.median(itself))
+        seconds = float(np.median(self.baseline))
         return Found(self.heuristic, seconds, self.heuristic, seconds, tried, self.failures)
 
     # -- which candidates ------------------------------------------------------------------------------------------
@@ -157,7 +158,10 @@ class Search:
 
     def _pairs(self, worker: Worker, site: Site, config: Any, rounds: int) -> Array:
         """Seconds of a call with the heuristic's configuration and with another, [rounds, 2]."""
-        return np.array(worker.ask("compare", site, self.heuristic, config, rounds, seconds=self.limits.seconds))
+        pairs = np.array(worker.ask("compare", site, self.heuristic, config, rounds, seconds=self.limits.seconds))
+        if site == self.site:
+            self.baseline.extend(pairs[:, 0])
+        return pairs
 
     def _out(self, config: Any, reason: str) -> None:
         self.ratios.pop(config, None)
