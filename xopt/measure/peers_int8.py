@@ -70,6 +70,19 @@ def prepare(
     return peers.load(makers, feeds, names)
 
 
+def write_quantized(path: Path, samples: Dataset, output: Path) -> None:
+    """The float file ``path`` through the pass ``quantize``, in standard ONNX, as ``output``."""
+    import xopt.ir
+    from xopt.pipeline.context import PassContext
+    from xopt.pipeline.manager import PassManager
+    from xopt.pipeline.registry import create
+
+    model = xopt.ir.load(path)
+    xopt.ir.canonicalize(model)
+    PassManager([create("quantize", {})], instruments=()).run(model, PassContext(calibration=samples))
+    xopt.ir.save(xopt.ir.export(model), output)
+
+
 def onnxruntime_dynamic(path: Path, threads: int) -> Runner:
     """ONNX Runtime on the float file with int8 weights; each product quantizes its input by the range of that input."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
