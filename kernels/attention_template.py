@@ -47,6 +47,7 @@ class Template:
     def __init__(self, workload: Workload, config: Config, isa: Isa) -> None:
         w = self.w = workload
         self.config = config
+        self.isa = isa
         self.lanes = isa.lanes
         self.chains = isa.chains
         self.form = FLOAT32 if w.operands == "float32" else BFLOAT16
@@ -59,7 +60,7 @@ class Template:
         self.mask = self._declare_mask() if w.mask != "none" else None
         out = (w.heads, self.queries, w.v_head_dim) if w.heads_first else (self.queries, w.heads * w.v_head_dim)
         quantization = precision.quantization_argument(w.results)
-        self.out = Result(precision.result_arguments("o", w.results, (self.batch, *out)), quantization, self.lanes)
+        self.out = Result(precision.result_arguments("o", w.results, (self.batch, *out)), quantization, isa)
         # Scores are kept in units of log2(e), so that 2**x serves for e**x; a soft cap works on plain scores.
         self.q_factor = w.scale / w.softcap if w.softcap else w.scale * vector.LOG2_E
 
@@ -282,7 +283,9 @@ class Template:
         def two_exponentials(total: Expr, pair: Expr) -> Expr:
             """Pair number n takes row n: rows are read before they are overwritten."""
             low, high = weight(pair * 2), weight(pair * 2 + 1)
-            pairs = precision.bfloat16_pairs(precision.bfloat16(low, lanes), precision.bfloat16(high, lanes), lanes)
+            pairs = precision.bfloat16_pairs(
+                precision.bfloat16(low, self.isa), precision.bfloat16(high, self.isa), lanes
+            )
             store(self.p, tirx.reinterpret(f"float32x{lanes}", pairs), pair, column, lanes=lanes)
             return total + (low + high)
 

@@ -75,7 +75,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         y_full = precision.result_arguments("y", (w.result,), (*rows, w.padded))
         m = let(product(rows))
         x = flat(x_full, (m, w.width))
-        y = Result(y_full, quantization, lanes).flat((m, w.padded))
+        y = Result(y_full, quantization, isa).flat((m, w.padded))
         whole, tail = divmod(w.width, lanes)
         with parallel(m) as row:
             if whole:

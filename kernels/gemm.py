@@ -206,7 +206,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         c_full = precision.result_arguments("c", w.results, (*rows, w.n))
         m = let(product(rows))
         a = flat(a_full, (m, form.padded(w.k)))
-        result = Result(c_full, quantization, lanes).flat((m, w.n))
+        result = Result(c_full, quantization, isa).flat((m, w.n))
         epilogue = _Epilogue(w, isa, scale, bias, {side: flat(t, (m, w.n)) for side, t in sides.items()}, result)
 
         blocks = let(at_least_one(ceil_div(m, config.mt)))

@@ -128,7 +128,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         bias = argument("bias", (padded,)) if w.bias and not w.rms else None
         quantization = precision.quantization_argument(w.results)
         sum_full = argument("sum", shape) if w.residual else None
-        y_full = Result(precision.result_arguments("y", w.results, shape), quantization, lanes)
+        y_full = Result(precision.result_arguments("y", w.results, shape), quantization, isa)
         m = let(product(rows))
         x, r, total = (t if t is None else flat(t, (m, w.width)) for t in (x_full, r_full, sum_full))
         y = y_full.flat((m, w.width))

@@ -177,11 +177,15 @@ class Result:
 
     buffers: tuple[Buffer, ...]
     quantization: Buffer | None
-    lanes: int
+    isa: Isa
+
+    @property
+    def lanes(self) -> int:
+        return self.isa.lanes
 
     def flat(self, shape: Sequence[int | Expr]) -> Result:
         """The same memory under another shape."""
-        return Result(tuple(flat(buffer, shape) for buffer in self.buffers), self.quantization, self.lanes)
+        return Result(tuple(flat(buffer, shape) for buffer in self.buffers), self.quantization, self.isa)
 
     def store(self, value: Expr, *index: int | Expr) -> None:
         """Store a float32 vector from ``index`` on."""
@@ -207,7 +211,7 @@ class Result:
     def _converted(self, value: Expr, dtype: str) -> Expr:
         if str(dtype) == "float32":
             return value
-        return bfloat16(value, self.lanes) if str(dtype) == "uint16" else self._quantized(value)
+        return bfloat16(value, self.isa) if str(dtype) == "uint16" else self._quantized(value)
 
     def _quantized(self, value: Expr) -> Expr:
         assert self.quantization is not None
@@ -226,8 +230,15 @@ def bfloat16_pairs(low: Expr, high: Expr, lanes: int) -> Expr:
     return tirx.reinterpret(f"int32x{lanes}", pairs)
 
 
-def bfloat16(value: Expr, lanes: int) -> Expr:
-    """Round a float32 vector to bfloat16, to nearest even, as uint16."""
+def bfloat16(value: Expr, isa: Isa) -> Expr:
+    """Round a float32 vector to bfloat16, to nearest even, as uint16; NaN stays NaN."""
+    lanes = isa.lanes
+    if not isa.bf16:
+        bits = tirx.reinterpret(f"uint32x{lanes}", keep(value, lanes))
+        half, one, sixteen = (splat(number, lanes, "uint32") for number in (0x7FFF, 1, 16))
+        rounded = (bits + half + ((bits >> sixteen) & one)) >> sixteen
+        quiet = (bits >> sixteen) | splat(0x40, lanes, "uint32")
+        return tirx.Select(value == value, rounded, quiet).astype(f"uint16x{lanes}")
     name = f"xopt_to_bf16_{lanes}"
     text = f"""
 define linkonce_odr <{lanes} x i16> @{name}(<{lanes} x float> %x) alwaysinline nounwind {{

@@ -44,20 +44,35 @@ def get(name: str) -> Target:
     raise InputError("E-TARGET", f"unknown target {name!r}", cure=f"use one of {', '.join(NAMES)}")
 
 
-def configured(target: Target | str, database: bool | str | Path = True, threads: int | None = None) -> Target:
+def configured(
+    target: Target | str,
+    database: bool | str | Path = True,
+    threads: int | None = None,
+    precision: str = "fp32",
+) -> Target:
     """A target whose kernels are configured from a database: `xopt.targets.database.open_database`.
 
     Args:
         target: a target, of which this is a copy, or its name.
         database: True for what the user has tuned and what is shipped, a path to replace the former, False for none.
         threads: how many the compiled model will be run on.
+        precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
+
+    Raises:
+        InputError: E-OPTION, the precision is unknown, or not to be had on the target.
     """
     from copy import copy
 
     from xopt.targets.database import open_database
+    from xopt.targets.formats import PRECISIONS
 
     machine = get(target) if isinstance(target, str) else copy(target)
+    if precision not in PRECISIONS:
+        raise InputError("E-OPTION", f"unknown precision {precision!r}", cure=f"use one of {', '.join(PRECISIONS)}")
+    if precision != "fp32" and machine.isa() is None:
+        raise InputError("E-OPTION", f"no kernels at {precision} for the target {machine.name}", cure="use fp32")
     machine.configs = open_database(database, threads)
+    machine.precision = precision
     return machine
 
 
@@ -67,7 +82,6 @@ def compile(
     path: Path,
     *,
     dims: Mapping[str, int] | None = None,
-    precision: str = "fp32",
 ) -> Path:
     """Compile a canonical model into an artifact: ``path`` (a ``.so``), its weights and its manifest beside it.
 
@@ -76,17 +90,13 @@ def compile(
         target: a target or its name.
         path: the library to write, such as ``out/model.so``.
         dims: symbolic dimensions to fix by name; the others stay dynamic.
-        precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
 
     Returns:
         ``path``.
 
     Raises:
-        InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT; E-OPTION for an unknown precision.
+        InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT.
     """
     from xopt.targets.build import compile_model
-    from xopt.targets.formats import PRECISIONS
 
-    if precision not in PRECISIONS:
-        raise InputError("E-OPTION", f"unknown precision {precision!r}", cure=f"use one of {', '.join(PRECISIONS)}")
-    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims, precision)
+    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)

@@ -26,6 +26,7 @@ class Target(ABC):
         device: kind of memory the code works on, as the runtime numbers it (DLPack: 1 is the CPU, 2 is CUDA).
         linker: the C++ compiler that links the generated code.
         configs: chooses the configuration of each kernel.
+        precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target(ABC):
     device: int = 1
     linker: ClassVar[str] = "g++"
     configs: Configs = Heuristics()
+    precision: str = "fp32"
 
     @abstractmethod
     def tvm_target(self) -> tvm.target.Target:

@@ -70,9 +70,7 @@ def cpu_pipeline() -> Any:
     )
 
 
-def compile_model(
-    model: ir.Model, target: Target, path: Path, dims: Mapping[str, int] | None = None, precision: str = "fp32"
-) -> Path:
+def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str, int] | None = None) -> Path:
     """Compile a canonical model into the artifact ``path`` (a ``.so``), its weights and its manifest.
 
     Args:
@@ -80,7 +78,6 @@ def compile_model(
         target: where the artifact will run.
         path: the library to write; weights and manifest go next to it.
         dims: symbolic dimensions to fix by name; the others stay dynamic.
-        precision: of linear layers and attention, "fp32" or "bf16".
 
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-OUTPUT.
@@ -94,7 +91,7 @@ def compile_model(
 
     if dims:
         model = bind_dims(model, dims)
-    lowered = lower(model, target, precision)
+    lowered = lower(model, target)
     tvm_target = target.tvm_target()
     config = COMPILE_CONFIG if target.device == 1 else {}
     with tvm_target, tvm.transform.PassContext(config=config):

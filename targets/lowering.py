@@ -57,7 +57,6 @@ class Lowering:
     """The state of one walk: values so far, weights so far, and the Relax function being built."""
 
     target: Target
-    precision: str = "fp32"
     wanted: dict[ir.Value, tuple[Format, ...]] = field(default_factory=dict)
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
     dims: Dimensions = field(default_factory=Dimensions)
@@ -155,6 +154,15 @@ class Lowering:
         if isinstance(content, Ints):
             return list(content.array.shape)
         return self.shape_of(content.any if isinstance(content, Formatted) else content)
+
+    def is_float32(self, value: ir.Value) -> bool:
+        """Whether ``value`` is a float32 tensor, in whatever format it lies in memory."""
+        content = self.value(value)
+        if isinstance(content, Formatted):
+            return True
+        if isinstance(content, Ints):
+            return False
+        return str(content.dtype if isinstance(content, np.ndarray) else content.ty.dtype) == "float32"
 
     def shape_of(self, expression: relax.Expr) -> list[Dim]:
         """The shape of a run-time tensor."""
@@ -343,7 +351,7 @@ class Lowering:
         layers = {chain.matmul: chain.quantized for chain in plan.values() if chain is not None}
         absorbed: set[ir.Node] = set()
         if self.target.isa() is not None:
-            self.wanted, absorbed = plan_formats(graph, layers, self.precision)
+            self.wanted, absorbed = plan_formats(graph, layers, self.target.precision)
         for node in graph:
             if node in absorbed or dequantized(node.outputs[0]) is not None:
                 continue
@@ -435,13 +443,12 @@ def _readable(dim: Any) -> str:
     return str(dim).replace("T.int64(", "").replace(")", "") if isinstance(dim, tirx.Var) else str(dim)
 
 
-def lower(model: ir.Model, target: Target, precision: str = "fp32") -> Lowered:
+def lower(model: ir.Model, target: Target) -> Lowered:
     """Turn a canonical model into Relax.
 
     Args:
         model: canonical form; not changed.
-        target: decides which kernels are used.
-        precision: of linear layers and attention: "fp32", or "bf16" (operands; sums are float32).
+        target: decides which kernels are used, and their precision.
 
     Raises:
         InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
@@ -452,7 +459,7 @@ def lower(model: ir.Model, target: Target, precision: str = "fp32") -> Lowered:
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    lowering = Lowering(target, precision)
+    lowering = Lowering(target)
     parameters = [lowering.parameter(value) for value in model.graph.inputs]
     bundle = relax.Var("weights", relax.ObjectType())
     with lowering.builder.function("main", [*parameters, bundle]):

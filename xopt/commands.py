@@ -82,6 +82,7 @@ def compile_model(
     output: Path,
     as_json: bool,
     *,
+    precision: str = "fp32",
     database: Path | None = None,
     no_database: bool = False,
 ) -> None:
@@ -89,9 +90,10 @@ def compile_model(
     from xopt import api
 
     sizes = _dims(dims)
-    library = api.compile(model, target, output, dims=sizes, database=_database(database, no_database))
+    chosen = _database(database, no_database)
+    library = api.compile(model, target, output, dims=sizes, database=chosen, precision=precision)
     if as_json:
-        console.emit({"artifact": str(library), "target": target, "dims": sizes})
+        console.emit({"artifact": str(library), "target": target, "precision": precision, "dims": sizes})
     else:
         print(library)
 

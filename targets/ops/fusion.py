@@ -141,7 +141,7 @@ def emit_chain(lowering: Lowering, chain: Chain) -> Value:
     matrix, weight = _weight(chain.matmul), chain.matmul.inputs[1]
     source = chain.quantized.source if chain.quantized else chain.matmul.inputs[0]
     assert source is not None and weight is not None and matrix is not None
-    if lowering.target.isa() is None or source.dtype != ir.DataType.FLOAT:
+    if lowering.target.isa() is None or not lowering.is_float32(source):
         return _emit_rest(lowering, [chain.matmul, *chain.nodes])
     shape = [*lowering.shape(source)[:-1], matrix[1]]
     fused = _fitting(lowering, chain, shape)
@@ -179,7 +179,7 @@ def _fitting(lowering: Lowering, chain: Chain, shape: Sequence[Dim]) -> Chain:
 
 
 def _same(lowering: Lowering, value: ir.Value, shape: Sequence[Dim]) -> bool:
-    return value.dtype == ir.DataType.FLOAT and lowering.dims.same_shape(lowering.shape(value), shape)
+    return lowering.is_float32(value) and lowering.dims.same_shape(lowering.shape(value), shape)
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _operands(lowering: Lowering, layer: Layer) -> tuple[Format, str]:
     """The format of a layer's activations, and the precision of both operands in the words of the workload."""
     if layer.quantized is not None:
         return layer.quantized.format, "int8"
-    return (BFLOAT16, "bfloat16") if lowering.precision == "bf16" else (FLOAT32, "float32")
+    return (BFLOAT16, "bfloat16") if lowering.target.precision == "bf16" else (FLOAT32, "float32")
 
 
 def static(shape: Sequence[Dim]) -> tuple[int | None, ...]:

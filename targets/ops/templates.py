@@ -188,9 +188,9 @@ def _heads_first(call: Call) -> Form | None:
 
 def _operands(call: Call, sources: Sequence[ir.Value], *widths: int) -> tuple[list[relax.Expr], str] | None:
     """The tensors that attention reads, and their precision; None when they are no floats."""
-    if any(source.dtype != ir.DataType.FLOAT for source in sources):
+    if not all(call.lowering.is_float32(source) for source in sources):
         return None
-    low = call.lowering.precision == "bf16" and all(width % 2 == 0 for width in widths)
+    low = call.lowering.target.precision == "bf16" and all(width % 2 == 0 for width in widths)
     form = BFLOAT16 if low else FLOAT32
     return [call.lowering.formatted(source, form) for source in sources], form.name
 

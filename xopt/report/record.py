@@ -32,7 +32,12 @@ def record(job: Job, outcome: Outcome) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "",
         "model": str(job.path.name if job.path is not None else job.model.graph.name or "model"),
-        "target": {"name": job.target.name, "runs_here": job.target.can_run(), "features": list(job.target.features())},
+        "target": {
+            "name": job.target.name,
+            "precision": job.target.precision,
+            "runs_here": job.target.can_run(),
+            "features": list(job.target.features()),
+        },
         "machine": machine.describe(),
         "threads": job.threads,
         "seed": job.seed,

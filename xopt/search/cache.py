@@ -119,7 +119,7 @@ def _fingerprint(job: Job) -> str:
         "evaluation": job.evaluation.digest,
         "metric": job.metric.name,
         "max_drop": job.max_drop,
-        "target": [job.target.name, *job.target.features()],
+        "target": [job.target.name, job.target.precision, *job.target.features()],
         "seed": job.seed,
         "threads": job.threads,
         "feeds": {name: list(array.shape) for name, array in job.feeds.items()},
