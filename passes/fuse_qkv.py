@@ -60,8 +60,7 @@ def _problem(site: AttentionSite, group: list[Projection]) -> str | None:
     if len({one.matmul for one in group}) < max(len(group), 2):
         return "nothing-to-fuse"
     for one in group:
-        constants = [one.weight, *([one.bias_value] if one.bias_value is not None else [])]
-        if any(len(value.uses()) > 1 for value in constants):
+        if len(one.weight.uses()) > 1:
             return "shared-weight"
         if one.bias is not None and len(one.matmul.outputs[0].uses()) > 1:
             return "read-before-bias"

@@ -89,3 +89,14 @@ def test_minilm(minilm: ir.Model) -> None:
     report = check_laws(FuseQKV(), minilm)
     assert str(report) == "fuse-qkv: 6 matched, 6 rewritten"
     assert before - ops(minilm) == {"MatMul": 12, "Add": 12}
+
+
+def test_one_bias_for_several_projections_does_not_keep_them_apart() -> None:
+    model = builders.vit(layers=2)
+    sites = [block.attention for block in transformer_blocks(model)]
+    projections = [one for site in sites if site is not None for one in (site.q, site.k, site.v) if one is not None]
+    shared = projections[0].bias_value
+    for one in projections:
+        assert one.bias is not None
+        one.bias.replace_input_with(list(one.bias.inputs).index(one.bias_value), shared)
+    assert check_laws(FuseQKV(), model).rewritten == 2
