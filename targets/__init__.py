@@ -7,6 +7,7 @@ model into an artifact for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,10 @@ def compile(
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT.
     """
+    from xopt.runtime.lean import without_torch
+
+    with without_torch():
+        import_module("tvm")
     from xopt.targets.build import compile_model
 
     return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)

@@ -6,9 +6,8 @@ import ctypes
 import hashlib
 import mmap
 import os
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from xopt.errors import InputError
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
+from xopt.runtime.lean import without_torch
 from xopt.runtime.manifest import (
     ALIGNMENT,
     Manifest,
@@ -124,6 +124,15 @@ class Session:
             return {info.name: torch.from_dlpack(result) for info, result in zip(self.outputs, results)}
         return {info.name: np.from_dlpack(result) for info, result in zip(self.outputs, results)}
 
+    @contextmanager
+    def watched(self, callback: Callable[..., int]) -> Iterator[None]:
+        """Meanwhile call ``callback(function, name, before, result, *arguments)`` before and after every kernel."""
+        self.machine["set_instrument"](callback)
+        try:
+            yield
+        finally:
+            self.machine["set_instrument"](None)
+
 
 def _checked(library: Path) -> tuple[Manifest, bytes]:
     """The manifest and the code, after the files were compared with their digests and the CPU with the code's needs."""
@@ -178,30 +187,13 @@ _LIBRARY: ctypes.CDLL | None = None
 def _runtime(threads: int | None) -> Any:
     """``tvm_ffi`` with TVM's runtime library loaded."""
     global _LIBRARY
-    with _without_torch():
+    with without_torch():
         import tvm_ffi
     if _LIBRARY is None:
         before_loading(threads or physical_cores())
         _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime_extra.so"), ctypes.RTLD_GLOBAL)  # sorting: TopK
     return tvm_ffi
-
-
-@contextmanager
-def _without_torch() -> Iterator[None]:
-    """Imports in here find no torch, unless it is loaded already.
-
-    ``tvm_ffi`` imports torch wherever it is installed, which takes seconds and a hundred megabytes; tensors cross by
-    DLPack, which needs no import.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
 
 
 def _tvm_libraries() -> Path:
