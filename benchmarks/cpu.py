@@ -76,9 +76,12 @@ def main() -> None:
     else:
         for case in chosen:
             if options.again or case.name not in record["cases"]:
-                record["cases"][case.name] = in_process(case, options)
+                if (entry := in_process(case, options)) is None:
+                    print(f"{case.name} failed", flush=True)
+                    continue
+                record["cases"][case.name] = entry
                 write(output, record)
-                print(line(case.name, record["cases"][case.name]), flush=True)
+                print(line(case.name, entry), flush=True)
         table(record)
 
 
@@ -97,8 +100,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a case in a process with the right number of threads."""
+def in_process(case: Case, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Measure a case in a process with the right number of threads; None when the process fails."""
     count = str(case.threads)
     environment = os.environ | {"TVM_NUM_THREADS": count, "OMP_NUM_THREADS": count}
     source(case.model)
@@ -110,7 +113,7 @@ def in_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         check=False,
     )
     if done.returncode != 0:
-        raise SystemExit(f"{case.name} ended with {done.returncode}")
+        return None
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -194,8 +197,9 @@ def enough(runs: list[dict[str, Any]], wanted: int) -> bool:
 
 
 def good(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Undisturbed runs in which xopt and the fastest peer took about as long as in their best run."""
-    found = [run for run in runs if not run["disturbed"]]
+    """Undisturbed runs of the whole machine's speed, in which xopt and the best peer took about as long as ever."""
+    peak = max((run["peak_gflops"] for run in runs), default=0.0)
+    found = [run for run in runs if not run["disturbed"] and run["peak_gflops"] > (1 - MOST_SPREAD) * peak]
     if not found:
         return []
     names = sorted(found[0]["median_ms"], key=lambda name: min(run["median_ms"][name] for run in found))[:2]

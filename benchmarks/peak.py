@@ -32,7 +32,7 @@ def isa() -> Any:
 
 
 def native() -> Any:
-    """This machine for TVM."""
+    """The machine that this runs on, for TVM."""
     from xopt import targets
 
     return targets.get("cpu").tvm_target()
@@ -50,7 +50,7 @@ def fused_multiply_adds(flops: int, threads: int, precision: str = "float32") ->
     from xopt.kernels import precision as precisions
 
     vectors, form = isa(), precisions.BY_NAME[precision]
-    lanes, rows = vectors.lanes, 12 if vectors.registers > 16 else 12
+    lanes, rows = vectors.lanes, 12  # twice what hides the latency
     depth = max(1, flops // (2 * rows * lanes * form.pack * threads))
     words = "float32" if form.pack == 1 else "int32"
 
