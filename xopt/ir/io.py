@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import logging
 import os
@@ -198,6 +199,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
 def to_bytes(model: ir.Model) -> bytes:
     """``model`` as one ONNX file with all weights in it; the same model gives the same bytes."""
     copy = model.clone()
+    gc.collect()  # what waits for collection may point into mapped files, which are closed now
     ir.external_data.load_to_model(copy)
     data: bytes = ir.to_proto(copy).SerializeToString(deterministic=True)
     return data
