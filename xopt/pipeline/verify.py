@@ -149,10 +149,10 @@ def rounding_bound(model: ir.Model) -> float:
     A sum of K rounded terms has a relative RMS error of about ``eps * sqrt(K)``, and the errors of the nodes in a
     row are independent, so they add in quadrature: ``SAFETY * eps * sqrt(sum of K over all nodes)``, with K the
     depth of a contraction and 1 for any other node. In a quantized graph a number that rounding moves over the border
-    between two steps goes to the other one, a whole step away.
+    between two steps goes to the other one, a whole step away; the errors of the values rounded so add in quadrature.
     """
     terms = sum(_terms(node) for node in model.graph.all_nodes())
-    step = STEP if any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes()) else 0.0
+    step = STEP * float(np.sqrt(sum(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())))
     dtypes = {value.dtype for value in model.graph.initializers.values()}
     eps = max([float(ir_eps(dtype)) for dtype in dtypes if dtype is not None], default=0.0)
     return max(SAFETY * max(eps, float(np.finfo(np.float32).eps)) * float(np.sqrt(max(terms, 1))), step)
