@@ -305,7 +305,9 @@ class Lowering:
 
     def config(self, family: Any, workload: Any) -> Any:
         """The configuration of a kernel family (a module of `xopt.kernels`) for a workload on the target."""
-        return self.target.configs.config(family, workload, self.target.isa())
+        isa = self.target.isa()
+        assert isa is not None
+        return self.target.configs.config(family, workload, isa)
 
     def _kernel(self, name: str, build: Callable[[], tirx.PrimFunc]) -> tvm.ir.GlobalVar:
         if name not in self._kernels:

@@ -69,15 +69,12 @@ def _weight(matmul: ir.Node) -> tuple[int, ...] | None:
     weight = matmul.inputs[1]
     if weight is None:
         return None
+    matrix, numbers = weight.const_value, weight.const_value
     if (node := dequantized(weight)) is not None:
-        matrix, scale = node.inputs[:2]
-        assert matrix is not None and scale is not None
-        constant, dtype = matrix.const_value, scale.dtype
-    else:
-        constant, dtype = weight.const_value, weight.dtype
-    if constant is None or dtype != ir.DataType.FLOAT or len(constant.shape) != 2:
+        matrix, numbers = (given.const_value for given in node.inputs[:2] if given is not None)
+    if matrix is None or numbers is None or numbers.dtype != ir.DataType.FLOAT or len(matrix.shape) != 2:
         return None
-    return tuple(constant.shape.numpy())
+    return tuple(matrix.shape.numpy())
 
 
 def _chain(chain: Chain, taken: dict[ir.Node, Chain | None]) -> Chain:
