@@ -192,5 +192,5 @@ def test_pairs_of_times_are_positive(target: Target) -> None:
     pairs = np.array(
         Bench(target, 2).compare(site(target), gemm.heuristic(WORKLOAD, target.isa()), gemm.Config(3, 1), 3)
     )
-    assert pairs.shape == (3, 2)
+    assert 1 <= len(pairs) <= 3
     assert (pairs > 0).all()

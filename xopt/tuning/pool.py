@@ -48,7 +48,7 @@ class Worker:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt reaches the tuner alone
+            process_group=0,  # an interrupt reaches the tuner alone
         )
         theirs.close()
         self._ready = False

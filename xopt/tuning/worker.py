@@ -82,7 +82,7 @@ class Bench:
             seconds = {index: turns[index]() for index in order}
             waited = (latency.waited() - before) / (time.perf_counter() - start)
             (pairs if waited < latency.DISTURBED else disturbed).append((seconds[0], seconds[1]))
-        return pairs or disturbed
+        return (pairs or disturbed)[:rounds]
 
     def difference(
         self, site: Site, configs: tuple[Any, Any], constants: tuple[Mapping[int, Array], Mapping[int, Array]]
