@@ -92,8 +92,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure also what has an entry")
     parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
     parser.add_argument("--runs", type=int, default=3, help="undisturbed runs of a case")
-    parser.add_argument("--seconds", type=float, default=15.0, help="time for a run")
-    parser.add_argument("--guard", default="cat", metavar="CMD", help="runs `CMD cat` during every run (see docs)")
+    parser.add_argument("--rounds", type=int, default=15, help="undisturbed samples of each runtime in a run")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for a run, or as long as five rounds take")
+    parser.add_argument("--guard", default="cat", metavar="CMD", help="runs `CMD cat` while a case is timed (see docs)")
     parser.add_argument("--peers", default=None, metavar="NAME,...", help="instead of all of the precision")
     parser.add_argument("--output", type=Path, help="docs/benchmarks/cpu-PRECISION.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -152,20 +153,20 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     loaded = prepare.load(fixed(case), case.sizes(), case.threads, options.precision, options.peers)
     probe = Probe(case.threads, prepare.ARITHMETIC[options.precision])
     runs: list[dict[str, Any]] = []
-    while not enough(runs, options.runs):
-        with latency.pinned(case.threads), guarded(options.guard):
+    with latency.pinned(case.threads), guarded(options.guard):
+        while not enough(runs, options.runs):
             peak = probe.measure()
-            times = latency.interleaved(loaded.runners, loaded.feeds, rounds=30, seconds=options.seconds)
-        runs.append(
-            {
-                "peak_gflops": peak.gflops,
-                "read_gb_per_s": peak.gb_per_s,
-                "disturbed": any(t.disturbed for t in times.values()),
-                "median_ms": {name: t.median for name, t in times.items()},
-                "samples_ms": {name: [round(x, 5) for x in t.samples_ms] for name, t in times.items()},
-                "waits": {name: [round(x, 4) for x in t.waits] for name, t in times.items()},
-            }
-        )
+            times = latency.interleaved(loaded.runners, loaded.feeds, rounds=options.rounds, seconds=options.seconds)
+            runs.append(
+                {
+                    "peak_gflops": peak.gflops,
+                    "read_gb_per_s": peak.gb_per_s,
+                    "disturbed": any(t.disturbed for t in times.values()),
+                    "median_ms": {name: t.median for name, t in times.items()},
+                    "samples_ms": {name: [round(x, 5) for x in t.samples_ms] for name, t in times.items()},
+                    "waits": {name: [round(x, 4) for x in t.waits] for name, t in times.items()},
+                }
+            )
     return {
         **summary(runs, loaded.work),
         "skipped": loaded.skipped,

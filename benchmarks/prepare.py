@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,8 +15,9 @@ import models
 import numpy as np
 
 from xopt import ir
+from xopt.data.dataset import Dataset
 from xopt.ir.cost import cost
-from xopt.measure import peers
+from xopt.measure import peers, peers_int8
 from xopt.measure.latency import Runner
 from xopt.runtime.session import Session
 
@@ -49,11 +50,20 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
     feeds = models.feeds(path, sizes)
     graph = ir.load(path)
     ir.canonicalize(graph)
-    chosen = peers.NAMES if names is None else tuple(name for name in names.split(",") if name)
-    found = peers.prepare(path, graph.clone, feeds, threads=threads, names=chosen)
-    with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
-        spent = compiled(path, Path(folder))
-        session = Session.load(folder, threads=threads)
+    known = peers_int8.NAMES if precision == "int8" else peers.NAMES
+    chosen = known if names is None else tuple(name for name in names.split(",") if name)
+    with tempfile.TemporaryDirectory(prefix="xopt-") as scratch:
+        folder = Path(scratch)
+        source = path
+        if precision == "int8":
+            source = folder / "quantized.onnx"
+            samples = Dataset(feeds, None, "the input that is timed", synthetic=True)
+            peers_int8.write_quantized(path, samples, source)
+            found = peers_int8.prepare(path, source, graph.clone, feeds, samples, threads=threads, names=chosen)
+        else:
+            found = peers.prepare(path, graph.clone, feeds, threads=threads, names=chosen, precision=precision)
+        spent = compiled(source, folder / "artifact", "bf16" if precision == "bf16" else "fp32")
+        session = Session.load(folder / "artifact", threads=threads)
     expected = {name: runner(feeds) for name, runner in found.runners.items()}
     ours = session.run(feeds)
     difference = {
@@ -63,26 +73,22 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
     return Loaded({"xopt": session.run, **found.runners}, feeds, found.skipped, difference, spent, work(graph, feeds))
 
 
-def compiled(path: Path, folder: Path) -> dict[str, float]:
-    """Compile into ``folder`` in a process of its own: seconds, peak memory and sizes in MB."""
+def compiled(path: Path, folder: Path, precision: str) -> dict[str, float]:
+    """Compile into ``folder`` in a process of its own: seconds, of them on a CPU, peak memory and size in MB."""
+    folder.mkdir()
+    xopt = Path(sys.executable).with_name("xopt")
+    command = [xopt, "compile", path, "--precision", precision, "-o", folder, "--json"]
     start = time.perf_counter()
-    command = [
-        str(Path(sys.executable).with_name("xopt")),
-        "compile",
-        str(path),
-        "--target",
-        "cpu",
-        "-o",
-        str(folder),
-        "--json",
-    ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    artifact = sum(file.stat().st_size for file in folder.iterdir())
-    found = {"seconds": seconds, "artifact_mb": artifact / 1e6}
-    return found | ({"peak_mb": peak / 1e3} if peak > before else {})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"xopt compile ended with {os.waitstatus_to_exitcode(status)}")
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1e3,
+        "artifact_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+    }
 
 
 def work(graph: Any, feeds: dict[str, np.ndarray]) -> dict[str, Any]:

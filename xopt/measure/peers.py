@@ -37,6 +37,7 @@ def prepare(
     *,
     threads: int,
     names: tuple[str, ...] = NAMES,
+    precision: str = "fp32",
 ) -> Peers:
     """Load the model into each runtime and run it once.
 
@@ -46,13 +47,19 @@ def prepare(
         feeds: the arrays that will be timed.
         threads: threads that each runtime may use.
         names: which runtimes.
+        precision: of products: "fp32" or "bf16", which onnxruntime does not have on CPUs.
     """
+    hint, floats = {"fp32": ("f32", "float32"), "bf16": ("bf16", "bfloat16")}[precision]
     makers: dict[str, Callable[[], Runner]] = {
         "onnxruntime": lambda: onnxruntime_runner(path, threads),
-        "openvino": lambda: openvino_runner(path, threads),
-        "torch": lambda: torch_runner(canonical(), feeds, threads),
-        "torch-compile": lambda: torch_runner(canonical(), feeds, threads, compiled=True),
+        "openvino": lambda: openvino_runner(path, threads, hint),
+        "torch": lambda: torch_runner(canonical(), feeds, threads, dtype=floats),
+        "torch-compile": lambda: torch_runner(canonical(), feeds, threads, compiled=True, dtype=floats),
     }
+    if precision == "bf16":
+        found = load(makers, feeds, tuple(name for name in names if name != "onnxruntime"))
+        found.skipped.update({name: "it has no bfloat16 on CPUs" for name in names if name == "onnxruntime"})
+        return found
     return load(makers, feeds, names)
 
 
@@ -110,20 +117,50 @@ def openvino_runner(model: Path | openvino.Model, threads: int, precision: str =
     return run
 
 
-def torch_runner(model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int, *, compiled: bool = False) -> Runner:
+def torch_runner(
+    model: ir.Model,
+    feeds: Mapping[str, np.ndarray],
+    threads: int,
+    *,
+    compiled: bool = False,
+    dtype: str = "float32",
+) -> Runner:
     """The model as ATen operators in eager torch, or through ``torch.compile``, for the shapes of ``feeds`` only.
 
-    Shapes are fixed and constants folded first, so that torch gets one graph without breaks.
+    Shapes are fixed and constants folded first, so that torch gets one graph without breaks. ``dtype`` is that of all
+    floating-point numbers inside; inputs and outputs are float32.
     """
+    import torch
+
     from xopt.ir.fx import to_fx
 
-    return module_runner(to_fx(fixed(model, feeds)).eval(), model, feeds, threads, compiled=compiled)
+    floats = getattr(torch, dtype)
+    module = to_fx(fixed(model, feeds)).eval().to(floats)
+    if floats is torch.float32:
+        return module_runner(module, model, feeds, threads, compiled=compiled)
+    return module_runner(_converting(module, floats), model, feeds, threads, compiled=compiled)
+
+
+def _converting(module: torch.nn.Module, floats: torch.dtype) -> Callable[..., list[torch.Tensor]]:
+    """``module`` between conversions of its floating-point inputs to ``floats``, and of its outputs to float32."""
+
+    def forward(**arrays: torch.Tensor) -> list[torch.Tensor]:
+        results = module(**{name: x.to(floats) if x.is_floating_point() else x for name, x in arrays.items()})
+        values = list(results.values() if isinstance(results, Mapping) else results)
+        return [x.float() if x.is_floating_point() else x for x in values]
+
+    return forward
 
 
 def module_runner(
-    module: torch.nn.Module, model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int, *, compiled: bool = False
+    module: Callable[..., Any],
+    model: ir.Model,
+    feeds: Mapping[str, np.ndarray],
+    threads: int,
+    *,
+    compiled: bool = False,
 ) -> Runner:
-    """A torch module that takes and gives what ``model`` does, by name, for the shapes of ``feeds`` only."""
+    """A torch module or function that takes and gives what ``model`` does, by name, for the shapes of ``feeds`` only."""
     import torch
 
     torch.set_num_threads(threads)
