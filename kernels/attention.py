@@ -54,6 +54,9 @@ class Workload:
         mask: "none", "bool" (True attends; a row without any gives zeros) or "float" (added).
         mask_shape: its four dimensions: 1 where it broadcasts, anything else where it is B, heads, S, T.
         q, k, v: where the operands lie.
+        packed: sequences of different lengths lie one behind the other: operands are [T, width] for all tokens T of the
+            batch, and an input says where each sequence starts; every token sees its own sequence (see
+            `xopt.kernels.padding`).
         heads_first: the 4-D form [B, heads, S, d], each operand a tensor of its own.
         operands: "float32" or "bfloat16" (for an even d), the precision of Q, K, V and the weights.
         results: formats that O is written in: "float32", "bfloat16", "uint8".
@@ -74,6 +77,7 @@ class Workload:
     softcap: float = 0.0
     mask: str = "none"
     mask_shape: tuple[int | None, int | None, int | None, int | None] = (1, 1, 1, 1)
+    packed: bool = False
     heads_first: bool = False
     operands: str = "float32"
     results: tuple[str, ...] = ("float32",)
@@ -152,7 +156,7 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     shape = "x".join("any" if extent is None else str(extent) for extent in (w.batch, w.queries, w.keys))
     parts = [f"attention_{shape}_{w.heads}x{w.head_dim}_{w.kv_heads}x{w.v_head_dim}"]
     parts += [f"{o.buffer}at{o.offset}of{o.width}" for o in (w.q, w.k, w.v) if not w.heads_first]
-    parts += ["bhsd"] * w.heads_first + ["causal"] * w.causal
+    parts += ["packed"] * w.packed + ["bhsd"] * w.heads_first + ["causal"] * w.causal
     parts += [f"scale{_token(w.scale)}"] + [f"softcap{_token(w.softcap)}"] * (w.softcap > 0)
     if w.mask != "none":
         parts.append(w.mask + "".join("1" if extent == 1 else "n" for extent in w.mask_shape))
@@ -166,7 +170,7 @@ def _token(value: float) -> str:
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
-    """The kernel over (inputs by number, [mask], [quantization], O...); a bool mask has dtype bool, others float32.
+    """The kernel over (inputs by number, [mask], [starts], [quantization], O...); a bool mask has dtype bool.
 
     Inputs hold what `Precision.activation` says; O comes once for each format.
     """

@@ -54,15 +54,24 @@ class Template:
         self.lane_type = "float32" if self.form is FLOAT32 else "int32"
         self.dot = precision.dot(self.form, isa)
         self.batch, self.queries = dim(w.batch, "batch"), dim(w.queries, "queries")
-        shared = w.q.buffer == w.k.buffer and not w.heads_first
+        shared = w.packed or (w.q.buffer == w.k.buffer and not w.heads_first)
         self.keys = self.queries if shared else dim(w.keys, "keys")
         self.inputs = self._declare()
         self.mask = self._declare_mask() if w.mask != "none" else None
+        self.starts = None
+        if w.packed:
+            entries = dim(None, "entries")
+            self.starts, self.batch = argument("starts", (entries,), "int64"), entries - 2
         out = (w.heads, self.queries, w.v_head_dim) if w.heads_first else (self.queries, w.heads * w.v_head_dim)
         quantization = precision.quantization_argument(w.results)
-        self.out = Result(precision.result_arguments("o", w.results, (self.batch, *out)), quantization, isa)
+        self.out = Result(precision.result_arguments("o", w.results, (*self._batched, *out)), quantization, isa)
         # Scores are kept in units of log2(e), so that 2**x serves for e**x; a soft cap works on plain scores.
         self.q_factor = w.scale / w.softcap if w.softcap else w.scale * vector.LOG2_E
+
+    @property
+    def _batched(self) -> tuple[Expr, ...]:
+        """The leading dimension of the operands; packed sequences have none."""
+        return () if self.w.packed else (self.batch,)
 
     def _declare(self) -> list[Buffer]:
         w, dtype = self.w, self.form.activation
@@ -72,7 +81,7 @@ class Template:
             return [q, k, argument("v", (self.batch, w.kv_heads, self.keys, w.v_head_dim), dtype)]
         shapes = {w.v.buffer: (self.keys, w.v.width), w.k.buffer: (self.keys, w.k.width)}
         shapes[w.q.buffer] = (self.queries, w.q.width)
-        return [argument(f"x{i}", (self.batch, *shapes[i]), dtype) for i in sorted(shapes)]
+        return [argument(f"x{i}", (*self._batched, *shapes[i]), dtype) for i in sorted(shapes)]
 
     def _declare_mask(self) -> Buffer:
         full = (self.batch, self.w.heads, self.queries, self.keys)
@@ -82,7 +91,8 @@ class Template:
     def _index(self, operand: Operand, head: Expr, width: int, row: Expr, column: int | Expr) -> tuple[Expr, ...]:
         if self.w.heads_first:
             return (self.b, head, i64(row), i64(column))
-        return (self.b, i64(row), i64(operand.offset + column) + head * width)
+        last = i64(operand.offset + column) + head * width
+        return (self.start + row, last) if self.w.packed else (self.b, i64(row), last)
 
     def q(self, row: Expr, column: int | Expr) -> tuple[Expr, ...]:
         return self._index(self.w.q, self.head, self.w.head_dim, row, column)
@@ -99,6 +109,9 @@ class Template:
         return self._index(Operand(0, 0), self.head, self.w.v_head_dim, row, column)
 
     def emit(self) -> None:
+        if self.starts is not None:
+            self._emit_packed(self.starts)
+            return
         w, most = self.w, self.config.vectors
         vectors = let(at_least_one(ceil_div(self.queries, self.lanes)))
         blocks = let(ceil_div(vectors, most))
@@ -111,6 +124,28 @@ class Template:
             count = bind((block + 1) * vectors // blocks - first)
             self.q0 = bind(first * self.lanes)
             # An even split gives blocks of at least half the size, and a single block of any size.
+            switch(count, range(most, 0, -1), self._queries)
+
+    def _emit_packed(self, starts: Buffer) -> None:
+        """Tasks for the longest sequence, of which shorter ones take as many as they need.
+
+        Sequences are the fastest index, so that an even split over threads gives each a share of every one.
+        """
+        w, most = self.w, self.config.vectors
+        longest = let(starts[self.batch + 1])
+        blocks = let(at_least_one(ceil_div(ceil_div(longest, self.lanes), most)))
+        with parallel(self.batch * w.heads * blocks) as task:
+            self.b = bind(task % self.batch)
+            block = bind(task // self.batch % blocks)
+            self.head = bind(task // (self.batch * blocks))
+            self.kv_head = bind(self.head // (w.heads // w.kv_heads))
+            self.start = bind(starts[self.b])
+            self.queries = self.keys = bind(starts[self.b + 1] - self.start)
+            vectors = bind(ceil_div(self.queries, self.lanes))
+            own = bind(at_least_one(ceil_div(vectors, most)))
+            first = bind(block * vectors // own)
+            count = bind(tirx.Select(block < own, (block + 1) * vectors // own - first, i64(0)))
+            self.q0 = bind(first * self.lanes)
             switch(count, range(most, 0, -1), self._queries)
 
     def _queries(self, vectors: int) -> None:
