@@ -118,10 +118,10 @@ class Config:
 
 
 def space(workload: Workload, isa: Isa) -> Iterator[Config]:
-    """Every tile that fits the registers and is not wider than N."""
+    """Every tile of at most `MOST_ROWS` that fits the registers and is not wider than N."""
     widest = max(1, min(6, -(-workload.n // isa.lanes)))
     for vectors in range(1, widest + 1):
-        full = min(isa.tile_rows(vectors), workload.m or isa.registers)
+        full = min(isa.tile_rows(vectors), MOST_ROWS, workload.m or MOST_ROWS)
         for mt in range(max(1, full // 2), full + 1):
             yield Config(mt, vectors)
 
