@@ -9,14 +9,11 @@ import numpy as np
 
 from xopt.errors import VerificationError
 from xopt.measure.peers import onnxruntime_runner
-from xopt.pipeline.verify import compare, fidelity, rounding_bound
+from xopt.pipeline.verify import compare, least_cosine, rounding_bound
 
 if TYPE_CHECKING:
     from xopt.search.job import Job
     from xopt.search.lab import Candidate
-
-DISCRETE_COSINE = 0.99
-"""Least cosine for a model with xopt ops, whose choices (which tokens are alike) rounding may tip."""
 
 
 def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
@@ -30,12 +27,11 @@ def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
         return {"compared": False, "reason": f"{job.target.name} does not run here", "finite": bool(finite)}
     changes = compare([dict(plain)], [dict(best.runner(job.feeds))])
     bound = rounding_bound(best.model)
-    discrete = any(node.domain == "xopt" for node in best.model.graph.all_nodes())
+    cosine = least_cosine(best.model)
     for name, change in changes.items():
-        reason = change.violation(None if discrete else bound)
-        if reason or (discrete and fidelity(changes) < DISCRETE_COSINE):
+        if reason := change.violation(bound if cosine is None else None, cosine):
             what = f"the compiled model and model.onnx disagree on output {name!r}"
-            raise VerificationError("E-VERIFY", what, where=reason or f"cosine {change.cosine:.4f}")
+            raise VerificationError("E-VERIFY", what, where=reason)
     return {
         "compared": True,
         "bound": bound,
