@@ -205,12 +205,12 @@ def _read_as(
 
 def _is_attention_operand(node: ir.Node, index: int) -> bool:
     """Whether input ``index`` is Q, K or V of attention, or all of them in one tensor that is split."""
-    if node.op_type == "Attention":
+    if node.op_type in ("Attention", "PackedAttention"):
         return index < 3
     if node.op_type != "Split" or index != 0:
         return False
     readers = [(reader, position) for output in node.outputs for reader, position in output.uses()]
-    return all(reader.op_type == "Attention" and position < 3 for reader, position in readers)
+    return all(reader.op_type in ("Attention", "PackedAttention") and position < 3 for reader, position in readers)
 
 
 def decoded(tensor: Any, form: Format) -> Any:

@@ -35,6 +35,7 @@ from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Array, Dim, Dimension
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
+    from xopt.targets.ops.packing import Layout
 
 Value: TypeAlias = Any
 """An ONNX value while lowering: a run-time tensor (or several, in different formats), a constant, or a small integer
@@ -63,6 +64,7 @@ class Lowering:
     values: dict[ir.Value, Value] = field(default_factory=dict)
     weights: list[tuple[str, Array]] = field(default_factory=list)
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
+    layouts: dict[ir.Value, Layout] = field(default_factory=dict)
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)

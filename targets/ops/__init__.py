@@ -20,6 +20,7 @@ from xopt.targets.ops import (
     layout,
     linear,
     norm,
+    packing,
     quantization,
     reduction,
     templates,
@@ -37,7 +38,7 @@ OPERATORS: dict[tuple[str, str], Emitter] = {
 }
 """Emitters of Relax operators by (domain, operator type)."""
 
-KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = templates.KERNELS
+KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = templates.KERNELS | packing.KERNELS
 """Emitters of our kernels by (domain, operator type); None from one means: use the Relax operators."""
 
 

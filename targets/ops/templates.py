@@ -149,6 +149,15 @@ Form = tuple[list[relax.Expr], list[Dim], dict[str, Any]]
 
 def _merged(call: Call) -> Form | None:
     """The 3-D form [B, S, heads * d]."""
+    read = merged_operands(call)
+    if read is None:
+        return None
+    inputs, described = read
+    return inputs, [*call.shape(0)[:2], described["heads"] * described["v_head_dim"]], described
+
+
+def merged_operands(call: Call) -> tuple[list[relax.Expr], dict[str, Any]] | None:
+    """Operands [..., heads * d] where they lie, and the part of the workload that describes them."""
     from xopt.kernels.attention import Operand
 
     heads, kv_heads = int(call.attr("q_num_heads")), int(call.attr("kv_num_heads"))
@@ -168,7 +177,7 @@ def _merged(call: Call) -> Form | None:
         return None
     inputs, precision = read
     described = {"heads": heads, "kv_heads": kv_heads, "operands": precision, **operands}
-    return inputs, [q[0], q[1], heads * dv], {**described, "head_dim": d, "v_head_dim": dv}
+    return inputs, {**described, "head_dim": d, "v_head_dim": dv}
 
 
 def _heads_first(call: Call) -> Form | None:

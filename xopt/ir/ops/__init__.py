@@ -3,8 +3,9 @@
 The body, written with onnxscript in standard ops, *is* the meaning: it is what other runtimes run, what a kernel is
 tested against, and the fallback of a target without one.
 
-An operator lives in a module of this package that is named in ``MODULES`` and has ``function() -> ir.Function``
-(``from_script`` makes one from an onnxscript function). Modules are imported when their operator is first used.
+An operator lives in a module of this package that is named in ``MODULES`` and has ``function() -> ir.Function``, or a
+function for each of several operators (``from_script`` makes one from an onnxscript function). Modules are imported
+when their operator is first used.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ VERSION = 1
 MODULES: dict[str, str] = {
     "MergeTokens": "xopt.ir.ops.merge_tokens",
     "MergeTokensMCTF": "xopt.ir.ops.merge_tokens_mctf",
+    "PackTokens": "xopt.ir.ops.packing:pack_tokens",
+    "UnpackTokens": "xopt.ir.ops.packing:unpack_tokens",
+    "PackedAttention": "xopt.ir.ops.packing:packed_attention",
 }
-"""Operator name to the module that defines it."""
+"""Operator name to the module that defines it, and the function there if it is not called ``function``."""
 
 
 class _Functions(Mapping[str, ir.Function]):
@@ -46,7 +50,8 @@ FUNCTIONS: Mapping[str, ir.Function] = _Functions()
 
 @cache
 def _function(name: str) -> ir.Function:
-    function: ir.Function = import_module(MODULES[name]).function()
+    module, _, maker = MODULES[name].partition(":")
+    function: ir.Function = getattr(import_module(module), maker or "function")()
     if (function.domain, function.name) != (DOMAIN, name):
         raise InternalError("E-OP", f"{MODULES[name]} defines {function.domain}::{function.name}", where=f"op {name}")
     return function
