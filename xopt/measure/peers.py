@@ -160,7 +160,7 @@ def module_runner(
     *,
     compiled: bool = False,
 ) -> Runner:
-    """A torch module or function that takes and gives what ``model`` does, by name, for the shapes of ``feeds`` only."""
+    """A torch module or function that takes and gives what ``model`` does, by name, for shapes of ``feeds`` only."""
     import torch
 
     torch.set_num_threads(threads)
