@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, is_read, merged
+from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, before, is_read, merged
 from xopt.ir.canonical.masks import Mask, Masks, Term
-from xopt.ir.canonical.operands import Operand, assemble, trace
+from xopt.ir.canonical.operands import Operand, assemble, scaling, trace
 from xopt.ir.canonical.placing import in_four_axes
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.canonical.scores import (
@@ -211,10 +211,30 @@ def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeR
     if any(row == () and full != () for row, full in zip(site.k_axes[:2], site.axes[:2])):
         raise NotAttentionError("head-layout")
     mask = _mask(symbols, masks, site, site.axes[0], site.axes[1])
-    k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
-    y = _attention(site, [site.q, k, site.v], mask, _attributes(site, mask, site.scale))
+    *batch, depth, key = site.k_axes
+    q, q_scale = _source(symbols, site.q, site.q_axes, site.q_axes)
+    k, k_scale = _source(symbols, site.k, site.k_axes, (*batch, key, depth))
+    if k is None:
+        k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
+    y = _attention(site, [q or site.q, k, site.v], mask, _attributes(site, mask, site.scale * q_scale * k_scale))
     _visit(symbols, y)
     replace_uses(site.output, y)
+
+
+def _source(symbols: Symbols, value: ir.Value, axes: Axes, wanted: Axes) -> tuple[ir.Value | None, float]:
+    """The value farthest back with the axes ``wanted`` (None: there is none), and what it was multiplied by since."""
+    found, scale, factor = value if axes == wanted else None, 1.0, 1.0
+    while (node := value.producer()) is not None:
+        moved, scaled = before(symbols, value, axes), scaling(node)
+        if moved is not None:
+            value, axes = moved
+        elif scaled is not None:
+            value, factor = scaled[0], factor * scaled[1]
+        else:
+            break
+        if axes == wanted:
+            found, scale = value, factor
+    return found, scale
 
 
 def _attention(site: Site, operands: Sequence[ir.Value], mask: Mask, attributes: dict[str, int | float]) -> ir.Value:
