@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from xopt.passes.merge_tokens import MergeTokens
     from xopt.passes.prune_heads import PruneHeads
     from xopt.passes.quantize import Quantize
+    from xopt.passes.remove_padding import RemovePadding
 
 __all__ = [
     "Canonicalize",
@@ -26,6 +27,7 @@ __all__ = [
     "MergeTokens",
     "PruneHeads",
     "Quantize",
+    "RemovePadding",
 ]
 
 _MODULES = {attribute: module for module, _, attribute in (path.partition(":") for path in BUILT_IN.values())}

@@ -22,6 +22,7 @@ BUILT_IN: dict[str, str] = {
     "eliminate-dead": "xopt.passes.eliminate_dead:EliminateDead",
     "prune-heads": "xopt.passes.prune_heads:PruneHeads",
     "merge-tokens": "xopt.passes.merge_tokens:MergeTokens",
+    "remove-padding": "xopt.passes.remove_padding:RemovePadding",
     "quantize": "xopt.passes.quantize:Quantize",
 }
 
