@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir import edit, ops, quantized, walk
+from xopt.ir import edit, infer_shapes, ops, quantized, walk
 from xopt.ir.structure import Block, transformer_blocks
 from xopt.ir.tokens import tokenwise
 from xopt.pipeline.base import Effect, Pass, PassReport
@@ -45,11 +45,14 @@ class RemovePadding(Pass):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     def requires(self, model: ir.Model, context: PassContext) -> None:
-        require_attention(model, self)
+        if not any(node.op_type == "PackedAttention" for node in model.graph):
+            require_attention(model, self)
 
     def run(self, model: ir.Model, context: PassContext) -> PassReport:
         report = PassReport(self)
         blocks = [block for block in transformer_blocks(model) if block.attention is not None]
+        if not blocks:
+            return report  # packed already
         masks = _padding_masks(model, [block.attention.mask for block in blocks if block.attention is not None])
         problems = [_problem(block, masks) for block in blocks]
         fitting = [block.attention for block, problem in zip(blocks, problems) if block.attention and problem is None]
@@ -67,6 +70,7 @@ class RemovePadding(Pass):
             for block in accepted:
                 report.rewrote(block)
             edit.remove_dead(model)
+            infer_shapes(model)
         return report
 
 
