@@ -1,0 +1,172 @@
+"""MiniLM-L6 on batches of real sentences of different lengths: with padding, without it, and the peers' best way.
+
+    python benchmarks/padding.py --data ../shared/data --output docs/benchmarks/padding.json
+
+Batches of 64 sentences of STS Benchmark: in the order of the file, and the shortest, middling and longest of a
+thousand, so that their numbers of tokens differ. Every way of running a batch gets the same padded arrays:
+
+    xopt padded, xopt       one artifact of the model as it is, and one after remove-padding (also at bf16)
+    onnxruntime, openvino   the whole batch, or sorted by length and cut into smaller ones, which are padded less: the
+                            best of several sizes
+
+All in turns. The fit says how the time of a batch follows its number of real tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import numpy as np
+from minilm_pruning import Split, padded
+from models import minilm, minilm_folder
+from transformers import AutoTokenizer
+
+from xopt import targets
+from xopt.ir import canonicalize, export, load, save
+from xopt.measure.latency import Runner, interleaved, pinned
+from xopt.measure.machine import describe
+from xopt.measure.peers import onnxruntime_runner, openvino_runner
+from xopt.passes import FuseQKV, RemovePadding
+from xopt.pipeline.context import PassContext
+from xopt.runtime.session import Session
+
+BATCH = 64
+PARTS = (4, 8, 16, 32)
+Feeds = dict[str, np.ndarray]
+
+
+def batches(data: Path) -> dict[str, list[list[int]]]:
+    """Batches of token ids by name."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)
+    split = Split.read(data, "test", tokenizer)
+    sentences = [*split.first, *split.second]
+    ordered = sorted(sentences[:1000], key=len)
+    found = {f"file order {start // BATCH}": sentences[start : start + BATCH] for start in range(0, 4 * BATCH, BATCH)}
+    places = {"shortest": 0, "middling": 500 - BATCH // 2, "longest": 1000 - BATCH}
+    return found | {name: ordered[start : start + BATCH] for name, start in places.items()}
+
+
+def sorted_by_length(run: Runner, part: int) -> Callable[[Feeds], Feeds]:
+    """Run a padded batch as several that are padded less; results come back in the order and shape of the batch."""
+
+    def whole(feeds: Feeds) -> Feeds:
+        lengths = feeds["attention_mask"].sum(axis=1)
+        order = np.argsort(lengths, kind="stable")
+        tokens = None
+        for start in range(0, len(order), part):
+            rows = order[start : start + part]
+            longest = int(lengths[rows].max())
+            outputs = run({name: np.ascontiguousarray(array[rows, :longest]) for name, array in feeds.items()})
+            found = outputs["last_hidden_state"]
+            if tokens is None:
+                tokens = np.zeros((*feeds["input_ids"].shape, found.shape[-1]), np.float32)
+            tokens[rows, :longest] = found
+        assert tokens is not None
+        return {"last_hidden_state": tokens}
+
+    return whole
+
+
+def runners(folder: Path, threads: int) -> dict[str, Callable[[Feeds], Any]]:
+    """Every way of running a batch."""
+    minilm(folder / "minilm.onnx")
+    graph = load(folder / "minilm.onnx")
+    canonicalize(graph)
+    save(export(graph), folder / "exported.onnx")
+    FuseQKV().run(graph, PassContext())
+    unpadded = graph.clone()
+    RemovePadding().run(unpadded, PassContext())
+    found: dict[str, Callable[[Feeds], Any]] = {}
+    for name, model, precision in (
+        ("xopt padded", graph, "fp32"),
+        ("xopt", unpadded, "fp32"),
+        ("xopt padded bf16", graph, "bf16"),
+        ("xopt bf16", unpadded, "bf16"),
+    ):
+        machine = targets.configured("cpu", threads=threads, precision=precision)
+        artifact = folder / name.replace(" ", "-") / "model.so"
+        artifact.parent.mkdir()
+        found[name] = Session.load(targets.compile(model, machine, artifact), threads=threads).run
+    peers = {
+        "onnxruntime": onnxruntime_runner(folder / "exported.onnx", threads),
+        "openvino": openvino_runner(folder / "exported.onnx", threads),
+    }
+    for name, run in peers.items():
+        found[name] = run
+        found |= {f"{name} by {part}": sorted_by_length(run, part) for part in PARTS}
+    return found
+
+
+def check(ways: dict[str, Callable[[Feeds], Any]], feeds: Feeds) -> dict[str, float]:
+    """Largest difference of a real token's values to xopt's padded ones; raises where float32 ways disagree."""
+    shown = feeds["attention_mask"] != 0
+    expected = ways["xopt padded"](feeds)["last_hidden_state"][shown]
+    worst = {name: float(np.abs(run(feeds)["last_hidden_state"][shown] - expected).max()) for name, run in ways.items()}
+    assert all(value < (0.2 if "bf16" in name else 1e-3) for name, value in worst.items()), worst
+    return worst
+
+
+def fit(tokens: list[int], milliseconds: list[float]) -> dict[str, float]:
+    """Least squares ``time = fixed + rate * tokens`` and the share of the variance that it explains."""
+    rate, constant = np.polyfit(tokens, milliseconds, 1)
+    rest = np.asarray(milliseconds) - (constant + rate * np.asarray(tokens))
+    explained = 1 - float((rest**2).sum() / ((np.asarray(milliseconds) - np.mean(milliseconds)) ** 2).sum())
+    return {"microseconds_per_token": 1e3 * float(rate), "fixed_ms": float(constant), "r_squared": explained}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with stsb/")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/padding.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    record: dict[str, Any] = {"command": "python benchmarks/padding.py", "machine": describe(), "batches": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        ways = runners(Path(folder), options.threads)
+        with pinned(options.threads):
+            for name, sentences in batches(options.data).items():
+                feeds = padded(sentences)
+                size = {"tokens": int(feeds["attention_mask"].sum()), "padded": int(feeds["attention_mask"].size)}
+                differences = check(ways, feeds)
+                measured = interleaved(ways, feeds, rounds=options.rounds)
+                times = {way: one.median for way, one in measured.items()}
+                record["batches"][name] = size | {
+                    "median_ms": times,
+                    "largest_difference": differences,
+                    "samples_ms": {way: list(one.samples_ms) for way, one in measured.items()},
+                }
+                print(name, size, {way: round(value, 1) for way, value in times.items()}, flush=True)
+    record["summary"] = summary(record["batches"])
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["summary"], indent=1))
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Fits and ratios over the batches in file order."""
+    all_of = list(found.values())
+    real = [entry for name, entry in found.items() if name.startswith("file order")]
+    peers = [way for way in all_of[0]["median_ms"] if not way.startswith("xopt")]
+    best = [min(entry["median_ms"][way] for way in peers) for entry in real]
+    return {
+        "fit": {
+            way: fit([entry["tokens"] for entry in all_of], [entry["median_ms"][way] for entry in all_of])
+            for way in ("xopt", "xopt bf16", "xopt padded")
+        },
+        "real tokens": median(entry["tokens"] / entry["padded"] for entry in real),
+        "padded over unpadded": geometric_mean(e["median_ms"]["xopt padded"] / e["median_ms"]["xopt"] for e in real),
+        "padded over unpadded, bf16": geometric_mean(
+            e["median_ms"]["xopt padded bf16"] / e["median_ms"]["xopt bf16"] for e in real
+        ),
+        "best peer over unpadded": geometric_mean(b / e["median_ms"]["xopt"] for b, e in zip(best, real)),
+    }
+
+
+if __name__ == "__main__":
+    main()
