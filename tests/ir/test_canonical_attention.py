@@ -8,6 +8,7 @@ import pytest
 
 from tests.ir.canonical import check, model_of
 from xopt.ir import canonicalize
+from xopt.runtime.reference import ReferenceSession
 
 WEIGHTS = "int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}, float scale = {0.5}"
 HEADS = (
@@ -82,6 +83,34 @@ def test_almost_causal_is_a_mask(condition: str) -> None:
 def test_window_is_equal() -> None:
     window = "d = Sub(row, column) t = Add(one, one) e = Less(d, t) f = LessOrEqual(column, row) c = And(e, f)"
     check(build(ROW_COLUMN + window + " m = Where(c, s, low)", "m", NUMBERS))
+
+
+MASKED = INPUTS + ", int64[B, S] attended"
+PADDING = "p4 = Unsqueeze(attended, axes) on = Cast <to: int = 9> (p4) "
+FILLS = {
+    "added": ("add = Where({}, nothing, low) m = Add(s, add)", "[B,1,{},S]"),
+    "put in place": ("m = Where({}, s, low)", "[B,1,{},S]"),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("low", [-3.4028234663852886e38, -10000.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_without_keys_are_what_the_fill_makes_them(causal: bool, low: float, fill: str) -> None:
+    """A finite fill: the mean over all keys, later ones and padding too. Padding on the left, and a sample of it."""
+    middle, shape = FILLS[fill]
+    condition = ROW_COLUMN + "c = GreaterOrEqual(row, column) both = And(c, on) " if causal else ""
+    constants = NUMBERS.replace("-10000000.0", str(low)) + ", int64[2] axes = {1, 2}, float nothing = {0.0}"
+    body = PADDING + condition + middle.format("both" if causal else "on")
+    model = build(body, "m", constants, inputs=MASKED)
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal((3, 5, 8)).astype(np.float32) for name in "qkv"}
+    feeds["attended"] = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+    before = ReferenceSession(model).run(feeds)["y"]
+    canonicalize(model)
+    assert mask_shape(model) == shape.format("S" if causal else 1)
+    # Scores of size 1 that -10000 was added to are rounded to 1e-3.
+    np.testing.assert_allclose(ReferenceSession(model).run(feeds)["y"], before, atol=2e-6 if low < -1e5 else 1e-3)
 
 
 def test_bias_keeps_its_heads() -> None:

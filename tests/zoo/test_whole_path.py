@@ -21,7 +21,7 @@ from xopt.runtime.session import Session
 from . import hf, own
 from .entry import Entry
 from .exporting import TRACED, exported, load
-from .test_zoo import _onnxruntime, _sizes
+from .test_zoo import _onnxruntime, _sizes, with_padding
 from .ways import default_ways
 
 TOLERANCE = 1e-5
@@ -37,7 +37,7 @@ def _canonical(entry: Entry) -> ir.Model:
 def _feeds(entry: Entry, model: ir.Model, batch: int, seq: int) -> dict[str, np.ndarray]:
     taken = {value.name for value in model.graph.inputs}
     return {
-        name: tensor.numpy()
+        name: with_padding(tensor.numpy()) if "mask" in name else tensor.numpy()
         for name, tensor in zip(entry.inputs, entry.feeds(batch, seq), strict=True)
         if name in taken
     }

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from xopt.ir import edit, quantized, walk
+from xopt.ir.canonical.masks import hides_later_keys
 from xopt.ir.projection import Projection, projection_from, projection_into
+from xopt.ir.symbolic import Symbols
 from xopt.ir.tokens import TokenLayout, layout
 
 __all__ = [
@@ -47,7 +49,7 @@ class AttentionSite:
     Attributes:
         node: Q [B, S, heads*head_dim], K [B, T, kv_heads*head_dim], V [B, T, kv_heads*v_head_dim].
         q, k, v, out: the projections; None where the operand is something else.
-        causal: top-left causal by attribute.
+        causal: no query attends to later keys, by attribute or by the mask.
         mask: operand attn_mask, if any.
         cross: keys come from another stream than queries.
         residual_in, residual_out: the stream that the branch reads and adds to, and the sum (after its norm in a
@@ -149,6 +151,7 @@ class _Anatomy:
     graph: ir.Graph
     blocks: list[Block] = field(default_factory=list)
     unrecognized: list[Unrecognized] = field(default_factory=list)
+    causal_masks: dict[ir.Value, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.order = walk.Order(self.graph)
@@ -184,13 +187,22 @@ class _Anatomy:
             kv_heads=kv_heads,
             head_dim=widths[0] // heads,
             v_head_dim=widths[2] // kv_heads,
-            causal=bool(walk.int_attribute(node, "is_causal", 0)),
+            causal=bool(walk.int_attribute(node, "is_causal", 0)) or self._hides_later_keys(edit.input_at(node, 3)),
             mask=edit.input_at(node, 3),
             cross=_before_norm(queries) is not _before_norm(keys),
             residual_in=branch.start if branch else None,
             residual_out=branch.end if branch else None,
             norms=branch.norms if branch else (),
         )
+
+    def _hides_later_keys(self, mask: ir.Value | None) -> bool:
+        """Whether a mask that differs from query to query is causal; blocks share it, so it is read once."""
+        shape = walk.shape_of(mask) if mask is not None else None
+        if mask is None or shape is None or len(shape) != 4 or shape[2] == 1:
+            return False
+        if mask not in self.causal_masks:
+            self.causal_masks[mask] = hides_later_keys(Symbols(self.graph), mask)
+        return self.causal_masks[mask]
 
     def _feed_forward(self, node: ir.Node) -> FeedForward | None:
         if not edit.is_op(node, "MatMul") or quantized.stored_matrix(node.inputs[1]) is None:

@@ -26,7 +26,8 @@ class TokenLayout:
         class_token: learned tokens are put in front of the sequence.
         protected: number of leading tokens to keep as they are: the learned ones, at least 1 when the first token
             is what the output reads.
-        padding_mask: the computed mask [B, 1, 1, T] of the keys that attention may read, if there is one.
+        padding_mask: the computed mask of the keys that attention may read, if there is one: [B, 1, 1, T], or
+            [B, 1, T, T] when it is causal too (padding may not even read itself).
         pooled: "cls" (index 0), "mean" (over tokens, weighted or not), "none" (the output has all tokens),
             "unknown".
     """
@@ -140,11 +141,12 @@ def _reduce_kind(node: ir.Node, axis: int) -> tuple[Pooled | None, int | None]:
 
 
 def padding_mask(masks: Sequence[ir.Value | None]) -> ir.Value | None:
-    """The first mask of attention that is computed and tells keys apart, not queries or heads: [B, 1, 1, T]."""
+    """The first mask of attention that is computed and tells the keys of a sample apart, and not heads."""
     for mask in masks:
-        shape = walk.shape_of(mask)
-        keys_only = shape is not None and len(shape) == 4 and shape[1] == 1 and shape[2] == 1
-        if mask is not None and keys_only and not walk.is_weight(mask):
+        if mask is None or mask.shape is None or len(mask.shape) != 4 or mask.shape[1] != 1 or walk.is_weight(mask):
+            continue
+        samples, _, queries, keys = mask.shape
+        if queries == 1 or (samples != 1 and queries == keys):
             return mask
     return None
 

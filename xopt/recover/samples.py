@@ -60,18 +60,23 @@ def batches(model: ir.Model, gm: fx.GraphModule, data: Dataset) -> list[Batch]:
 
 
 def _valid_tokens(model: ir.Model, gm: fx.GraphModule, feeds: Mapping[str, Tensor]) -> Tensor | None:
-    """Whether a token is one, [N, T], from the mask of keys [N, 1, 1, T] that attention reads, or None without one."""
+    """Whether a token is one, [N, T], from the mask [N, 1, 1 or T, T] that attention reads, or None without one."""
     mask = token_layout(model).padding_mask
     if mask is None:
         return None
+    name = str(mask.name)
     with torch.no_grad():
         parts = [
-            run_with_values(gm, {n: v[i : i + BATCH] for n, v in feeds.items()}, [str(mask.name)])[str(mask.name)]
+            _attended(run_with_values(gm, {n: v[i : i + BATCH] for n, v in feeds.items()}, [name])[name])
             for i in range(0, len(next(iter(feeds.values()))), BATCH)
         ]
-    value = torch.cat(parts)
-    attended = value if value.dtype == torch.bool else value > MASKED_BELOW
-    return attended.reshape(len(value), -1) if attended.ndim == 4 else None
+    return torch.cat(parts)
+
+
+def _attended(mask: Tensor) -> Tensor:
+    """Which keys are read, bool [N, T]; under a causal mask, those that read themselves."""
+    shown = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
+    return shown[:, 0, 0] if shown.shape[2] == 1 else shown[:, 0].diagonal(dim1=-2, dim2=-1)
 
 
 def _tokens_per_sample(model: ir.Model, feeds: Mapping[str, Tensor]) -> int:

@@ -195,7 +195,9 @@ def _agree(q: Operand, k: Operand, v: Operand) -> bool:
 def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) -> Mask:
     """Canonical mask; terms met where the scores had other axes are brought to [B,H,S,T] first."""
     frame: Axes = (lead, head, site.axes[-2], site.axes[-1])
-    terms = [Term(t.kind, in_four_axes(symbols, site.anchor, t.value, t.axes, frame), t.factor) for t in site.terms]
+    terms = [
+        Term(t.kind, in_four_axes(symbols, site.anchor, t.value, t.axes, frame), t.factor, t.finite) for t in site.terms
+    ]
     return masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
 
 

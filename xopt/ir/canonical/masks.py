@@ -1,14 +1,20 @@
 """Masks of attention: what is causal, what is padding, what is a bias.
 
+    where(k <= q, 0, -3e38)                                  ->   is_causal=1
     where(k <= q and attention_mask[b, k], 0, -inf)          ->   is_causal=1, attn_mask = bool [B,1,1,T]
+    where(attention_mask[b, k], 0, -3e38)                    ->   attn_mask = float [B,1,1,T]
     position_bias[h, q, k] + where(...)                      ->   attn_mask = float [1|B,H,S,T]
 A mask that is only causal vanishes, one that depends on keys alone becomes [B,1,1,T], any other stays as it is with
-four axes. A row without any key to attend to has no meaning: exporters make it zeros, NaN or the mean; boolean masks
-make it zeros.
+four axes.
+
+A row without any key to attend to is where masks differ that otherwise mean the same. Filled with -inf it is NaN, or
+zeros by the exporter's guard: zeros in a boolean mask. Filled with a finite number it is a mean over all keys, those of
+the future too: that fill stays a number, and such a mask is only causal when no row can be without a key.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,12 +36,14 @@ POSITION = (BATCH, HEAD, QUERY, KEY)
 class Term:
     """One mask on the scores [B,H,S,T]: ``value`` (broadcast from the right) times ``factor``.
 
-    ``kind`` is ``"add"``, or for booleans ``"keep"`` (True attends) or ``"drop"`` (True does not).
+    ``kind`` is ``"add"``, or for booleans ``"keep"`` (True attends) or ``"drop"`` (True does not); ``finite`` when
+    these put a finite number in the place of scores.
     """
 
     kind: str
     value: ir.Value
     factor: float = 1.0
+    finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,12 @@ class Masks:
         reader = Reader(self.symbols, {next(iter(p.symbols)): size for p, size in zip(POSITION, sizes)})
         split = [part for term in terms for part in _summands(term)]
         conditions = [_condition(reader, part) for part in split]
-        biases = [part for part, condition in zip(split, conditions) if condition is None]
         causal, rest = _sorted_out(conditions)
+        if rest != TRUE:  # a row may be without keys: what it is then depends on the fill
+            split = [self._added(site, part) for part in split]
+            conditions = [None if _is_finite(reader, part) else one for part, one in zip(split, conditions)]
+            causal, rest = _sorted_out(conditions)
+        biases = [part for part, condition in zip(split, conditions) if condition is None]
         if not causal and biases and rest != TRUE:
             return Mask(self._as_it_is(site, terms), False)
         keep = None if rest == TRUE else self._boolean(site, rest)
@@ -73,6 +85,14 @@ class Masks:
         if bias is not None and keep is not None:
             bias, keep = self._masked(site, keep, bias), None
         return Mask(bias if bias is not None else keep, causal)
+
+    def _added(self, site: ir.Node, term: Term) -> Term:
+        """A term that puts a finite number in the place of scores, as one that is added: so low that they vanish."""
+        if not term.finite:
+            return term
+        value, (shown, hidden) = term.value, (self._number(site, 0.0), self._number(site, float(self.dtype.min)))
+        branches = (shown, hidden) if term.kind == "keep" else (hidden, shown)
+        return Term("add", self._made(site, "Where", [value, *branches], dtype=self.dtype))
 
     def _as_it_is(self, site: ir.Node, terms: Sequence[Term]) -> ir.Value:
         """All terms, with four axes, without a closer look at what they are."""
@@ -156,6 +176,9 @@ class Masks:
             return self._made(site, "Cast", [value], {"to": int(wanted)}, dtype=wanted)
         if element.op == "number" and not boolean:
             return self._number(site, element.value)
+        if element.op == "where" and not boolean:
+            parts = [self._emit(site, arg, not index) for index, arg in enumerate(element.args)]
+            return None if None in parts else self._made(site, "Where", parts, dtype=self.dtype)
         if element.op == "truth":
             return self._emit(site, element.args[0], True) if boolean else None
         op = {"and": "And", "or": "Or", "not": "Not", "add": "Add", "mul": "Mul"}.get(element.op)
@@ -224,6 +247,16 @@ class Masks:
         return value
 
 
+def hides_later_keys(symbols: Symbols, mask: ir.Value) -> bool:
+    """Whether a mask [B,H,S,T] that is written out keeps each query from all keys after it."""
+    dims = symbols.dims(mask)
+    if dims is None or len(dims) != len(POSITION):
+        return False
+    reader = Reader(symbols, {next(iter(p.symbols)): size for p, size in zip(POSITION, dims)})
+    parts = _summands(Term("keep" if mask.dtype == ir.DataType.BOOL else "add", mask))
+    return _sorted_out([_condition(reader, part) for part in parts])[0]
+
+
 def _summands(term: Term) -> list[Term]:
     """The parts that an additive term is the sum of."""
     add = producer(term.value, "Add") if term.kind == "add" else None
@@ -254,6 +287,20 @@ def _as_condition(element: Element, factor: float) -> Element | None:
     if a is None or b is None:
         return None
     return either(both(condition, a), both(negated(condition), b))
+
+
+def _is_finite(reader: Reader, term: Term) -> bool:
+    """Whether an additive term hides keys by a finite number."""
+    element = reader.broadcast(term.value, POSITION) if term.kind == "add" else None
+    return element is not None and any(math.isfinite(x) and x * term.factor <= LOWEST for x in _numbers(element))
+
+
+def _numbers(element: Element) -> list[float]:
+    """All numbers that a choice or a sum is made of."""
+    if element.op == "number":
+        return [element.value]
+    parts = element.args[1:] if element.op == "where" else element.args if element.op == "add" else ()
+    return [number for part in parts for number in _numbers(part)]
 
 
 def _sorted_out(conditions: Sequence[Element | None]) -> tuple[bool, Element]:

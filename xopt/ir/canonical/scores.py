@@ -7,6 +7,7 @@ between (3-D batches of heads, windows). Nothing here changes the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,12 +27,13 @@ QUERY, KEY, DEPTH, VALUE = "query", "key", "depth", "value"
 
 @dataclass(frozen=True)
 class PlacedTerm:
-    """A mask on the scores where they had ``axes``; ``kind`` as in ``masks.Term``."""
+    """A mask on the scores where they had ``axes``; the rest as in ``masks.Term``."""
 
     kind: str
     value: ir.Value
     factor: float
     axes: Axes
+    finite: bool = False
 
 
 @dataclass
@@ -133,7 +135,7 @@ def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple
     for fill, scores, kind in ((chosen, other, "drop"), (other, chosen, "keep")):
         number = scalar(fill)
         if number is not None and number * factor <= LOWEST and scores is not None:
-            return scores, PlacedTerm(kind, condition, 1.0, axes)
+            return scores, PlacedTerm(kind, condition, 1.0, axes, math.isfinite(number))
     raise NotAttentionError("where-without-fill")
 
 
