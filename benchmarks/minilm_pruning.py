@@ -109,8 +109,8 @@ def spearman(run: Runner, split: Split) -> float:
 def variants() -> dict[str, PruneHeads]:
     """Every point of every curve, by name: the pass as it is by default, the other scores, the plainer allocations."""
     found = {}
-    scores = ("fisher", "optin", "magnitude")
-    for uniform, compensate, score in itertools.product((False, True), (True, False), scores):
+    scores = ("fisher", "magnitude", "optin")
+    for uniform, score, compensate in itertools.product((False, True), scores, (True, False)):
         words = [score, "compensated" if compensate else "plain", "uniform" if uniform else "global"]
         for share, keep in BUDGETS.items():
             found[f"{' '.join(words)} {share:g}"] = PruneHeads(
