@@ -155,11 +155,11 @@ def test_unknown_dimension_is_an_input_error() -> None:
         cost(builders.bert(), {"sequence": 3})
 
 
-def test_small_integers_are_parameters_and_shapes_are_not() -> None:
+def test_small_integers_are_parameters_scales_and_shapes_are_not() -> None:
     net = Net("quantized")
     x = net.input("x", [2, 4])
     scale, zero = net.constant("scale", np.float32(0.1)), net.constant("zero", np.int8(0))
     weight = net.op("DequantizeLinear", net.constant("w", np.ones((4, 3), np.int8)), scale, zero)
     net.output(net.op("MatMul", x, net.op("Reshape", weight, net.ints(4, 3))), "y")
     result = cost(net.build())
-    assert (result.parameters, result.bytes) == (12 + 1 + 1, 12 + 4 + 1 + 16)
+    assert (result.parameters, result.bytes) == (12, 12 + 4 + 1 + 16)
