@@ -146,9 +146,9 @@ def fixed(case: Case) -> Path:
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Load all runtimes, measure the runs, and put together the entry of a case."""
     import prepare
-    from peak import Probe
 
     from xopt.measure import latency, machine
+    from xopt.measure.peak import Probe
 
     loaded = prepare.load(fixed(case), case.sizes(), case.threads, options.precision, options.peers)
     probe = Probe(case.threads, prepare.ARITHMETIC[options.precision])

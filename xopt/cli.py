@@ -194,6 +194,8 @@ def run(artifact: Path, as_json: bool, **options: Any) -> None:
 @SEED
 @DIMS
 @click.option("--rounds", type=click.IntRange(5), default=30, show_default=True, help="Samples of each runtime.")
+@PRECISION
+@click.option("--layers", is_flag=True, help="Also the time of each kernel, beside the machine's limits.")
 @JSON
 def bench(model: Path, as_json: bool, **options: Any) -> None:
     """Time a model (ONNX, or a compiled one) against other runtimes, in turns on the same input.
@@ -201,6 +203,7 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
     Examples:
         xopt bench model.onnx --peers
         xopt bench model.onnx --peer onnxruntime --batch 8 --threads 2 --json
+        xopt bench model.onnx --layers --dim sequence=128
         xopt bench out/model.so --data test.npz
     """
     from xopt import commands

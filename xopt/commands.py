@@ -158,6 +158,8 @@ def bench(
     seed: int,
     dims: tuple[str, ...],
     rounds: int,
+    precision: str,
+    layers: bool,
 ) -> None:
     """``xopt bench``."""
     import tempfile
@@ -169,22 +171,46 @@ def bench(
     names = tuple(dict.fromkeys((*(NAMES if peers else ()), *chosen)))
     count = threads or physical_cores()
     with tempfile.TemporaryDirectory(prefix="xopt-") as folder, console.progress() as progress:
-        runners, feeds, skipped = _runners(model, Path(folder), names, data, batch, count, seed, _dims(dims))
+        runners, feeds, skipped = _runners(model, Path(folder), names, data, batch, count, seed, _dims(dims), precision)
         with latency.pinned(count):
             times = latency.interleaved(runners, feeds, rounds=rounds, seconds=120, progress=progress)
+            table = _layers(runners["xopt"], feeds, count, precision) if layers else []
     runtimes = {
-        name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms)} for name, t in times.items()
+        name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.counted)} for name, t in times.items()
     }
     if as_json:
         shapes = {name: list(array.shape) for name, array in feeds.items()}
         answer = {"runtimes": runtimes, "threads": count, "machine": machine.describe()}
-        console.emit({**answer, "skipped": skipped, "feeds": shapes})
+        console.emit({**answer, "skipped": skipped, "feeds": shapes, **({"layers": table} if layers else {})})
         return
     ours = times["xopt"].median
     rows = [(name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{t.median / ours:.2f}") for name, t in times.items()]
     console.table(f"{count} threads", ["runtime", "median ms", "p90 ms", "x xopt"], rows)
     for name, reason in skipped.items():
         console.say(f"{name} is left out: {reason}")
+    if layers:
+        total = sum(layer["ms"] for layer in table)
+        lines = [
+            (x["kernel"][:60], x["calls"], f"{x['ms']:.3f}", f"{x['ms'] / total:.1%}", _share(x["limit_ms"], x["ms"]))
+            for x in table
+        ]
+        console.table("", ["kernel", "calls", "ms", "of all", "of limit"], lines)
+
+
+def _layers(runner: Runner, feeds: Mapping[str, np.ndarray], threads: int, precision: str) -> list[dict[str, Any]]:
+    """Time of each kernel of a session's run beside the machine's limits, as JSON has it."""
+    import dataclasses
+
+    from xopt.measure.layers import calls, layers
+    from xopt.measure.peak import Probe
+
+    peak = Probe(threads, {"fp32": "float32", "bf16": "bfloat16"}[precision]).measure()
+    session = runner.__self__  # type: ignore[attr-defined]
+    return [dataclasses.asdict(layer) for layer in layers(calls(session, feeds), peak)]
+
+
+def _share(limit: float, time: float) -> str:
+    return f"{limit / time:.0%}" if limit else ""
 
 
 def inspect(model: Path, dims: tuple[str, ...], as_json: bool) -> None:
@@ -370,6 +396,7 @@ def _runners(
     threads: int,
     seed: int,
     dims: Mapping[str, int],
+    precision: str,
 ) -> tuple[dict[str, Runner], dict[str, np.ndarray], dict[str, str]]:
     """Runners of xopt and the peers, the arrays to feed, and the peers that are left out."""
     from xopt import api
@@ -386,14 +413,15 @@ def _runners(
         return {"xopt": session.run}, _feeds(session.inputs, data, batch, seed, dims), {}
     graph = load(model)
     feeds = timed_feeds(_samples(graph, data, seed, dims), evaluation_batch(graph, batch))
-    session = Session.load(api.compile(graph, "cpu", folder / "model.so", threads=threads), threads=threads)
+    library = api.compile(graph, "cpu", folder / "model.so", threads=threads, precision=precision)
+    session = Session.load(library, threads=threads)
 
     def canonical() -> ir.Model:
         copy = graph.clone()
         canonicalize(copy)
         return copy
 
-    found = peers.prepare(model, canonical, feeds, threads=threads, names=names)
+    found = peers.prepare(model, canonical, feeds, threads=threads, names=names, precision=precision)
     return {"xopt": session.run, **found.runners}, feeds, found.skipped
 
 

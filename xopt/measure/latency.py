@@ -5,8 +5,8 @@ machine hits all of them. A turn: a pause in which the worker threads of the las
 a while after their work, and would take cycles from the next one), one call that is not timed, then calls for
 ``TURN_MS`` whose mean is one sample.
 
-A turn in which threads of this process waited for a CPU that something else used is disturbed: rounds are added, as
-long as there is time, until every runner has its samples without those.
+A turn in which threads of this process waited for a CPU that something else used is disturbed: rounds are added, up
+to ``REPEATS`` times as many, until every runner has its samples without those.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ WARM_UP_CALLS = 3
 MIN_ROUNDS = 5
 DISTURBED = 0.02
 """Time that threads waited for a CPU, as a share of the turn, from which on a sample does not count."""
+REPEATS = 4
+"""Rounds that are taken at most, for each that is wanted."""
 
 Runner = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -98,7 +100,7 @@ def interleaved(
     names = list(runners)
     deadline = time.perf_counter() + seconds
     done = good = 0
-    while good < rounds and (done < MIN_ROUNDS or time.perf_counter() < deadline):
+    while good < rounds and done < REPEATS * rounds and (done < MIN_ROUNDS or time.perf_counter() < deadline):
         shift = done % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
             turns[name].append(_turn(runners[name], feeds, calls[name]))

@@ -7,13 +7,15 @@ what is measured; caches and memory are as in a run without it.
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from xopt.measure.peak import Peak
 from xopt.runtime.session import Session
 
 _NO_OPERATION = 0
@@ -28,21 +30,76 @@ class Call:
         name: of the kernel, which says what it computes.
         ms: median over the rounds.
         shapes: of its tensors, results last.
-        bytes: of those tensors together.
+        sizes: of those tensors in bytes.
     """
 
     name: str
     ms: float
     shapes: tuple[tuple[int, ...], ...]
-    bytes: int
+    sizes: tuple[int, ...]
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of matrix products and attention; 0 for other kernels."""
-        if self.name.startswith("gemm_"):
-            inputs, weight = self.shapes[:2]
-            return 2 * math.prod(inputs[:-1]) * math.prod(weight)
+        """Multiplications and additions of linear layers and attention; 0 for other kernels."""
+        if found := _GEMM.match(self.name):
+            k, n = (int(size) for size in found.groups())
+            return 2 * math.prod(self.shapes[0][:-1]) * k * n
+        if found := _ATTENTION.match(self.name):
+            _, d, _, dv = (int(size) for size in found.groups()[:4])
+            # Operands [B, S, columns] lie in the input with the number in the name, else they are [B, heads, S, d].
+            keys = self.shapes[int(found["source"])][1] if found["source"] else self.shapes[1][2]
+            return 2 * math.prod(self.shapes[-1]) // dv * keys * (d + dv)
         return 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of a linear layer, which come from memory; 0 for other kernels."""
+        return self.sizes[1] if _GEMM.match(self.name) else 0
+
+
+_GEMM = re.compile(r"gemm_[^_]+_(\d+)x(\d+)")
+_ATTENTION = re.compile(r"attention_[^_]+_(\d+)x(\d+)_(\d+)x(\d+)_(?:\d+at\d+of\d+_(?P<source>\d+)at)?")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All calls of one kernel on the same shapes.
+
+    Attributes:
+        kernel: its name.
+        shapes: of its tensors.
+        calls: how many there are in a run.
+        ms: of all of them.
+        limit_ms: what the machine's arithmetic or memory needs for them; 0 where there are no products.
+    """
+
+    kernel: str
+    shapes: tuple[tuple[int, ...], ...]
+    calls: int
+    ms: float
+    flops: int
+    bytes: int
+    limit_ms: float
+
+
+def layers(found: Sequence[Call], peak: Peak) -> list[Layer]:
+    """The calls by kernel and shapes, the longest first, beside the machine's limits."""
+    groups: dict[tuple[str, tuple[tuple[int, ...], ...]], list[Call]] = {}
+    for call in found:
+        groups.setdefault((call.name, call.shapes), []).append(call)
+    result = [
+        Layer(
+            kernel=kernel,
+            shapes=shapes,
+            calls=len(group),
+            ms=sum(call.ms for call in group),
+            flops=sum(call.flops for call in group),
+            bytes=sum(sum(call.sizes) for call in group),
+            limit_ms=sum(peak.limit_ms(call.flops, call.weight_bytes) for call in group),
+        )
+        for (kernel, shapes), group in groups.items()
+    ]
+    return sorted(result, key=lambda layer: -layer.ms)
 
 
 def calls(session: Session, feeds: Mapping[str, np.ndarray], rounds: int = 20) -> list[Call]:
@@ -76,5 +133,5 @@ def _plain(entry: tuple[str, float, tuple[Any, ...]]) -> tuple[str, float, tuple
 
 def _call(entries: tuple[tuple[str, float, tuple[Any, ...]], ...]) -> Call:
     name, _, tensors = entries[0]
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in tensors)
-    return Call(name, float(np.median([e[1] for e in entries])) * 1e3, tuple(shape for shape, _ in tensors), size)
+    sizes = tuple(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in tensors)
+    return Call(name, float(np.median([e[1] for e in entries])) * 1e3, tuple(shape for shape, _ in tensors), sizes)

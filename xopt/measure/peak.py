@@ -1,6 +1,6 @@
 """What this machine can do at best: multiply-adds of a loop that stays in registers, and memory read in order.
 
-python benchmarks/peak.py --threads 2
+python -P -m xopt.measure.peak --threads 2
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from xopt.runtime.threads import configure, settled
 
@@ -115,7 +116,7 @@ def _compiled(function: Any) -> Any:
         return tvm.compile(function, native())["peak"]
 
 
-def _tensor(array: np.ndarray) -> Any:
+def _tensor(array: npt.NDArray[Any]) -> Any:
     import tvm
 
     return tvm.runtime.tensor(array)
@@ -127,6 +128,10 @@ class Peak:
 
     gflops: float
     gb_per_s: float
+
+    def limit_ms(self, flops: float, read: float) -> float:
+        """Milliseconds that so many operations, or reading so many bytes from memory, take at least."""
+        return max(flops / self.gflops, read / self.gb_per_s) * 1e-6
 
 
 class Probe:
