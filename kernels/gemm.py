@@ -62,6 +62,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 VERSION = 1
 MOST_ROWS = 14  # every row count is a copy of the tile: more of them cost compile time and gain little
+FEW_ROWS, BLOCK_ROWS = 16, 8
 GROUP_BYTES = 2 << 20  # rows of A that are read again for every panel should stay in the second- or third-level cache
 
 
@@ -127,7 +128,13 @@ def space(workload: Workload, isa: Isa) -> Iterator[Config]:
 
 
 def heuristic(workload: Workload, isa: Isa) -> Config:
-    """The tile that loads least per multiply-add, counting the columns padded for a ragged N."""
+    """The tile that loads least per multiply-add, counting the columns padded for a ragged N.
+
+    So few rows that W is streamed rather than reused take a narrow panel, which all of them share in one or two blocks.
+    """
+    if workload.m is not None and 1 < workload.m <= FEW_ROWS:
+        mt = -(-workload.m // -(-workload.m // BLOCK_ROWS))
+        return Config(mt, min(-(-isa.chains // mt), -(-workload.n // isa.lanes)))
 
     def cost(vectors: int) -> float:
         mt = min(isa.tile_rows(vectors), MOST_ROWS)
