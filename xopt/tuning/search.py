@@ -105,11 +105,11 @@ class Search:
         self._pairs(first, self.site, self.heuristic, ROUNDS[0])
         for batch in self._batches([c for c in family.space(self.site.workload, self.isa) if c != self.heuristic]):
             self._measure(batch)
-        for keep, rounds in ((SEEN_AGAIN, ROUNDS[1]), (FINALISTS, ROUNDS[1])):
-            for config in self._best(keep):
-                self._time(config, rounds)
         tried = len(self.ratios) + len(self.failures)
-        for config in self._best(FINALISTS):
+        seen_again = self._best(SEEN_AGAIN)
+        for config in seen_again:
+            self._time(config, ROUNDS[1])
+        for config in self._best(FINALISTS, seen_again):
             pairs = self._verdict(config)
             if pairs is not None:
                 seconds = float(np.median(pairs[:, 0] * np.median(pairs[:, 1] / pairs[:, 0])))
@@ -133,8 +133,9 @@ class Search:
                 batch.append(chosen)
             yield batch
 
-    def _best(self, count: int) -> list[Any]:
-        return sorted(self.ratios, key=self.ratios.__getitem__)[:count]
+    def _best(self, count: int, among: Sequence[Any] | None = None) -> list[Any]:
+        sound = [config for config in (self.ratios if among is None else among) if config in self.ratios]
+        return sorted(sound, key=self.ratios.__getitem__)[:count]
 
     # -- measuring -------------------------------------------------------------------------------------------------
     def _measure(self, batch: Sequence[Any]) -> None:

@@ -42,10 +42,15 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Bench:
-    """The kernels that were built, and the memory that they are timed on."""
+    """The kernels that were built, and the memory that they are timed on.
+
+    Args:
+        target: what to build for.
+        home: the CPUs of the calling thread while it times.
+    """
 
     target: targets.Target
-    threads: int
+    home: frozenset[int]
     _kernels: dict[tuple[Site, Any], Callable[..., None]] = field(default_factory=dict)
     _shapes: dict[tuple[Site, Any], list[tuple[int, ...]]] = field(default_factory=dict)
     _filled: dict[str, Array] = field(default_factory=dict)
@@ -76,12 +81,13 @@ class Bench:
         turns = [_turn(self._kernels[site, config], self._operands(site, config)) for config in (first, second)]
         pairs: list[tuple[float, float]] = []
         disturbed: list[tuple[float, float]] = []
-        while len(pairs) < rounds and len(disturbed) < PATIENCE * rounds:
-            order = (0, 1) if (len(pairs) + len(disturbed)) % 2 else (1, 0)
-            start, before = time.perf_counter(), latency.waited()
-            seconds = {index: turns[index]() for index in order}
-            waited = (latency.waited() - before) / (time.perf_counter() - start)
-            (pairs if waited < latency.DISTURBED else disturbed).append((seconds[0], seconds[1]))
+        with settled(self.home):
+            while len(pairs) < rounds and len(disturbed) < PATIENCE * rounds:
+                order = (0, 1) if (len(pairs) + len(disturbed)) % 2 else (1, 0)
+                start, before = time.perf_counter(), latency.waited()
+                seconds = {index: turns[index]() for index in order}
+                waited = (latency.waited() - before) / (time.perf_counter() - start)
+                (pairs if waited < latency.DISTURBED else disturbed).append((seconds[0], seconds[1]))
         return (pairs or disturbed)[:rounds]
 
     def difference(
@@ -230,8 +236,7 @@ def serve(connection: Connection, bench: Bench) -> None:
 def main() -> None:
     descriptor, target, threads = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a kernel that hangs must not outlive the tuner
-    with settled(configure(threads)):
-        serve(Connection(descriptor), Bench(targets.get(target), threads))
+    serve(Connection(descriptor), Bench(targets.get(target), configure(threads)))
 
 
 if __name__ == "__main__":
