@@ -84,11 +84,11 @@ def padded(sentences: list[list[int]]) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def calibration(split: Split, seed: int) -> Dataset:
+def calibration(split: Split, seed: int, count: int) -> Dataset:
     """Unlabelled sentences, drawn at random."""
     sentences = split.first + split.second
-    chosen = np.random.default_rng(seed).permutation(len(sentences))[:SENTENCES]
-    return Dataset(padded([sentences[index] for index in chosen]), name=f"{SENTENCES} sentences of STS-B train")
+    chosen = np.random.default_rng(seed).permutation(len(sentences))[:count]
+    return Dataset(padded([sentences[index] for index in chosen]), name=f"{count} sentences of STS-B train")
 
 
 def spearman(run: Runner, split: Split) -> float:
@@ -173,12 +173,13 @@ def _main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/minilm_pruning.json"))
     parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration sentences")
+    parser.add_argument("--sentences", type=int, default=SENTENCES, help="to calibrate on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", type=Path, default=Path("build/minilm_pruning"), help="where compiled models stay")
     parser.add_argument("--time", action="store_true", help="only time the models that an earlier run has left")
     arguments = parser.parse_args()
 
-    results = _resume(arguments.output, arguments.seed)
+    results = _resume(arguments.output, arguments.seed, arguments.sentences)
     if arguments.time:
         names = ["unpruned", *filter(is_default, variants())]
         results["latency_ms"] = measure_latency(arguments.models, names, arguments.threads)
@@ -202,7 +203,7 @@ def _prune(chosen: Mapping[str, PruneHeads], results: dict[str, Any], arguments:
     """Fill in the points that are missing; every point is on disk once it is known."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)
     splits = {name: Split.read(arguments.data, name, tokenizer) for name in ("train", "dev", "test")}
-    samples = calibration(splits.pop("train"), arguments.seed)
+    samples = calibration(splits.pop("train"), arguments.seed, arguments.sentences)
     arguments.models.mkdir(parents=True, exist_ok=True)
     minilm(arguments.models / "minilm.onnx")
     original = xopt.ir.load(arguments.models / "minilm.onnx")
@@ -232,12 +233,12 @@ def _prune(chosen: Mapping[str, PruneHeads], results: dict[str, Any], arguments:
             keep_compiled(model, place, "cpu")
 
 
-def _resume(path: Path, seed: int) -> dict[str, Any]:
+def _resume(path: Path, seed: int, sentences: int) -> dict[str, Any]:
     """What an interrupted run with the same sentences has found, or a new record."""
     record: dict[str, Any] = {
         "command": "python benchmarks/minilm_pruning.py",
         "machine": dict(describe()),
-        "calibration": {"sentences": SENTENCES, "seed": seed, "split": "train"},
+        "calibration": {"sentences": sentences, "seed": seed, "split": "train"},
         "baseline": {"uniform ridge": BASELINE, "magnitude": MAGNITUDE_BASELINE},
         "pruned": {},
     }
