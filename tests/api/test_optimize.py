@@ -20,6 +20,7 @@ from xopt.errors import InputError, VerificationError
 from xopt.ir.io import save
 from xopt.ir.shapes import bind_dims
 from xopt.pipeline.manager import PassManager
+from xopt.runtime.reference import ReferenceSession
 from xopt.search.cache import StepCache
 
 PRUNE = "prune-heads{score=magnitude, rearrange=false, compensate=false, keep=0.5, ffn=true}"
@@ -225,3 +226,14 @@ def test_bad_input_is_refused_before_anything_runs(settings: dict[str, object], 
     with pytest.raises(InputError) as caught:
         api.plan(model(), **settings)  # type: ignore[arg-type]
     assert caught.value.code == code
+
+
+def test_a_precision_is_compiled_and_reported(tmp_path: Path) -> None:
+    done = xopt.optimize(model(), "", precision="bf16", peers=[], threads=2)
+    assert done.report["target"]["precision"] == "bf16"
+    feeds = Dataset.random(model(), 5, 3).inputs
+    exact, found = ReferenceSession(model()).run(feeds), done.session().run(feeds)
+    for name, values in exact.items():
+        # bfloat16 rounds each operand by up to 2**-8: too much for float32, and little for a classifier.
+        error = np.abs(found[name] - values).max() / np.abs(values).max()
+        assert 1e-5 < error < 0.03
