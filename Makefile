@@ -47,9 +47,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict -p xopt
 
+# Goes on where it stopped; remove out/benchmarks to measure again. Its scripts import each other from their folder.
 bench: $(STAMP)
-	$(BIN)/python examples/digits/train.py --data-only
-	$(BIN)/xopt bench examples/digits/digits_vit.onnx --peers --data examples/digits/test.npz --batch 32
+	for precision in fp32 bf16 int8; do \
+		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/cpu.py --precision $$precision \
+			--output out/benchmarks/cpu-$$precision.json && \
+		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/plot.py out/benchmarks/cpu-$$precision.json \
+			out/benchmarks/cpu-$$precision.svg || exit 1; \
+	done
 
 clean:
 	rm -rf out build .venv/.xopt-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

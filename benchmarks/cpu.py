@@ -232,6 +232,7 @@ def summary(runs: list[dict[str, Any]], work: dict[str, Any]) -> dict[str, Any]:
 def write(output: Path, record: dict[str, Any]) -> None:
     """Write the record as a whole, one line for each run."""
     text = json.dumps(record, indent=1)
+    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_suffix(".partial")
     partial.write_text(compact(text) + "\n")
     os.replace(partial, output)
