@@ -54,7 +54,8 @@ class RemovePadding(Pass):
         if not blocks:
             return report  # packed already
         masks = _padding_masks(model, [block.attention.mask for block in blocks if block.attention is not None])
-        problems = [_problem(block, masks) for block in blocks]
+        source = next(iter(masks.values()), None)
+        problems = [_problem(block, masks, source) for block in blocks]
         fitting = [block.attention for block, problem in zip(blocks, problems) if block.attention and problem is None]
         region = _Region(model.graph, blocks[0].input, {site.node for site in fitting})
         region.find()
@@ -63,8 +64,8 @@ class RemovePadding(Pass):
             outside = block.attention is None or block.attention.node not in region.nodes
             if report.accepts(block, problem or ("tokens-together" if outside else None)):
                 accepted.append(block)
-        if accepted:
-            region.rewrite(next(masks[site.mask] for site in fitting if site.mask is not None))
+        if accepted and source is not None:
+            region.rewrite(source)
             for name in ("PackTokens", "UnpackTokens", "PackedAttention"):
                 ops.add_function(model, name)
             for block in accepted:
@@ -74,12 +75,12 @@ class RemovePadding(Pass):
         return report
 
 
-def _problem(block: Block, masks: dict[ir.Value, ir.Value]) -> str | None:
+def _problem(block: Block, masks: dict[ir.Value, ir.Value], source: ir.Value | None) -> str | None:
     site = block.attention
     assert site is not None
-    if not masks:
+    if source is None:
         return "no-padding-mask"
-    if site.mask not in masks:
+    if site.mask is None or masks.get(site.mask) is not source:
         return "sees-padding"
     if site.cross:
         return "cross-attention"
@@ -245,6 +246,4 @@ class _Region:
             node, "PackedAttention", operands, attributes, domain=ops.DOMAIN, name=f"{node.name}/packed"
         )
         self.inside.add(result)
-        members = result.producer()
-        assert members is not None
         node.outputs[0].replace_all_uses_with(result)
