@@ -23,6 +23,8 @@ from xopt.runtime.session import Session
 
 ARITHMETIC = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 """The products that a precision is limited by."""
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Of one weight of a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
         source = path
         if precision == "int8":
             source = folder / "quantized.onnx"
-            samples = Dataset(feeds, None, "the input that is timed", synthetic=True)
+            samples = Dataset(feeds, name="the input that is timed")  # for speed, not for accuracy
             peers_int8.write_quantized(path, samples, source)
             found = peers_int8.prepare(path, source, graph.clone, feeds, samples, threads=threads, names=chosen)
         else:
@@ -70,7 +72,9 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
         name: max(float(np.abs(ours[key] - value).max() / np.abs(value).max()) for key, value in outputs.items())
         for name, outputs in expected.items()
     }
-    return Loaded({"xopt": session.run, **found.runners}, feeds, found.skipped, difference, spent, work(graph, feeds))
+    return Loaded(
+        {"xopt": session.run, **found.runners}, feeds, found.skipped, difference, spent, work(graph, feeds, precision)
+    )
 
 
 def compiled(path: Path, folder: Path, precision: str) -> dict[str, float]:
@@ -91,17 +95,18 @@ def compiled(path: Path, folder: Path, precision: str) -> dict[str, float]:
     }
 
 
-def work(graph: Any, feeds: dict[str, np.ndarray]) -> dict[str, Any]:
+def work(graph: Any, feeds: dict[str, np.ndarray], precision: str) -> dict[str, Any]:
     """Multiply-adds and bytes that must be read, of every product; inputs and outputs of the model are a last entry."""
     counted = cost(graph)
     layers = []
     for node in graph.graph:
         macs = counted.per_node.get(node.name or str(node.outputs[0].name), 0)
         if macs:
-            layers.append([macs, sum(value.const_value.nbytes for value in node.inputs if _constant(value))])
+            weights = sum(value.const_value.size for value in node.inputs if _constant(value))
+            layers.append([macs, weights * WEIGHT_BYTES[precision]])
     outputs = sum(int(np.prod([int(dim) for dim in value.shape])) * 4 for value in graph.graph.outputs)
     layers.append([0, outputs + sum(array.nbytes for array in feeds.values())])
-    return {"macs": counted.macs, "weight_bytes": counted.bytes, "layers": layers}
+    return {"macs": counted.macs, "model_mb": counted.bytes / 1e6, "layers": layers}
 
 
 def _constant(value: Any) -> bool:
