@@ -5,8 +5,9 @@
     python benchmarks/cpu.py --table                             what was measured so far
 
 A case is a model, a batch and a number of threads; its entry is written when it is finished, and cases with an entry
-are left out unless --again is given. Each case is a process of its own, which loads every runtime, and then measures
---runs times: the runtimes in turns on the same input and cores, and the machine's own limits right before.
+are left out, except where something disturbed the measurement, or with --again. Each case is a process of its own,
+which loads every runtime, and then measures --runs times: the runtimes in turns on the same input and cores, and the
+machine's own limits right before.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def main() -> None:
         table(record)
     else:
         for case in chosen:
-            if options.again or case.name not in record["cases"]:
+            if options.again or record["cases"].get(case.name, {"disturbed": True})["disturbed"]:
                 if (entry := in_process(case, options)) is None:
                     print(f"{case.name} failed", flush=True)
                     continue
@@ -89,8 +90,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    parser.add_argument("--again", action="store_true", help="measure also what has an entry")
-    parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure also what has an undisturbed entry")
+    parser.add_argument("--table", action="store_true", help="print what was measured in Markdown, measure nothing")
     parser.add_argument("--runs", type=int, default=3, help="undisturbed runs of a case")
     parser.add_argument("--rounds", type=int, default=15, help="undisturbed samples of each runtime in a run")
     parser.add_argument("--seconds", type=float, default=8.0, help="for a run, or as long as five rounds take")
@@ -255,13 +256,25 @@ def line(name: str, entry: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> None:
-    """Print a line for each case, and the geometric means over cases."""
+    """Print the cases as a table in Markdown, and the geometric means over them."""
+    print("| case | xopt | best peer | its time / xopt's | GFLOP/s | of the limit |\n|---|---|---|---|---|---|")
     groups: dict[str, list[float]] = {}
     for name, entry in record["cases"].items():
-        print(line(name, entry))
-        groups.setdefault(name[name.index("batch") :], []).append(entry["times_of_xopt"])
+        mark = " (disturbed)" if entry["disturbed"] else ""
+        times, best = entry["times_ms"], entry["best_peer"]
+        cells = [
+            name + mark,
+            f"{times['xopt']:.3g} ms",
+            f"{best} {times[best]:.3g} ms",
+            f"{entry['times_of_xopt']:.2f}",
+        ]
+        cells += [f"{entry['gflops']['xopt']:.0f}", f"{entry['share_of_limit']['xopt']:.0%}"]
+        print("| " + " | ".join(cells) + " |")
+        if not entry["disturbed"]:
+            groups.setdefault(name[name.index("batch") :], []).append(entry["times_of_xopt"])
+    print()
     for group, ratios in groups.items():
-        print(f"{group}: {geometric_mean(ratios):.2f}x the best peer in the geometric mean of {len(ratios)}")
+        print(f"{group}: {geometric_mean(ratios):.2f} times the speed of the best peer, over {len(ratios)} cases")
 
 
 if __name__ == "__main__":
