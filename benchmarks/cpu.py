@@ -81,6 +81,7 @@ def main() -> None:
                     print(f"{case.name} failed", flush=True)
                     continue
                 record["cases"][case.name] = entry
+                summarize(record)
                 write(output, record)
                 print(line(case.name, entry), flush=True)
         table(record)
@@ -169,7 +170,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
                 }
             )
     return {
-        **summary(runs, loaded.work),
+        "threads": case.threads,
         "skipped": loaded.skipped,
         "difference": loaded.difference,
         "compile": loaded.compile,
@@ -209,14 +210,28 @@ def good(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [run for run in found if all(run["median_ms"][n] <= (1 + MOST_SPREAD) * least[n] for n in least)]
 
 
-def summary(runs: list[dict[str, Any]], work: dict[str, Any]) -> dict[str, Any]:
-    """Geometric means over the good runs (over all of them when none is), and shares of the machine's limits."""
+def summarize(record: dict[str, Any]) -> None:
+    """Make the figures of every case from its raw samples, in place."""
+    entries = record["cases"].values()
+    for entry in entries:
+        alike = [run for other in entries if other["threads"] == entry["threads"] for run in other["runs"]]
+        entry |= summary(entry["runs"], entry["work"]["layers"], alike)
+
+
+def summary(runs: list[dict[str, Any]], layers: list[list[int]], alike: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means over the good runs (over all of them when none is), and shares of the machine's limits.
+
+    Args:
+        runs: of a case.
+        layers: multiply-adds and bytes of its products.
+        alike: all runs with as many threads, on the same machine: the limits are the best that any of them met.
+    """
     counted = good(runs) or runs
     names = counted[0]["median_ms"]
     times = {name: geometric_mean(run["median_ms"][name] for run in counted) for name in names}
-    flops = geometric_mean(run["peak_gflops"] for run in counted) * 1e9
-    bandwidth = geometric_mean(run["read_gb_per_s"] for run in counted) * 1e9
-    limit = 1e3 * sum(max(2 * macs / flops, size / bandwidth) for macs, size in work["layers"])
+    flops = max(run["peak_gflops"] for run in alike) * 1e9
+    bandwidth = max(run["read_gb_per_s"] for run in alike) * 1e9
+    limit = 1e3 * sum(max(2 * macs / flops, size / bandwidth) for macs, size in layers)
     best = min((name for name in times if name != "xopt"), key=lambda name: times[name], default="xopt")
     return {
         "counted_runs": len(counted),
@@ -226,7 +241,7 @@ def summary(runs: list[dict[str, Any]], work: dict[str, Any]) -> dict[str, Any]:
         "times_of_xopt": geometric_mean(run["median_ms"][best] / run["median_ms"]["xopt"] for run in counted),
         "limit_ms": limit,
         "share_of_limit": {name: limit / time for name, time in times.items()},
-        "gflops": {name: 2e-6 * sum(macs for macs, _ in work["layers"]) / time for name, time in times.items()},
+        "gflops": {name: 2e-6 * sum(macs for macs, _ in layers) / time for name, time in times.items()},
     }
 
 

@@ -6,6 +6,7 @@ python -P -m xopt.measure.peak --threads 2
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import numpy.typing as npt
 
 from xopt.runtime.threads import configure, settled
 
-READ_BYTES = 512 << 20
+READ_BYTES = 256 << 20
 """Bytes of the array that is read: many times the last-level cache."""
+PAGE = 1 << 19
+"""Numbers in a huge page."""
 FLOPS = 1 << 27
 """Work of one call of the arithmetic loops: about a millisecond."""
 OPERANDS = 8
@@ -102,9 +105,21 @@ def reads(threads: int) -> Callable[[], object]:
             )
 
     kernel = _compiled(emit.prim_func("peak", body))
-    x = _tensor(np.ones((threads, steps, chains, lanes), np.float32))
+    x = _large((threads, steps, chains, lanes))
     y = _tensor(np.zeros((threads, chains, lanes), np.float32))
     return lambda: kernel(x, y)
+
+
+def _large(shape: tuple[int, ...]) -> Any:
+    """Zeros in memory of numpy's own, which asks for huge pages."""
+    import tvm_ffi
+
+    count = math.prod(shape)
+    buffer = np.empty(count + PAGE, np.float32)
+    start = -buffer.ctypes.data % (4 * PAGE) // 4
+    array = buffer[start : start + count].reshape(shape)
+    array[...] = 0
+    return tvm_ffi.from_dlpack(array)
 
 
 def _compiled(function: Any) -> Any:
