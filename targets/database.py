@@ -189,18 +189,24 @@ def read(path: Path) -> Iterator[Record]:
             yield record
 
 
-def append(path: Path, record: Record) -> None:
-    """Add one line in one write; after a line that a crash has torn, on a line of its own."""
+def make(path: Path) -> None:
+    """Make an empty file where there is none; InputError E-OUTPUT when it cannot be written."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(end - 1, 0))
-            torn = file.read(1) not in (b"", b"\n")
-            line = json.dumps(dataclasses.asdict(record)).encode()
-            os.write(file.fileno(), b"\n" * torn + line + b"\n")
-            os.fsync(file.fileno())
+        path.open("ab").close()
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line in one write; after a line that a crash has torn, on a line of its own."""
+    make(path)
+    with output_errors(path), path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        line = json.dumps(dataclasses.asdict(record)).encode()
+        os.write(file.fileno(), b"\n" * torn + line + b"\n")
+        os.fsync(file.fileno())
 
 
 # -- workloads and configurations --------------------------------------------------------------------------------------

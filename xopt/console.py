@@ -103,7 +103,8 @@ def run_guarded(command: Callable[[], None]) -> int:
     except click.ClickException as error:
         return _report(InputError("E-OPTION", error.format_message()))
     except (KeyboardInterrupt, click.Abort) as interrupt:
-        say(f"xopt: interrupted, {str(interrupt) or 'the output is as it was before'}")
+        said = str(interrupt.__cause__ or interrupt)  # click raises Abort from the interrupt
+        say(f"xopt: interrupted, {said or 'the output is as it was before'}")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 from xopt.targets.base import Target
-from xopt.targets.database import Database, Record, family_name, family_of, fields_of, read
+from xopt.targets.database import Database, Record, family_name, family_of, fields_of, make, read
 from xopt.tuning.pool import CandidateError, Pool
 from xopt.tuning.search import Found, Limits, Search
 from xopt.tuning.sites import Site, Sites
@@ -127,6 +127,7 @@ class Tuner:
             what = f"tuning measures on the target, and {self.target.name} cannot be measured here"
             raise InputError("E-TARGET", what, cure="tune on the machine that the model will run on")
         start = time.monotonic()
+        make(self.database.paths[0])
         sites = Sites(model, self.target, feeds)
         counts = sites.counts()
         larger = self._larger(model, feeds, sites)
