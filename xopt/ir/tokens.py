@@ -146,7 +146,8 @@ def padding_mask(masks: Sequence[ir.Value | None]) -> ir.Value | None:
         if mask is None or mask.shape is None or len(mask.shape) != 4 or mask.shape[1] != 1 or walk.is_weight(mask):
             continue
         samples, _, queries, keys = mask.shape
-        if queries == 1 or (samples != 1 and queries == keys):
+        computed = mask.producer() is not None
+        if queries == 1 or (computed and samples != 1 and queries == keys):
             return mask
     return None
 
