@@ -290,12 +290,11 @@ class Lowering:
         if form == FLOAT32:
             return tensor
         from xopt.kernels import convert, precision
+        from xopt.targets.ops.fusion import leading
 
         shape = self.shape_of(tensor)
         reader = precision.BFLOAT16 if form.name == "bfloat16" else precision.INT8
-        rows = tuple(dim if isinstance(dim, int) else None for dim in shape[:-1])
-        rows = rows if None not in rows else (None,) * len(rows)
-        workload = convert.Workload(rows, shape[-1], reader.padded(shape[-1]), form.name)
+        workload = convert.Workload(leading(shape[:-1]), shape[-1], reader.padded(shape[-1]), form.name)
         config, isa = self.config(convert, workload), self.target.isa()
         assert isa is not None
         name = convert.name(workload, config, isa)
