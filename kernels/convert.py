@@ -6,7 +6,6 @@ for row:                    in parallel, rows of X [*rows, D]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from xopt.kernels import precision
@@ -23,6 +22,9 @@ from xopt.kernels.emit import (
     product,
     serial,
 )
+from xopt.kernels.fixed import Config as Config
+from xopt.kernels.fixed import heuristic as heuristic
+from xopt.kernels.fixed import space as space
 from xopt.kernels.isa import Isa
 from xopt.kernels.precision import Result
 
@@ -44,19 +46,6 @@ class Workload:
     width: int
     padded: int
     result: str
-
-
-@dataclass(frozen=True)
-class Config:
-    """Nothing to choose."""
-
-
-def space(workload: Workload, isa: Isa) -> Iterator[Config]:
-    yield Config()
-
-
-def heuristic(workload: Workload, isa: Isa) -> Config:
-    return Config()
 
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:

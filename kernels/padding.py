@@ -11,7 +11,6 @@ Source    Zhai et al. (IPDPS 2023), ByteTransformer: the padding-free algorithm,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -37,6 +36,9 @@ from xopt.kernels.emit import (
     store,
     when,
 )
+from xopt.kernels.fixed import Config as Config
+from xopt.kernels.fixed import heuristic as heuristic
+from xopt.kernels.fixed import space as space
 from xopt.kernels.isa import Isa
 
 VERSION = 1
@@ -53,19 +55,6 @@ class Workload:
 
     step: str
     width: int = 0
-
-
-@dataclass(frozen=True)
-class Config:
-    """Nothing to choose."""
-
-
-def space(workload: Workload, isa: Isa) -> Iterator[Config]:
-    yield Config()
-
-
-def heuristic(workload: Workload, isa: Isa) -> Config:
-    return Config()
 
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:

@@ -10,7 +10,6 @@ Features past ``rotary`` are copied.  Source    Su et al., RoFormer (2021).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -35,6 +34,9 @@ from xopt.kernels.emit import (
     shuffle,
     store,
 )
+from xopt.kernels.fixed import Config as Config
+from xopt.kernels.fixed import heuristic as heuristic
+from xopt.kernels.fixed import space as space
 from xopt.kernels.isa import Isa
 
 VERSION = 1
@@ -58,19 +60,6 @@ class Workload:
     rotary: int
     interleaved: bool = False
     positions: int | None = 0
-
-
-@dataclass(frozen=True)
-class Config:
-    """Nothing to choose: one pass, bound by memory."""
-
-
-def space(workload: Workload, isa: Isa) -> Iterator[Config]:
-    yield Config()
-
-
-def heuristic(workload: Workload, isa: Isa) -> Config:
-    return Config()
 
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:

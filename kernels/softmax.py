@@ -9,7 +9,7 @@ for row:                    in parallel, rows of X [*rows, D]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from xopt.kernels import vector
@@ -35,6 +35,9 @@ from xopt.kernels.emit import (
     splat,
     store,
 )
+from xopt.kernels.fixed import Config as Config
+from xopt.kernels.fixed import heuristic as heuristic
+from xopt.kernels.fixed import space as space
 from xopt.kernels.isa import Isa
 
 VERSION = 1
@@ -46,19 +49,6 @@ class Workload:
 
     rows: tuple[int | None, ...]
     width: int | None
-
-
-@dataclass(frozen=True)
-class Config:
-    """Nothing to choose: every pass is bound by memory or by the exponential."""
-
-
-def space(workload: Workload, isa: Isa) -> Iterator[Config]:
-    yield Config()
-
-
-def heuristic(workload: Workload, isa: Isa) -> Config:
-    return Config()
 
 
 def name(workload: Workload, config: Config, isa: Isa) -> str:
