@@ -1,9 +1,11 @@
-"""Each kernel against the machine's limit and against numpy, torch and onnxruntime, in interleaved runs.
+"""Kernels alone, at each precision, beside the machine's limit and torch, in turns.
 
-    TVM_NUM_THREADS=2 python benchmarks/kernels.py docs/benchmarks/kernels.json [--threads 2] [--rounds 60]
+    python benchmarks/kernels.py gemm docs/benchmarks/gemm.json              linear layers of DeiT-S and BERT-base
+    python benchmarks/kernels.py attention docs/benchmarks/attention.json    49 to 4096 tokens, heads of 32 to 128
+    python benchmarks/kernels.py norm docs/benchmarks/norm.json
 
-The limit of a product is the multiply-add rate of a register-only loop, measured in the same rounds; that of a
-row-wise kernel is the time of copying its operands.  Times are medians and minima over the rounds, in microseconds.
+The limit of a product is the multiply-add rate of a loop that stays in registers, measured before each case; that of a
+normalization is copying its operands.  Results are checked against torch before anything is timed.
 """
 
 from __future__ import annotations
@@ -12,269 +14,283 @@ import argparse
 import json
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TURN_SECONDS = 0.002
+Array = np.ndarray
 Runner = Callable[[], object]
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+TORCH_TYPES = {"float32": "float32", "bfloat16": "bfloat16"}
+RESULTS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "uint8"}
+"""What a kernel writes where the next one reads the same precision."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Competitors by name ("limit" and "xopt" among them) and the floating-point work of one call (0: bytes count)."""
+    """Competitors by name, "xopt" among them, and the operations of one call (0: bytes are what counts)."""
 
     name: str
-    flops: int
+    precision: str
+    work: int
     runners: dict[str, Runner]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    options = parser.parse_args()
+    options = _options()
     os.environ["TVM_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
     import torch
 
-    from xopt.measure import machine
+    from xopt.measure import latency, machine
+    from xopt.measure.peak import Probe
 
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
+    probes = {precision: Probe(options.threads, precision) for precision in PRECISIONS}
     results = []
-    for case in cases(options.threads):
-        if options.only in case.name:
-            results.append(report(case, measure(case.runners, options.rounds)))
-    record = {"machine": machine.describe(), "threads": options.threads, "rounds": options.rounds, "results": results}
-    options.output.write_text(json.dumps(record, indent=1))
+    with latency.pinned(options.threads):
+        for case in CASES[options.kernel]():
+            if options.only not in f"{case.name} {case.precision}":
+                continue
+            peak = probes[case.precision].measure()
+            runners: dict[str, latency.Runner] = {name: _fed(run) for name, run in case.runners.items()}
+            times = latency.interleaved(runners, {}, rounds=options.rounds, seconds=options.seconds)
+            results.append(_entry(case, peak.gflops, times))
+            print(_line(results[-1]), flush=True)
+    record = {"machine": machine.describe(), "threads": options.threads, "results": results}
+    options.output.write_text(json.dumps(record) + "\n")
 
 
-def measure(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each runner, one sample a round, the runners taking turns."""
-    calls = {}
-    for name, run in runners.items():
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", choices=sorted(CASES))
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20, help="undisturbed samples of each competitor")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for a case, or as long as five rounds take")
+    parser.add_argument("--only", default="", help="cases whose name and precision contain this")
+    return parser.parse_args()
+
+
+def _fed(run: Runner) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """A runner as `latency.interleaved` calls it; its operands are its own."""
+
+    def call(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         run()
-        start = time.perf_counter()
-        run()
-        calls[name] = max(1, int(TURN_SECONDS / max(time.perf_counter() - start, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(rounds):
-        for name, run in runners.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            samples[name].append((time.perf_counter() - start) / calls[name])
-    return samples
+        return feeds
+
+    return call
 
 
-def report(case: Case, samples: dict[str, list[float]]) -> dict[str, Any]:
-    best = {name: min(times) for name, times in samples.items()}
-    line = [f"{case.name:34s} {best['limit'] / best['xopt']:5.0%} of the limit"]
-    for name, seconds in best.items():
-        rate = f" {case.flops / seconds * 1e-9:4.0f} GFLOP/s" if case.flops else ""
-        line.append(f"{name} {seconds * 1e6:.0f} us{rate}")
-    print(" | ".join(line), flush=True)
+def _entry(case: Case, gflops: float, times: Mapping[str, Any]) -> dict[str, Any]:
+    limit = case.work / gflops * 1e-6 if case.work else times["copy"].median
     return {
         "name": case.name,
-        "flops": case.flops,
-        "best_us": {name: seconds * 1e6 for name, seconds in best.items()},
-        "median_us": {name: statistics.median(times) * 1e6 for name, times in samples.items()},
-        "samples_us": {name: [seconds * 1e6 for seconds in times] for name, times in samples.items()},
+        "precision": case.precision,
+        "work": case.work,
+        "peak_gflops": gflops,
+        "of_limit": limit / times["xopt"].median,
+        "disturbed": any(time.disturbed for time in times.values()),
+        "median_us": {name: time.median * 1e3 for name, time in times.items()},
+        "samples_us": {name: [round(ms * 1e3, 3) for ms in time.samples_ms] for name, time in times.items()},
+        "waits": {name: [round(wait, 4) for wait in time.waits] for name, time in times.items()},
     }
 
 
-def cases(threads: int) -> Iterator[Case]:
-    linear = [
-        ("deit-s up gelu", 197, 384, 1536, "gelu", False), ("deit-s down residual", 197, 1536, 384, "none", True),
-        ("deit-s qkv", 197, 384, 1152, "none", False), ("deit-s proj residual", 197, 384, 384, "none", True),
-        ("minilm up gelu", 128, 384, 1536, "gelu", False), ("bert-base up", 128, 768, 3072, "none", False),
-        ("bert-base down residual", 128, 3072, 768, "none", True), ("one row", 1, 384, 1536, "none", False),
-    ]  # fmt: skip
-    for name, m, k, n, activation, residual in linear:
-        yield gemm_case(f"gemm {name} {m}x{k}x{n}", m, k, n, activation, residual, threads)
-    for name, length, heads, d in (("deit-s", 197, 6, 64), ("minilm", 128, 12, 32), ("bert-base", 128, 12, 64)):
-        yield attention_case(f"attention {name} {length}x{heads}x{d}", length, heads, d, threads)
-    yield norm_case("layer norm 197x384", 197, 384, threads)
+def _line(entry: Mapping[str, Any]) -> str:
+    mine, *others = entry["median_us"].items()
+    parts = [f"{entry['name']:32s} {entry['precision']:9s} {mine[1]:9.1f} us {entry['of_limit']:5.0%} of the limit"]
+    parts += [f"{name} {time / mine[1]:.2f}x" for name, time in others]
+    return " | ".join(parts) + (" (disturbed)" if entry["disturbed"] else "")
 
 
+# -- kernels -----------------------------------------------------------------------------------------------------------
+@cache
 def isa() -> Any:
-    from xopt.kernels.isa import AVX2, AVX512
-    from xopt.measure import machine
+    from xopt.measure import peak
 
-    return AVX512 if "avx512f" in machine.cpu_features() else AVX2
+    return peak.isa()
 
 
-def compiled(family: Any, workload: Any, *arrays: np.ndarray, out: tuple[int, ...]) -> tuple[Runner, Any]:
+def compiled(family: Any, workload: Any, arrays: list[Array], result: Array) -> tuple[Runner, Any]:
     """A runner of the kernel with its heuristic configuration, and its output tensor."""
     import tvm
 
-    from xopt.kernels import COMPILE_CONFIG
+    from xopt.kernels import COMPILE_OPTIONS
+    from xopt.measure import peak
 
-    vectors = isa()
-    config = family.heuristic(workload, vectors)
-    name = family.name(workload, config, vectors)
-    with tvm.transform.PassContext(config=COMPILE_CONFIG):
-        kernel = tvm.compile(family.build(workload, config, vectors), native())[name]
-    tensors = [tvm.runtime.tensor(array) for array in (*arrays, np.zeros(out, np.float32))]
+    config = family.heuristic(workload, isa())
+    with tvm.transform.PassContext(**COMPILE_OPTIONS):
+        module = tvm.compile(family.build(workload, config, isa()), peak.native())
+    kernel = module[family.name(workload, config, isa())]
+    tensors = [tvm.runtime.tensor(array) for array in (*arrays, result)]
     return lambda: kernel(*tensors), tensors[-1]
 
 
-def native() -> Any:
-    import tvm
+def stored(array: Array, precision: str) -> Array:
+    """Float32 values as a kernel reads them."""
+    from xopt.kernels.precision import to_bfloat16
 
-    return tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
-
-
-def fused_multiply_adds(flops: int, threads: int) -> Runner:
-    """``flops`` spread over the threads in a loop that never leaves the registers."""
-    import tvm
-
-    from xopt.kernels import COMPILE_CONFIG, emit
-
-    vectors = isa()
-    lanes, rows = vectors.lanes, 12 if vectors.registers > 16 else 10
-    depth = max(1, flops // (2 * rows * lanes * threads))
-
-    def body() -> None:
-        x, y = emit.argument("x", (2,)), emit.argument("y", (threads, rows, lanes))
-        with emit.parallel(threads) as thread:
-            operand = emit.keep(emit.splat(x[emit.i64(0)], lanes), lanes)
-            emit.outer_product(
-                rows,
-                1,
-                depth,
-                lambda r, k: x[emit.i64(1)],
-                lambda v, k: operand,
-                lambda r, v, acc: emit.store(y, acc, thread, r, 0, lanes=lanes),
-                lanes=lanes,
-                chains=1,
-            )
-
-    with tvm.transform.PassContext(config=COMPILE_CONFIG):
-        kernel = tvm.compile(emit.prim_func("peak", body), native())["peak"]
-    x = tvm.runtime.tensor(np.full(2, 1e-3, np.float32))
-    y = tvm.runtime.tensor(np.zeros((threads, rows, lanes), np.float32))
-    return lambda: kernel(x, y)
+    return to_bfloat16(array) if precision == "bfloat16" else array
 
 
-def onnx_runner(nodes: list[Any], weights: dict[str, np.ndarray], feeds: dict[str, np.ndarray], threads: int) -> Runner:
-    """The same computation as a small model in onnxruntime; the output is "y"."""
-    import onnx
-    import onnxruntime as ort
-    from onnx import TensorProto, helper, numpy_helper
-
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in feeds.items()]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", "columns"])
-    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    graph = helper.make_graph(nodes, "case", inputs, [output], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.checker.check_model(model)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, feeds)
+def values(array: Array) -> Array:
+    """What a kernel has written, as float32."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
 
 
-def gemm_case(name: str, m: int, k: int, n: int, activation: str, residual: bool, threads: int) -> Case:
-    import torch
-    from onnx import helper
+def agree(ours: Array, theirs: Any, precision: str) -> None:
+    """Stop when two results differ by more than the precision explains, relative to the largest."""
+    expected = theirs.float().numpy()
+    error = float(np.abs(ours.reshape(expected.shape) - expected).max() / np.abs(expected).max())
+    if not error < {"float32": 1e-5, "bfloat16": 2e-2}[precision]:
+        raise SystemExit(f"xopt and torch differ by {error:.2g}")
 
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+LAYERS = [
+    ("deit-s qkv", 197, 384, 1152, "none"), ("deit-s proj", 197, 384, 384, "residual"),
+    ("deit-s up", 197, 384, 1536, "gelu"), ("deit-s down", 197, 1536, 384, "residual"),
+    ("bert-base qkv", 128, 768, 2304, "none"), ("bert-base proj", 128, 768, 768, "residual"),
+    ("bert-base up", 128, 768, 3072, "gelu"), ("bert-base down", 128, 3072, 768, "residual"),
+]  # fmt: skip
+ROWS = (1, 2, 3, 5, 8, 13, 16, 29, 61, 127, 509)
+"""Of "deit-s qkv" again: few rows, and numbers that no tile divides."""
+
+
+def gemm_cases() -> Iterator[Case]:
+    for precision in PRECISIONS:
+        for name, *shape, after in LAYERS:
+            yield gemm_case(name, *shape, after, precision)
+        for rows in ROWS:
+            yield gemm_case("rows", rows, 384, 1152, "none", precision)
+
+
+def gemm_case(name: str, m: int, k: int, n: int, after: str, precision: str) -> Case:
+    """A layer with a bias, and GELU or the sum with a residual (float32, as in whole models) after it."""
     from xopt.kernels import gemm
+    from xopt.kernels.precision import STORAGE
 
-    rng = np.random.default_rng(0)
-    a, w, r = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n), (m, n)))
-    b = rng.standard_normal(n).astype(np.float32)
-    workload = gemm.Workload((None,), k, n, bias=True, activation=activation, residual=residual)
-    config = gemm.heuristic(workload, isa())
-    inputs = [a, gemm.pack_weight(w, config, isa()), gemm.pack_columns(b, config, isa()), *([r] if residual else [])]
-    xopt, result = compiled(gemm, workload, *inputs, out=(m, n))
-    ta, tw, tb, tr = (torch.from_numpy(array) for array in (a, w.T.copy(), b, r))
-    gelu = torch.nn.functional.gelu
-
-    def in_torch() -> torch.Tensor:
-        y = torch.nn.functional.linear(ta, tw, tb)
-        return gelu(y) if activation == "gelu" else y + tr if residual else y
-
-    nodes = [helper.make_node("MatMul", ["a", "w"], ["p"])]
-    nodes.append(helper.make_node("Add", ["p", "b"], ["q" if activation == "gelu" or residual else "y"]))
-    if activation == "gelu":
-        nodes.append(helper.make_node("Gelu", ["q"], ["y"]))
-    elif residual:
-        nodes.append(helper.make_node("Add", ["q", "r"], ["y"]))
-    feeds = {"a": a, "r": r} if residual else {"a": a}
-    xopt()
-    assert np.allclose(result.numpy(), in_torch().numpy(), rtol=1e-3, atol=1e-3 * math.sqrt(k))
-    flops = 2 * m * k * n
-    return Case(
-        name,
-        flops,
-        {
-            "limit": fused_multiply_adds(flops, threads),
-            "xopt": xopt,
-            "numpy (product alone)": lambda: a @ w,
-            "torch": in_torch,
-            "onnxruntime": onnx_runner(nodes, {"w": w, "b": b}, feeds, threads),
-        },
-    )
+    residual = after == "residual"
+    form = "float32" if residual else RESULTS[precision]
+    workload = gemm.Workload(
+        (None,), k, n, bias=True, activation="gelu" if after == "gelu" else "none", residual=residual,
+        operands=precision, results=(form,),
+    )  # fmt: skip
+    config, rng = gemm.heuristic(workload, isa()), np.random.default_rng(0)
+    columns = lambda array: gemm.pack_columns(array, config, isa())  # noqa: E731
+    bias, side = rng.standard_normal(n).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
+    if precision == "int8":
+        a, w = rng.integers(0, 256, (m, k)).astype(np.uint8), rng.integers(-127, 128, (k, n)).astype(np.int8)
+        scale = columns(np.full(n, 1e-4, np.float32))
+        inputs = [a, gemm.pack_weight(w, config, isa(), "int8"), scale, columns(gemm.offset(w, 128))]
+    else:
+        a, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n)))
+        inputs = [stored(a, precision), gemm.pack_weight(w, config, isa(), precision)]
+    inputs += [columns(bias), *([side] if residual else [])]
+    inputs += [np.array([10, 128], np.float32)] if form == "uint8" else []
+    xopt, result = compiled(gemm, workload, inputs, np.zeros((m, n), STORAGE[form]))
+    runners: dict[str, Runner] = {"xopt": xopt}
+    if precision in TORCH_TYPES:
+        runners["torch"] = torch_layer(a, w, bias, side, after, precision)
+        xopt()
+        agree(values(result.numpy()), runners["torch"](), precision)
+    return Case(f"{name} {m}x{k}x{n} {after}", precision, 2 * m * k * n, runners)
 
 
-def attention_case(name: str, length: int, heads: int, d: int, threads: int) -> Case:
+def torch_layer(a: Array, w: Array, bias: Array, side: Array, after: str, precision: str) -> Runner:
+    import torch
+
+    dtype = getattr(torch, TORCH_TYPES[precision])
+    x, weight, b, r = (torch.from_numpy(array).to(dtype) for array in (a, w.T.copy(), bias, side))
+
+    def run() -> torch.Tensor:
+        y = torch.nn.functional.linear(x, weight, b)
+        return torch.nn.functional.gelu(y) if after == "gelu" else y + r if after == "residual" else y
+
+    return run
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+TOKENS = (49, 64, 128, 197, 256, 512, 1024, 2048, 4096)
+HEADS = ((12, 32), (12, 64), (8, 128))
+
+
+def attention_cases() -> Iterator[Case]:
+    for precision in TORCH_TYPES:
+        for heads, d in HEADS:
+            for tokens in TOKENS:
+                yield attention_case(tokens, heads, d, precision)
+                yield attention_case(tokens, heads, d, precision, causal=True)
+
+
+def attention_case(tokens: int, heads: int, d: int, precision: str, causal: bool = False) -> Case:
     """Xopt reads the fused projection; torch gets heads already split, which costs it nothing here."""
     import torch
 
     from xopt.kernels import attention
+    from xopt.kernels.precision import STORAGE
 
-    x = np.random.default_rng(0).standard_normal((1, length, 3 * heads * d)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((1, tokens, 3 * heads * d)).astype(np.float32)
+    operands = attention.fused(heads, heads, d, d)
     workload = attention.Workload(
-        None, None, None, heads, heads, d, d, 1 / math.sqrt(d), **attention.fused(heads, heads, d, d)
-    )
-    xopt, result = compiled(attention, workload, x, out=(1, length, heads * d))
-    parts = np.split(x.reshape(length, 3, heads, d).transpose(1, 2, 0, 3), 3)
-    q, k, v = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+        None, None, None, heads, heads, d, d, 1 / math.sqrt(d), causal=causal, operands=precision,
+        results=(RESULTS[precision],), **operands,
+    )  # fmt: skip
+    out = np.zeros((1, tokens, heads * d), STORAGE[RESULTS[precision]])
+    xopt, result = compiled(attention, workload, [stored(x, precision)], out)
+    split = torch.from_numpy(x).to(getattr(torch, TORCH_TYPES[precision])).reshape(tokens, 3, heads, d)
+    q, k, v = (part.contiguous() for part in split.permute(1, 2, 0, 3)[:, None])
 
     def in_torch() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     xopt()
-    assert np.allclose(result.numpy()[0].reshape(length, heads, d).transpose(1, 0, 2), in_torch().numpy()[0], atol=1e-4)
-    flops = 4 * length * length * heads * d
-    return Case(name, flops, {"limit": fused_multiply_adds(flops, threads), "xopt": xopt, "torch": in_torch})
+    agree(values(result.numpy()), in_torch()[0].permute(1, 0, 2).reshape(tokens, heads * d), precision)
+    seen = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+    name = f"{tokens} tokens {heads}x{d}{' causal' if causal else ''}"
+    return Case(name, precision, 4 * seen * heads * d, {"xopt": xopt, "torch": in_torch})
 
 
-def norm_case(name: str, rows: int, width: int, threads: int) -> Case:
+# -- normalization -----------------------------------------------------------------------------------------------------
+def norm_cases() -> Iterator[Case]:
+    for rows, width in ((197, 384), (128, 768), (1, 768)):
+        yield norm_case(rows, width)
+
+
+def norm_case(rows: int, width: int) -> Case:
     import torch
-    from onnx import helper
 
     from xopt.kernels import norm
 
     rng = np.random.default_rng(0)
     x, scale, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, width), width, width))
-    packed = [norm.pack_vector(values, isa()) for values in (scale, bias)]
-    xopt, result = compiled(norm, norm.Workload((None,), width, 1e-5), x, *packed, out=(rows, width))
+    packed = [norm.pack_vector(vector, isa()) for vector in (scale, bias)]
+    xopt, result = compiled(norm, norm.Workload((None,), width, 1e-5), [x, *packed], np.zeros_like(x))
     tx, ts, tb = (torch.from_numpy(array) for array in (x, scale, bias))
 
     def in_torch() -> torch.Tensor:
         return torch.nn.functional.layer_norm(tx, (width,), ts, tb)
 
     xopt()
-    assert np.allclose(result.numpy(), in_torch().numpy(), atol=1e-4)
-    node = helper.make_node("LayerNormalization", ["x", "s", "b"], ["y"], epsilon=1e-5)
+    agree(result.numpy(), in_torch(), "float32")
     copy = np.empty_like(x)
-    runners = {
-        "limit": lambda: np.copyto(copy, x),
-        "xopt": xopt,
-        "torch": in_torch,
-        "onnxruntime": onnx_runner([node], {"s": scale, "b": bias}, {"x": x}, threads),
-    }
-    return Case(name, 0, runners)
+    return Case(f"layer norm {rows}x{width}", "float32", 0, {
+        "xopt": xopt, "torch": in_torch, "copy": lambda: np.copyto(copy, x),
+    })  # fmt: skip
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "gemm": gemm_cases,
+    "attention": attention_cases,
+    "norm": norm_cases,
+}
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
             found = peers_int8.prepare(path, source, graph.clone, feeds, samples, threads=threads, names=chosen)
         else:
             found = peers.prepare(path, graph.clone, feeds, threads=threads, names=chosen, precision=precision)
-        spent = compiled(source, folder / "artifact", "bf16" if precision == "bf16" else "fp32")
+        spent = compiled(source, folder / "artifact", "fp32" if precision == "fp32" else "bf16")
         session = Session.load(folder / "artifact", threads=threads)
     expected = {name: runner(feeds) for name, runner in found.runners.items()}
     ours = session.run(feeds)

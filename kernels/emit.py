@@ -74,7 +74,7 @@ def flat(buffer: Buffer, shape: Sequence[int | Expr]) -> Buffer:
 
 
 def local(shape: Sequence[int], dtype: str = "float32") -> Buffer:
-    """A small array on the stack (see `xopt.kernels.COMPILE_CONFIG`); in registers when every index is constant."""
+    """A small array on the stack (see `xopt.kernels.COMPILE_OPTIONS`); in registers when every index is constant."""
     on_stack = {"disable_lower_builtin": True}
     return T.alloc_buffer(tuple(shape), dtype, scope="local", layout=None, annotations=on_stack)
 

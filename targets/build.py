@@ -86,15 +86,15 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     from tvm import relax
 
     from xopt.ir import bind_dims
-    from xopt.kernels import COMPILE_CONFIG
+    from xopt.kernels import COMPILE_OPTIONS
     from xopt.targets.lowering import lower
 
     if dims:
         model = bind_dims(model, dims)
     lowered = lower(model, target)
     tvm_target = target.tvm_target()
-    config = COMPILE_CONFIG if target.device == 1 else {}
-    with tvm_target, tvm.transform.PassContext(config=config):
+    options = COMPILE_OPTIONS if target.device == 1 else {}
+    with tvm_target, tvm.transform.PassContext(**options):
         module = target.pipeline()(lowered.module)
         executable = relax.build(module, tvm_target, relax_pipeline=None)
     path = Path(path)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 
 os.environ.setdefault("TVM_NUM_THREADS", "2")
+# Tests share the cores: a thread that looks for work keeps another test's thread from doing some.
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_quiet_minute() -> Iterator[None]:
+    """Latencies are taken as they come: to wait until the other tests leave the cores alone would be in vain."""
+    from xopt.measure import latency
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "REPEATS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ def check(model: ir.Model, ops: Mapping[str, int] | None = None) -> ir.Model:
     """
     feeds = feeds_of(model)
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(to_bytes(model), options, providers=["CPUExecutionProvider"])
     want = session.run(None, feeds)

@@ -53,6 +53,7 @@ def expected(model: ir.Model, feeds: dict[str, Array]) -> list[Array]:
     """Results of onnxruntime, or of onnx's reference where onnxruntime has no kernel."""
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
     options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
         results = ort.InferenceSession(proto.SerializeToString(), options).run(None, feeds)

@@ -47,10 +47,10 @@ def execute(lowered: Lowered, feeds: Mapping[str, np.ndarray], target: str = "cp
     import tvm
     from tvm import relax
 
-    from xopt.kernels import COMPILE_CONFIG
+    from xopt.kernels import COMPILE_OPTIONS
 
     machine = targets.get(target)
-    with machine.tvm_target(), tvm.transform.PassContext(config=COMPILE_CONFIG):
+    with machine.tvm_target(), tvm.transform.PassContext(**COMPILE_OPTIONS):
         module = machine.pipeline()(lowered.module)
         executable = relax.build(module, machine.tvm_target(), relax_pipeline=None)
     arrays = [tvm.runtime.tensor(np.ascontiguousarray(feeds[info.name])) for info in lowered.inputs]

@@ -91,6 +91,7 @@ def test_quantized_layers_give_what_onnxruntime_gives(name: str, target: str, tm
     model, feeds = quantized(MODELS[name]())
     save(export(model), tmp_path / "model.onnx")
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     peer = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
     theirs = dict(zip((o.name for o in peer.get_outputs()), peer.run(None, feeds)))

@@ -149,7 +149,6 @@ class Refuse(gemm.Config):
         return str, ("no configuration",)
 
 
-@pytest.mark.slow  # a worker has ten seconds, which it needs on a busy machine
 def test_a_search_survives_its_candidates(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     heuristic = gemm.heuristic(WORKLOAD, target.isa())
     sound = [config for config in gemm.space(WORKLOAD, target.isa()) if config != heuristic][:3]

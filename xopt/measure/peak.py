@@ -125,9 +125,9 @@ def _large(shape: tuple[int, ...]) -> Any:
 def _compiled(function: Any) -> Any:
     import tvm
 
-    from xopt.kernels import COMPILE_CONFIG
+    from xopt.kernels import COMPILE_OPTIONS
 
-    with tvm.transform.PassContext(config=COMPILE_CONFIG):
+    with tvm.transform.PassContext(**COMPILE_OPTIONS):
         return tvm.compile(function, native())["peak"]
 
 

@@ -63,7 +63,7 @@ def record(job: Job, outcome: Outcome) -> dict[str, Any]:
             "latency_ms": None if latency is None else latency.to_dict(),
         },
         "runtimes": {
-            name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms)}
+            name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms), "waits": list(t.waits)}
             for name, t in outcome.runtimes.items()
         },
         "skipped": outcome.skipped,

@@ -106,6 +106,7 @@ def _session(model: ir.Model, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it is not timed, and others are
     options.log_severity_level = 4
     try:
         with tempfile.TemporaryDirectory(prefix="xopt-") as folder:

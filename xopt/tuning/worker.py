@@ -25,13 +25,15 @@ import tvm
 import tvm_ffi
 
 from xopt import targets
-from xopt.kernels import COMPILE_CONFIG
+from xopt.kernels import COMPILE_OPTIONS
 from xopt.measure import latency
 from xopt.runtime.threads import configure, settled
 from xopt.targets.database import family_of
 from xopt.tuning.sites import Array, Site, Tensor
 
 TURN_SECONDS = 2e-3
+LONGEST_TURN = 4 * TURN_SECONDS
+"""Where threads wait for a CPU at each barrier, a call takes a thousand times longer than the one that was planned by."""
 COLD_BYTES = 64 << 20
 """Weights are taken from all over so many bytes: like a model's, they are not in the cache from the last call."""
 PATIENCE = 4
@@ -65,7 +67,7 @@ class Bench:
             return
         family, isa = family_of(site.family), self.target.isa()
         function = family.build(site.workload, config, isa)
-        with self._code_target, tvm.transform.PassContext(config=COMPILE_CONFIG):
+        with self._code_target, tvm.transform.PassContext(**COMPILE_OPTIONS):
             module = tvm.compile(function, self._code_target)
         tensors = (*site.inputs, *site.outputs)
         self._shapes[site, config] = [_shape(p.ty.shape, t.shape) for p, t in zip(function.params, tensors)]
@@ -156,10 +158,13 @@ def _turn(kernel: Callable[..., None], operands: Iterator[list[Any]]) -> Callabl
 
     def turn() -> float:
         kernel(*next(operands))
-        start = time.perf_counter()
-        for _ in range(calls):
+        start = now = time.perf_counter()
+        done = 0
+        while done < calls and now - start < LONGEST_TURN:
             kernel(*next(operands))
-        return (time.perf_counter() - start) / calls
+            done += 1
+            now = time.perf_counter()
+        return (now - start) / done
 
     return turn
 
