@@ -199,16 +199,21 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
 def to_bytes(model: ir.Model) -> bytes:
     """``model`` as one ONNX file with all weights in it; the same model gives the same bytes."""
     copy = model.clone()
-    gc.collect()  # what waits for collection may point into mapped files, which are closed now
-    ir.external_data.load_to_model(copy)
+    if any(isinstance(tensor, ir.ExternalTensor) for tensor in _weights(copy)):
+        gc.collect()  # what waits for collection may point into mapped files, which are closed now
+        ir.external_data.load_to_model(copy)
     data: bytes = ir.to_proto(copy).SerializeToString(deterministic=True)
     return data
 
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers."""
-    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(tensor.nbytes for tensor in _weights(model))
+
+
+def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for graph in model.graphs():
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
 def _with_external_data(model: ir.Model, path: Path) -> onnx.ModelProto:
