@@ -27,6 +27,8 @@ Runner = Callable[[], object]
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 TORCH_TYPES = {"float32": "float32", "bfloat16": "bfloat16"}
+OURS = ("xopt", "limit")
+"""Run on the pool of TVM."""
 RESULTS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "uint8"}
 """What a kernel writes where the next one reads the same precision."""
 
@@ -50,21 +52,21 @@ def main() -> None:
 
     from xopt.measure import latency, machine
     from xopt.measure.peak import fused_multiply_adds
-    from xopt.runtime.threads import configure, settled
+    from xopt.runtime.threads import configure
 
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    torch.ones(512, 512) @ torch.ones(512, 512)  # its threads start before this one is kept to a core of its own
     results = []
     cpus = configure(options.threads)
-    with latency.pinned(options.threads), settled(cpus):
+    with latency.pinned(options.threads):
         for case in CASES[options.kernel]():
             if options.only not in f"{case.name} {case.precision}":
                 continue
-            runners: dict[str, latency.Runner] = {name: _fed(run) for name, run in case.runners.items()}
+            runners = dict(case.runners)
             if case.work:
-                runners["limit"] = _fed(fused_multiply_adds(case.work, options.threads, case.precision))
-            times = latency.interleaved(runners, {}, rounds=options.rounds, seconds=options.seconds)
+                runners["limit"] = fused_multiply_adds(case.work, options.threads, case.precision)
+            calls = {name: _call(run, cpus if name in OURS else frozenset()) for name, run in runners.items()}
+            times = latency.interleaved(calls, {}, rounds=options.rounds, seconds=options.seconds)
             results.append(_entry(case, times))
             print(_line(results[-1]), flush=True)
     record = {"machine": machine.describe(), "threads": options.threads, "results": results}
@@ -82,11 +84,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _fed(run: Runner) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """A runner as `latency.interleaved` calls it; its operands are its own."""
+def _call(run: Runner, cpus: frozenset[int]) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """A runner, whose operands are its own, as `latency.interleaved` calls it; kept on ``cpus`` as a session does."""
+    from xopt.runtime.threads import settled
 
     def call(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        run()
+        with settled(cpus):
+            run()
         return feeds
 
     return call

@@ -63,6 +63,7 @@ Array: TypeAlias = npt.NDArray[Any]
 VERSION = 1
 MOST_ROWS = 14  # every row count is a copy of the tile: more of them cost compile time and gain little
 FEW_ROWS, BLOCK_ROWS = 16, 8
+PANEL_BYTES = 640 << 10  # a panel of W is read again for every block of rows, and shares the second-level cache with A
 GROUP_BYTES = 2 << 20  # rows of A that are read again for every panel should stay in the second- or third-level cache
 
 
@@ -130,6 +131,7 @@ def space(workload: Workload, isa: Isa) -> Iterator[Config]:
 def heuristic(workload: Workload, isa: Isa) -> Config:
     """The tile that loads least per multiply-add, counting the columns padded for a ragged N.
 
+    It is no wider than two vectors where K is so long that a wider panel leaves the cache.
     So few rows that W is streamed rather than reused take a narrow panel, which all of them share in one or two blocks.
     """
     if workload.m is not None and 1 < workload.m <= FEW_ROWS:
@@ -143,7 +145,9 @@ def heuristic(workload: Workload, isa: Isa) -> Config:
         loads = (mt + vectors) / (mt * vectors)
         return padded * (1.0 + 0.2 * loads)
 
-    widest = 4 if isa.registers > 16 else 3
+    most = 4 if isa.registers > 16 else 3
+    column = 4 * workload.precision.padded(workload.k) // workload.precision.pack
+    widest = max(2, min(most, PANEL_BYTES // (column * isa.lanes)))
     best = min(range(1, widest + 1), key=cost)
     mt = min(isa.tile_rows(best), MOST_ROWS)
     return Config(min(mt, workload.m) if workload.m else mt, best)
