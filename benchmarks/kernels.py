@@ -229,6 +229,7 @@ def torch_layer(a: Array, w: Array, bias: Array, side: Array, after: str, precis
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 TOKENS = (49, 64, 128, 197, 256, 512, 1024, 2048, 4096)
+CAUSAL_TOKENS = (64, 256, 1024)
 HEADS = ((12, 32), (12, 64), (8, 128))
 
 
@@ -237,6 +238,7 @@ def attention_cases() -> Iterator[Case]:
         for heads, d in HEADS:
             for tokens in TOKENS:
                 yield attention_case(tokens, heads, d, precision)
+            for tokens in CAUSAL_TOKENS:
                 yield attention_case(tokens, heads, d, precision, causal=True)
 
 
