@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 
 import numpy as np
 import pytest
@@ -209,3 +211,15 @@ def test_configurations_fit_the_registers(isa: Isa, d: int, dv: int, s: int | No
     for c in [*configs, attention.heuristic(w, isa)]:
         assert max(c.key_rows, c.value_rows) * c.vectors + c.vectors + 1 <= isa.registers
         assert c.block % c.key_rows == 0 and c.block > 0
+
+
+@pytest.mark.parametrize("operands", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": "float", "mask_shape": (None, 1, None, None)}])
+def test_memory_does_not_grow_with_tokens(options: dict[str, object], operands: str) -> None:
+    """For any number of queries and keys, all that a thread allocates has a fixed size, far below a stack's."""
+    w = workload(4, 4, 64, 64, operands=operands, **options)
+    script = attention.build(w, attention.heuristic(w, AVX512), AVX512).script()
+    allocations = re.findall(r"alloc_\w+\((\([^)]*\)|\w+)", script)
+    assert len(allocations) == len(re.findall("alloc_", script)) > 10
+    elements = [math.prod(ast.literal_eval(shape)) for shape in allocations]
+    assert 4 * sum(elements) < 1 << 20

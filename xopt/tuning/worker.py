@@ -33,7 +33,7 @@ from xopt.tuning.sites import Array, Site, Tensor
 
 TURN_SECONDS = 2e-3
 LONGEST_TURN = 4 * TURN_SECONDS
-"""Where threads wait for a CPU at each barrier, a call takes a thousand times longer than the one that was planned by."""
+"""Where threads wait for a CPU at each barrier, a call takes a thousand times longer than the one it was planned by."""
 COLD_BYTES = 64 << 20
 """Weights are taken from all over so many bytes: like a model's, they are not in the cache from the last call."""
 PATIENCE = 4
