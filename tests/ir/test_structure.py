@@ -13,6 +13,7 @@ from tests.ir import builders
 from tests.ir.net import Net
 from xopt.ir import shapes
 from xopt.ir.structure import Block, explain, token_layout, transformer_blocks
+from xopt.ir.tokens import padding_mask
 
 #: Per block: heads, kv heads, head dim, causal, cross, mask by head; FFN width and gated, or None.
 PLAIN = (4, 4, 8, False, False, False, (128, False))
@@ -282,3 +283,16 @@ def test_all_learned_leading_tokens_are_protected() -> None:
 
 def test_padding_masks_are_computed_masks_over_keys() -> None:
     assert np.all([token_layout(builders.ZOO[n]()).padding_mask is None for n in ("relative", "table", "alibi")])
+
+
+def test_a_mask_that_the_caller_gives_whole_is_no_padding_mask() -> None:
+    """Also after it was turned into numbers; a mask of keys that is spread over the queries is one."""
+    net = Net("masks", 0)
+    whole = net.input("whole", ["batch", 1, "seq", "seq"], ir.DataType.BOOL)
+    keys = net.input("keys", ["batch", 1, 1, "seq"], ir.DataType.BOOL)
+    given, spread = net.op("Not", whole), net.op("Not", keys)
+    given.shape = spread.shape = whole.shape
+    assert padding_mask([whole]) is None
+    assert padding_mask([given]) is None
+    assert padding_mask([given, spread]) is spread
+    assert padding_mask([keys]) is keys

@@ -84,7 +84,6 @@ def _onnxruntime(data: bytes) -> Callable[[Mapping[str, np.ndarray]], np.ndarray
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return lambda feeds: session.run(None, dict(feeds))[0]

@@ -146,10 +146,17 @@ def padding_mask(masks: Sequence[ir.Value | None]) -> ir.Value | None:
         if mask is None or mask.shape is None or len(mask.shape) != 4 or mask.shape[1] != 1 or walk.is_weight(mask):
             continue
         samples, _, queries, keys = mask.shape
-        computed = mask.producer() is not None
-        if queries == 1 or (computed and samples != 1 and queries == keys):
+        if queries == 1 or (samples != 1 and queries == keys and not _given(mask)):
             return mask
     return None
+
+
+def _given(mask: ir.Value) -> bool:
+    """Whether the caller gives the mask whole: it is an input, or converted from an input of its shape."""
+    producer = mask.producer()
+    if producer is None:
+        return not walk.is_weight(mask)
+    return any(value is not None and value.shape == mask.shape and _given(value) for value in producer.inputs)
 
 
 def layout(stream: ir.Value | None, last: ir.Value | None, masks: Sequence[ir.Value | None]) -> TokenLayout:
