@@ -26,6 +26,7 @@ import tvm_ffi
 
 from xopt import targets
 from xopt.kernels import COMPILE_OPTIONS
+from xopt.kernels.precision import from_bfloat16
 from xopt.measure import latency
 from xopt.runtime.threads import configure, settled
 from xopt.targets.database import family_of
@@ -218,9 +219,7 @@ def _difference(a: Array, b: Array) -> float:
 
 
 def _values(array: Array) -> Array:
-    if array.dtype == np.uint16:  # bfloat16
-        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return array.astype(np.float64)
+    return (from_bfloat16(array) if array.dtype == np.uint16 else array).astype(np.float64)
 
 
 def serve(connection: Connection, bench: Bench) -> None:
