@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -49,16 +50,14 @@ def main() -> None:
     os.environ["TVM_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
     import torch
-    import tvm  # noqa: F401, whose pool is configured
+    import tvm  # noqa: F401, whose threads the kernels run on
 
     from xopt.measure import latency, machine
     from xopt.measure.peak import fused_multiply_adds
-    from xopt.runtime.threads import configure
 
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     results = []
-    cpus = configure(options.threads)
     with latency.pinned(options.threads):
         for case in CASES[options.kernel]():
             if options.only not in f"{case.name} {case.precision}":
@@ -66,7 +65,7 @@ def main() -> None:
             runners = dict(case.runners)
             if case.work:
                 runners["limit"] = fused_multiply_adds(case.work, options.threads, case.precision)
-            calls = {name: _call(run, cpus if name in OURS else frozenset()) for name, run in runners.items()}
+            calls = {name: _call(run, options.threads if name in OURS else 0) for name, run in runners.items()}
             times = latency.interleaved(calls, {}, rounds=options.rounds, seconds=options.seconds)
             results.append(_entry(case, times))
             print(_line(results[-1]), flush=True)
@@ -85,12 +84,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _call(run: Runner, cpus: frozenset[int]) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """A runner, whose operands are its own, as `latency.interleaved` calls it; kept on ``cpus`` as a session does."""
+def _call(run: Runner, threads: int) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    """A runner, whose operands are its own, as `latency.interleaved` calls it; on TVM's threads, if any, as a session."""
     from xopt.runtime.threads import settled
 
     def call(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        with settled(cpus):
+        with settled(threads) if threads else nullcontext():
             run()
         return feeds
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xopt.runtime.threads import configure, settled
+from xopt.runtime.threads import settled
 
 READ_BYTES = 256 << 20
 """Bytes of the array that is read: many times the last-level cache."""
@@ -156,11 +156,11 @@ class Probe:
         self._arithmetic = fused_multiply_adds(FLOPS * threads, threads, precision)
         self._reads = reads(threads)
         self._flops = FLOPS * threads
-        self._cpus = configure(threads)
+        self._threads = threads
 
     def measure(self) -> Peak:
         """The best of some calls, on which disturbances of a shared machine show least."""
-        with settled(self._cpus):
+        with settled(self._threads):
             return Peak(self._flops / _best(self._arithmetic) * 1e-9, READ_BYTES / _best(self._reads) * 1e-9)
 
 

@@ -49,11 +49,11 @@ class Session:
         machine: Any,
         weights: Any,
         manifest: Manifest,
-        cpus: frozenset[int],
+        threads: int,
         transfer: Transfer | None = None,
     ) -> None:
         self.machine = machine
-        self._cpus = cpus
+        self._threads = threads
         self._transfer = transfer
         self.inputs: tuple[TensorInfo, ...] = manifest.inputs
         self.outputs: tuple[TensorInfo, ...] = manifest.outputs
@@ -67,8 +67,8 @@ class Session:
 
         Args:
             path: the library; its weights and manifest lie beside it.
-            threads: threads that kernels run on, pinned one to a core; physical cores by default. It holds for
-                all sessions of the process.
+            threads: threads that kernels run on, the caller's and others, each on a core of its own; physical cores
+                by default.
 
         Raises:
             InputError: E-ARTIFACT, a file is missing, changed since it was written, or of another format; E-CPU,
@@ -78,18 +78,19 @@ class Session:
         library = library / "model.so" if library.is_dir() else library
         manifest, code = _checked(library)
         runtime = _runtime(threads)
-        cpus = configure(threads or physical_cores())
+        threads = threads or physical_cores()
+        configure(threads)
         if manifest.device == CUDA:
             load_cuda_runtime(_tvm_libraries())
         machine = _load_code(runtime, code)["vm_load_executable"]()
         weights = _map_weights(runtime, library, manifest)
         if manifest.device == CPU:
             machine["vm_initialization"](CPU, 0, _POOLED_ALLOCATOR)
-            return cls(machine, runtime.convert(weights), manifest, cpus)
+            return cls(machine, runtime.convert(weights), manifest, threads)
         machine["vm_initialization"](manifest.device, 0, _POOLED_ALLOCATOR, CPU, 0, _POOLED_ALLOCATOR)
         transfer = Transfer(manifest.device)
         return cls(
-            machine, runtime.convert([transfer.to_device(weight) for weight in weights]), manifest, cpus, transfer
+            machine, runtime.convert([transfer.to_device(weight) for weight in weights]), manifest, threads, transfer
         )
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class Session:
             if sizes.get(name, 0) > most:
                 raise InputError("E-DATA", f"dimension {name} is {sizes[name]}", cure=f"give at most {most}")
         if self._transfer is None:
-            with settled(self._cpus):
+            with settled(self._threads):
                 results = self._main(*arrays, self._weights)
         else:
             moved = [self._transfer.to_device(array) for array in arrays]
@@ -190,7 +191,7 @@ def _runtime(threads: int | None) -> Any:
     with without_torch():
         import tvm_ffi
     if _LIBRARY is None:
-        before_loading(threads or physical_cores())
+        before_loading(max(threads or 0, physical_cores()))
         _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime_extra.so"), ctypes.RTLD_GLOBAL)  # sorting: TopK
     return tvm_ffi

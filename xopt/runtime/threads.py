@@ -23,30 +23,39 @@ def before_loading(threads: int) -> None:
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
 
 
-def configure(threads: int) -> frozenset[int]:
-    """Start TVM's pool for the calling thread; returns the CPUs that are left to that thread."""
+class _Pool(threading.local):
+    """TVM's pool of the calling thread: how many threads it was given, and the CPUs that the caller is left."""
+
+    threads = 0
+    cpus: frozenset[int] = frozenset()
+    workers: frozenset[int] = frozenset()
+
+
+_pool = _Pool()
+
+
+def configure(threads: int) -> None:
+    """Give the calling thread a pool of ``threads``, itself included, unless it has one."""
+    if _pool.threads == threads:
+        return
     import tvm_ffi
 
+    allowed = os.sched_getaffinity(0)
     before = _tasks()
     tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
-    for task in _tasks() - before:
-        mask = _affinity(task)
-        if len(mask) == 1:
-            _taken.update(mask)
-    allowed = os.sched_getaffinity(os.getpid())
-    return frozenset(allowed - _taken or allowed)
-
-
-_taken: set[int] = set()
-"""CPUs that threads of TVM's pools are pinned to."""
+    _pool.workers = frozenset(_tasks() - before or _pool.workers)
+    pinned = [mask for mask in map(_affinity, _pool.workers) if len(mask) == 1]
+    taken = frozenset().union(*pinned) if threads > 1 else frozenset()
+    _pool.threads, _pool.cpus = threads, frozenset(allowed - taken or allowed)
 
 
 @contextmanager
-def settled(cpus: frozenset[int]) -> Iterator[None]:
-    """Keep the calling thread on ``cpus`` meanwhile."""
+def settled(threads: int) -> Iterator[None]:
+    """Meanwhile the calling thread has a pool of ``threads`` and stays away from that pool's cores."""
+    configure(threads)
     thread = threading.get_native_id()
     before = os.sched_getaffinity(thread)
-    os.sched_setaffinity(thread, cpus & before or before)
+    os.sched_setaffinity(thread, _pool.cpus & before or before)
     try:
         yield
     finally:
