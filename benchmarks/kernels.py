@@ -85,7 +85,7 @@ def _options() -> argparse.Namespace:
 
 
 def _call(run: Runner, threads: int) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """A runner, whose operands are its own, as `latency.interleaved` calls it; on TVM's threads, if any, as a session."""
+    """A runner, whose operands are its own, as `latency.interleaved` calls it; on TVM's threads, if any."""
     from xopt.runtime.threads import settled
 
     def call(feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -22,10 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from tvm import tirx
 
 from xopt.kernels import precision, vector
 from xopt.kernels.emit import (
@@ -62,7 +64,8 @@ Array: TypeAlias = npt.NDArray[Any]
 
 VERSION = 1
 MOST_ROWS = 14  # every row count is a copy of the tile: more of them cost compile time and gain little
-FEW_ROWS, BLOCK_ROWS = 16, 8
+FEW_ROWS, NARROW = 16, 2
+STEPS_AHEAD = 16
 PANEL_BYTES = 640 << 10  # a panel of W is read again for every block of rows, and shares the second-level cache with A
 GROUP_BYTES = 2 << 20  # rows of A that are read again for every panel should stay in the second- or third-level cache
 
@@ -131,12 +134,13 @@ def space(workload: Workload, isa: Isa) -> Iterator[Config]:
 def heuristic(workload: Workload, isa: Isa) -> Config:
     """The tile that loads least per multiply-add, counting the columns padded for a ragged N.
 
-    It is no wider than two vectors where K is so long that a wider panel leaves the cache.
-    So few rows that W is streamed rather than reused take a narrow panel, which all of them share in one or two blocks.
+    It is no wider than two vectors where K is so long that a wider panel leaves the cache, and where rows are few, or
+    may be: it then takes more of them at once, and W is read from memory once for all of them.
     """
-    if workload.m is not None and 1 < workload.m <= FEW_ROWS:
-        mt = -(-workload.m // -(-workload.m // BLOCK_ROWS))
-        return Config(mt, min(-(-isa.chains // mt), -(-workload.n // isa.lanes)))
+    if workload.m is None or 1 < workload.m <= FEW_ROWS:
+        vectors = min(NARROW, -(-workload.n // isa.lanes))
+        mt = min(isa.tile_rows(vectors), MOST_ROWS)
+        return Config(mt if workload.m is None else -(-workload.m // -(-workload.m // mt)), vectors)
 
     def cost(vectors: int) -> float:
         mt = min(isa.tile_rows(vectors), MOST_ROWS)
@@ -147,7 +151,7 @@ def heuristic(workload: Workload, isa: Isa) -> Config:
 
     most = 4 if isa.registers > 16 else 3
     column = 4 * workload.precision.padded(workload.k) // workload.precision.pack
-    widest = max(2, min(most, PANEL_BYTES // (column * isa.lanes)))
+    widest = max(NARROW, min(most, PANEL_BYTES // (column * isa.lanes)))
     best = min(range(1, widest + 1), key=cost)
     mt = min(isa.tile_rows(best), MOST_ROWS)
     return Config(min(mt, workload.m) if workload.m else mt, best)
@@ -215,6 +219,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         sides = {side: argument(side, (*rows, w.n)) for side in ("gate", "residual") if getattr(w, side)}
         quantization = precision.quantization_argument(w.results)
         c_full = precision.result_arguments("c", w.results, (*rows, w.n))
+        steps = flat(weight, (panels * depth, vectors, lanes * form.pack))
         m = let(product(rows))
         a = flat(a_full, (m, form.padded(w.k)))
         result = Result(c_full, quantization, isa).flat((m, w.n))
@@ -230,8 +235,14 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
             count = bind((block + 1) * m // blocks - low)
             stage = local((config.mt, nt), form.accumulator)
             line = bind(block % vectors)
+            # A single block is done with its panel before it could fetch the next: it looks a few steps ahead.
+            distance = bind(tirx.Select(blocks == 1, i64(STEPS_AHEAD), i64(depth)))
 
-            def tile(count: int) -> None:
+            def fetch(k: Expr, lines: int) -> None:
+                for i in range(lines):
+                    prefetch(steps, panel * depth + k + distance, (line + i) % vectors, 0)
+
+            def tile(count: int, lines: int) -> None:
                 outer_product(
                     count,
                     vectors,
@@ -245,13 +256,17 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
                     if start is None
                     else lambda r, v: splat(0, lanes, "int32") - load(start, panel * nt + v * lanes, lanes=lanes),
                     dot=precision.dot(form, isa),
-                    # A model's weights fit no cache: each block fetches a share of the next panel.  So few rows
-                    # come only as a single block, which memory limits anyway.
-                    ahead=None if 2 * count <= config.mt else lambda k: prefetch(weight, panel + 1, k, line, 0),
+                    ahead=lambda k: fetch(k, lines),
                 )
 
             def compute() -> None:
-                switch(count, _counts(w.m, config.mt), tile)
+                # A model's weights fit no cache: the blocks fetch the next panel, all of it each when they are few.
+                few, many = _counts(w.m, config)
+                when(
+                    blocks < vectors,
+                    lambda: switch(count, few, partial(tile, lines=vectors)),
+                    lambda: switch(count, many, partial(tile, lines=1)),
+                )
                 with serial(count) as r:
                     epilogue.row(stage, r, low + r, panel, nt)
 
@@ -260,12 +275,18 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
     return prim_func(name(w, config, isa), body)
 
 
-def _counts(m: int | None, mt: int) -> list[int]:
-    """The row counts that an even split of m rows into blocks of at most mt can give, most frequent first."""
+def _counts(m: int | None, config: Config) -> tuple[list[int], list[int]]:
+    """The row counts that an even split of m rows can give: into fewer blocks than vectors, and into as many or more.
+
+    The most frequent come first.
+    """
+    mt, vectors = config.mt, config.vectors
     if m is None:
-        return list(range(mt, 0, -1))
+        least = ((vectors - 1) * mt + 1) // vectors
+        return list(range(mt, 0, -1)), list(range(mt, max(least, 1) - 1, -1))
     blocks = max(1, -(-m // mt))
-    return sorted({m // blocks, -(-m // blocks)} - {0}, reverse=True)
+    counts = sorted({m // blocks, -(-m // blocks)} - {0}, reverse=True)
+    return (counts, []) if blocks < vectors else ([], counts)
 
 
 @dataclass(frozen=True)

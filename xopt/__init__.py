@@ -17,8 +17,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from xopt.runtime.threads import before_loading
+
 # onnxruntime reports names and digests of the models it loads to its makers unless it is told not to before it starts.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+before_loading()
 
 if TYPE_CHECKING:
     from xopt.api import Result, compile, load, optimize, trace, tune

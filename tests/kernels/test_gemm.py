@@ -65,6 +65,16 @@ def test_any_number_of_rows(compiled, isa: Isa, m: int, seed: int):
     check(compiled, gemm.Workload((None,), 33, 67, bias=True), isa, (m,), seed)
 
 
+@given(m=st.integers(1, 500), mt=st.integers(1, 14), vectors=st.integers(1, 6))
+def test_there_is_a_tile_for_every_row_count(m: int, mt: int, vectors: int):
+    """Of an even split, for rows known when compiling and for rows known later."""
+    blocks = -(-m // mt)
+    needed = {(b + 1) * m // blocks - b * m // blocks for b in range(blocks)}
+    for known in (m, None):
+        few, many = gemm._counts(known, gemm.Config(mt, vectors))
+        assert needed <= set(few if blocks < vectors else many)
+
+
 SHAPES = [(1, 1), (2, 3), (7, 16), (16, 17), (31, 15), (70, 70), (64, 48), (5, 65), (129, 49), (8, 200)]
 
 

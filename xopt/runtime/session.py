@@ -28,7 +28,7 @@ from xopt.runtime.manifest import (
     manifest_path,
     weights_path,
 )
-from xopt.runtime.threads import before_loading, configure, settled
+from xopt.runtime.threads import configure, settled
 
 _POOLED_ALLOCATOR = 2
 
@@ -77,7 +77,7 @@ class Session:
         library = Path(path).resolve()
         library = library / "model.so" if library.is_dir() else library
         manifest, code = _checked(library)
-        runtime = _runtime(threads)
+        runtime = _runtime()
         threads = threads or physical_cores()
         configure(threads)
         if manifest.device == CUDA:
@@ -185,13 +185,12 @@ def _load_code(runtime: Any, code: bytes) -> Any:
 _LIBRARY: ctypes.CDLL | None = None
 
 
-def _runtime(threads: int | None) -> Any:
+def _runtime() -> Any:
     """``tvm_ffi`` with TVM's runtime library loaded."""
     global _LIBRARY
     with without_torch():
         import tvm_ffi
     if _LIBRARY is None:
-        before_loading(max(threads or 0, physical_cores()))
         _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime_extra.so"), ctypes.RTLD_GLOBAL)  # sorting: TopK
     return tvm_ffi

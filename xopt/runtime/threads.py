@@ -17,9 +17,12 @@ SPINS = 3000
 _BIG_CORES = 1
 
 
-def before_loading(threads: int) -> None:
-    """Set what TVM reads from the environment when its library is loaded, unless the user has set it."""
-    os.environ.setdefault("TVM_NUM_THREADS", str(threads))
+def before_loading() -> None:
+    """Set what TVM reads from the environment when its pools start, unless the user has set it.
+
+    A pool never grows later, and TVM would start one for half of the CPUs, as soon as it folds a constant.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
 
 

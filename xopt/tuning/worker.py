@@ -28,7 +28,7 @@ from xopt import targets
 from xopt.kernels import COMPILE_OPTIONS
 from xopt.kernels.precision import from_bfloat16
 from xopt.measure import latency
-from xopt.runtime.threads import configure, settled
+from xopt.runtime.threads import settled
 from xopt.targets.database import family_of
 from xopt.tuning.sites import Array, Site, Tensor
 
@@ -49,11 +49,11 @@ class Bench:
 
     Args:
         target: what to build for.
-        home: the CPUs of the calling thread while it times.
+        threads: that kernels are timed on.
     """
 
     target: targets.Target
-    home: frozenset[int]
+    threads: int
     _kernels: dict[tuple[Site, Any], Callable[..., None]] = field(default_factory=dict)
     _shapes: dict[tuple[Site, Any], list[tuple[int, ...]]] = field(default_factory=dict)
     _filled: dict[str, Array] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Bench:
         turns = [_turn(self._kernels[site, config], self._operands(site, config)) for config in (first, second)]
         pairs: list[tuple[float, float]] = []
         disturbed: list[tuple[float, float]] = []
-        with settled(self.home):
+        with settled(self.threads):
             while len(pairs) < rounds and len(disturbed) < PATIENCE * rounds:
                 order = (0, 1) if (len(pairs) + len(disturbed)) % 2 else (1, 0)
                 start, before = time.perf_counter(), latency.waited()
@@ -240,7 +240,7 @@ def serve(connection: Connection, bench: Bench) -> None:
 def main() -> None:
     descriptor, target, threads = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a kernel that hangs must not outlive the tuner
-    serve(Connection(descriptor), Bench(targets.get(target), configure(threads)))
+    serve(Connection(descriptor), Bench(targets.get(target), threads))
 
 
 if __name__ == "__main__":
