@@ -163,14 +163,15 @@ def pack_weight(weight: Array, config: Config, isa: Isa, operands: str = "float3
     ``pack`` neighbours along K of one column lie side by side.
     """
     form = precision.BY_NAME[operands]
-    k, n = weight.shape
-    panel = config.panel(isa)
-    values = precision.to_bfloat16(weight) if operands == "bfloat16" else weight.astype(form.weight)
-    padded = np.zeros((form.padded(k), -(-n // panel) * panel), form.weight)
-    padded[:k, :n] = values
-    split = padded.reshape(-1, form.pack, padded.shape[1] // panel, config.vectors, isa.lanes)
-    panels = split.transpose(2, 0, 3, 4, 1)
-    return np.ascontiguousarray(panels).reshape(*panels.shape[:3], -1)
+    (k, n), panel, depth = weight.shape, config.panel(isa), form.padded(weight.shape[0]) // form.pack
+    packed = np.empty((-(-n // panel), depth, config.vectors, isa.lanes * form.pack), form.weight)
+    for index, target in enumerate(packed):  # one at a time: a vocabulary's matrix is hundreds of megabytes
+        columns = weight[:, index * panel : (index + 1) * panel]
+        block = np.zeros((form.padded(k), panel), form.weight)
+        block[:k, : columns.shape[1]] = precision.to_bfloat16(columns) if operands == "bfloat16" else columns
+        lanes = block.reshape(depth, form.pack, config.vectors, isa.lanes)
+        target[...] = lanes.transpose(0, 2, 3, 1).reshape(target.shape)
+    return packed
 
 
 def pack_columns(values: Array, config: Config, isa: Isa) -> Array:

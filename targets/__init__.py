@@ -64,6 +64,7 @@ def configured(
     """
     from copy import copy
 
+    import_module("xopt.kernels")  # and TVM with them
     from xopt.targets.database import open_database
     from xopt.targets.formats import PRECISIONS
 
@@ -98,10 +99,7 @@ def compile(
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT.
     """
-    from xopt.runtime.lean import without_torch
-
-    with without_torch():
-        import_module("tvm")
+    import_module("xopt.kernels")  # and TVM with them
     from xopt.targets.build import compile_model
 
     return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ from xopt.runtime.manifest import (
     weights_path,
 )
 from xopt.targets.base import Target
+
+Array: TypeAlias = npt.NDArray[Any]
 
 PIPELINE = "relax-cpu-1"
 CODE_SPACE = 1 << 24
@@ -91,18 +93,18 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
 
     if dims:
         model = bind_dims(model, dims)
-    lowered = lower(model, target)
     tvm_target = target.tvm_target()
     options = COMPILE_OPTIONS if target.device == 1 else {}
-    with tvm_target, tvm.transform.PassContext(**options):
-        module = target.pipeline()(lowered.module)
-        executable = relax.build(module, tvm_target, relax_pipeline=None)
     path = Path(path)
     with output_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".xopt-") as folder:
         library = Path(folder) / path.name
-        _check_space(library.parent, sum(array.nbytes for _, array in lowered.weights))
+        with WeightFile(weights_path(library)) as weights:
+            lowered = lower(model, target, weights.store)
+        with tvm_target, tvm.transform.PassContext(**options):
+            module = target.pipeline()(lowered.module)
+            executable = relax.build(module, tvm_target, relax_pipeline=None)
+        _check_space(library.parent)
         target.link(executable, library)
-        infos = write_weights(lowered.weights, weights_path(library))
         files = [library, weights_path(library)]
         manifest = Manifest(
             target=target.name,
@@ -113,7 +115,7 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
             pipeline=PIPELINE,
             inputs=lowered.inputs,
             outputs=lowered.outputs,
-            weights=tuple(infos),
+            weights=tuple(weights.infos),
             limits=lowered.limits,
         )
         manifest_path(library).write_text(manifest.to_json())
@@ -122,12 +124,12 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     return path
 
 
-def _check_space(folder: Path, weights: int) -> None:
+def _check_space(folder: Path) -> None:
     """Refuse a full disk, or a limit on files, before LLVM meets it and ends the process; OSError ENOSPC or EFBIG."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and limit < max(weights, CODE_SPACE):
+    if limit != resource.RLIM_INFINITY and limit < CODE_SPACE:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder))
-    if shutil.disk_usage(folder).free < weights + CODE_SPACE:
+    if shutil.disk_usage(folder).free < CODE_SPACE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
@@ -139,13 +141,31 @@ def _version(package: str) -> str:
         return "source"
 
 
-def write_weights(weights: list[tuple[str, npt.NDArray[Any]]], path: Path) -> list[WeightInfo]:
-    """Write tensors one after the other, each at a multiple of 64 bytes."""
-    infos = []
-    with path.open("wb") as file:
-        for name, array in weights:
-            offset = -(-file.tell() // ALIGNMENT) * ALIGNMENT
-            file.write(b"\0" * (offset - file.tell()))
-            file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-            infos.append(WeightInfo(name, str(array.dtype), tuple(array.shape), offset, array.nbytes))
-    return infos
+class WeightFile:
+    """Tensors one after the other, each at a multiple of 64 bytes; written as they come, none is kept in memory.
+
+    Attributes:
+        infos: where each of them lies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.infos: list[WeightInfo] = []
+        self._path = path
+
+    def __enter__(self) -> WeightFile:
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def store(self, name: str, array: Array) -> Array:
+        """Append a tensor; returns the same one in the file."""
+        offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
+        self._file.write(b"\0" * (offset - self._file.tell()))
+        self.infos.append(WeightInfo(name, str(array.dtype), tuple(array.shape), offset, array.nbytes))
+        if not array.size:
+            return array
+        self._file.write(np.ascontiguousarray(array).data.cast("B"))
+        self._file.flush()
+        return np.memmap(self._path, array.dtype, "r", offset, array.shape)

@@ -20,7 +20,9 @@ from tvm import relax, te, tirx
 from tvm.tirx.analysis import undefined_vars
 
 from xopt.errors import InputError
+from xopt.ir.mapped import give_back
 from xopt.ir.shapes import infer_shapes
+from xopt.ir.tied import tied_tables
 from xopt.runtime.manifest import TensorInfo
 from xopt.targets.formats import (
     FLOAT32,
@@ -62,10 +64,12 @@ class Lowering:
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
     dims: Dimensions = field(default_factory=Dimensions)
     values: dict[ir.Value, Value] = field(default_factory=dict)
+    store: Callable[[str, Array], Array] = lambda name, array: array
     weights: list[tuple[str, Array]] = field(default_factory=list)
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     layouts: dict[ir.Value, Layout] = field(default_factory=dict)
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
+    tied: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
@@ -109,7 +113,7 @@ class Lowering:
             return relax.const(array, str(array.dtype))
         key = object() if key is None else key
         if key not in self._weight_variables:
-            self.weights.append((name, array))
+            self.weights.append((name, self.store(name, array)))
             variable = relax.Var(f"weight_{len(self.weights) - 1}", relax.TensorType(array.shape, str(array.dtype)))
             self._weight_variables[key] = variable
         return self._weight_variables[key]
@@ -120,7 +124,9 @@ class Lowering:
         if key not in self._weight_variables:
             content = self.value(value)
             assert isinstance(content, np.ndarray)
-            return self.constant(pack(content), value.name or "", key)
+            packed = self.constant(pack(content), value.name or "", key)
+            give_back(value.const_value)
+            return packed
         return self._weight_variables[key]
 
     def materialized(self, ints: Ints) -> relax.Expr:
@@ -355,6 +361,8 @@ class Lowering:
         absorbed: set[ir.Node] = set()
         if self.target.isa() is not None:
             self.wanted, absorbed = plan_formats(graph, layers, self.target.precision)
+            if self.target.precision == "fp32":  # rows of a table are read as they are, not rounded like a matrix
+                self.tied = tied_tables(graph)
         for node in graph:
             if node in absorbed or dequantized(node.outputs[0]) is not None:
                 continue
@@ -446,12 +454,13 @@ def _readable(dim: Any) -> str:
     return str(dim).replace("T.int64(", "").replace(")", "") if isinstance(dim, tirx.Var) else str(dim)
 
 
-def lower(model: ir.Model, target: Target) -> Lowered:
+def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] = lambda name, array: array) -> Lowered:
     """Turn a canonical model into Relax.
 
     Args:
         model: canonical form; not changed.
         target: decides which kernels are used, and their precision.
+        store: is given every weight by name, as soon as it is packed, and returns where it lies from then on.
 
     Raises:
         InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
@@ -462,7 +471,7 @@ def lower(model: ir.Model, target: Target) -> Lowered:
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    lowering = Lowering(target)
+    lowering = Lowering(target, store=store)
     parameters = [lowering.parameter(value) for value in model.graph.inputs]
     bundle = relax.Var("weights", relax.ObjectType())
     with lowering.builder.function("main", [*parameters, bundle]):

@@ -21,6 +21,8 @@ from xopt.targets.formats import BFLOAT16, FLOAT32, Format, Quantized, dequantiz
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
+    from xopt.kernels.gemm import Config
+    from xopt.kernels.isa import Isa
     from xopt.targets.lowering import Lowering, Value
 
 
@@ -228,8 +230,8 @@ def linear(
         results=tuple(result.name for result in results),
         **_activation(layer.activation),
     )
-    config = lowering.config(gemm, workload)
-    panels = (operands, config.vectors, isa.lanes)
+    config = tied_config(lowering, weight) if _is_tied(lowering, weight) else lowering.config(gemm, workload)
+    panels = panels_of(operands, config, isa)
 
     def columns_of(value: ir.Value, key: object, content: Callable[[Array], Array]) -> relax.Expr:
         return lowering.packed(value, (panels, key), lambda array: gemm.pack_columns(content(array), config, isa))
@@ -249,6 +251,25 @@ def linear(
     a = lowering.formatted(x, form) if isinstance(x, ir.Value) else lowering.converted(x, form)
     shape = [*shape[:-1], columns]
     return lowering.call_formats(name, lambda: gemm.build(workload, config, isa), [a, *inputs], shape, results)
+
+
+def panels_of(operands: str, config: Config, isa: Isa) -> object:
+    """What a packed matrix depends on: equal ones are packed once."""
+    return operands, config.vectors, isa.lanes
+
+
+def _is_tied(lowering: Lowering, weight: ir.Value) -> bool:
+    return any(matrix is weight for matrix in lowering.tied.values())
+
+
+def tied_config(lowering: Lowering, matrix: ir.Value) -> Config:
+    """For a matrix that is read as a table of tokens as well: one packing for all of its readers."""
+    from xopt.kernels import gemm
+
+    isa = lowering.target.isa()
+    assert isa is not None
+    k, n = lowering.value(matrix).shape
+    return gemm.heuristic(gemm.Workload((None,), int(k), int(n)), isa)
 
 
 def _operands(lowering: Lowering, layer: Layer) -> tuple[Format, str]:

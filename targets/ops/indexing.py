@@ -29,7 +29,7 @@ def _gather(call: Call) -> Value:
     known = call.known(1)
     if known is not None and known.size == 1:
         return _one_slice(call, axis, known.reshape(-1)[0], known.ndim)
-    _note_range(call, call.input(1), shape[axis])
+    note_range(call, call.input(1), shape[axis])
     note_positions(call, call.input(1), shape[axis])
     indices = call.shape(1)
     result = [*shape[:axis], *indices, *shape[axis + 1 :]]
@@ -54,7 +54,7 @@ def _one_slice(call: Call, axis: int, position: Dim, rank: int) -> Value:
     return call.lowering.compute("gather_one", result, element, call.x(0))
 
 
-def _note_range(call: Call, indices: ir.Value, dim: Dim) -> None:
+def note_range(call: Call, indices: ir.Value, dim: Dim) -> None:
     """Remember that a model input indexes ``dim`` rows, so that the session can refuse values outside."""
     producer = indices.producer()
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:

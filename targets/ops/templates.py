@@ -12,8 +12,8 @@ from tvm import relax
 
 from xopt.targets.formats import BFLOAT16, FLOAT32
 from xopt.targets.ops.call import Call
-from xopt.targets.ops.fusion import Layer, leading, linear, static
-from xopt.targets.ops.indexing import note_positions
+from xopt.targets.ops.fusion import Layer, leading, linear, panels_of, static, tied_config
+from xopt.targets.ops.indexing import note_positions, note_range, valid
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
@@ -268,6 +268,28 @@ def _is_patches(call: Call, shape: list[Dim], weight: Array) -> bool:
     )
 
 
+def _tied_embedding(call: Call) -> Value | None:
+    """Rows of a table that is stored once, as the packed matrix of a linear layer, whose columns they are."""
+    from xopt.kernels import gemm
+
+    isa, matrix = call.lowering.target.isa(), call.lowering.tied.get(call.input(0))
+    if isa is None or matrix is None:
+        return None
+    vocabulary, width = call.shape()
+    note_range(call, call.input(1), vocabulary)
+    config = tied_config(call.lowering, matrix)
+    packed = call.lowering.packed(
+        matrix, panels_of("float32", config, isa), lambda array: gemm.pack_weight(array, config, isa)
+    )
+    panel, lanes = config.panel(isa), isa.lanes
+
+    def element(data: Any, where: Any, *index: Any) -> Any:
+        row = valid(where(*index[:-1]), vocabulary)
+        return data(row // panel, index[-1], row % panel // lanes, row % lanes)
+
+    return call.lowering.compute("tied_embedding", [*call.shape(1), width], element, packed, call.x(1))
+
+
 def _merge_tokens(call: Call) -> list[Value]:
     """Token merging; its body is not inlined where this is used, so it takes everything that the operator means."""
     from xopt.kernels import merge_tokens
@@ -297,6 +319,7 @@ KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = {
     ("", "RotaryEmbedding"): _rotary,
     ("", "MatMul"): _matmul,
     ("", "Conv"): _patches,
+    ("", "Gather"): _tied_embedding,
     ("xopt", "MergeTokens"): _merge_tokens,
 }
 """Emitters by (domain, operator type)."""

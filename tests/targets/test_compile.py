@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from tests.ir import builders
 from tests.targets.running import execute, kernel_names
 from xopt import targets
 from xopt.errors import InputError
-from xopt.ir import bind_dims
+from xopt.ir import bind_dims, export, save
 from xopt.runtime.reference import ReferenceSession
 from xopt.runtime.session import Session
 from xopt.targets.lowering import lower
@@ -130,3 +132,14 @@ def test_missing_linker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         targets.compile(builders.vit(layers=1, width=16, heads=2), "cpu", tmp_path / "model.so")
     assert caught.value.code == "E-TOOLCHAIN"
     assert not list(tmp_path.iterdir())
+
+
+def test_compiling_a_file_does_without_torch(tmp_path: Path) -> None:
+    """Which takes seconds to import, and 200 MB."""
+    save(export(builders.bert(layers=1)), tmp_path / "model.onnx")
+    code = (
+        "import sys, xopt; xopt.compile(sys.argv[1], output=sys.argv[2]); "
+        "print([name for name in ('torch', 'onnxruntime', 'transformers') if name in sys.modules])"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "model.onnx"), str(tmp_path / "model.so")]
+    assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout == "[]\n"

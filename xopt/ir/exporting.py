@@ -13,6 +13,7 @@ from onnx_ir.passes.common import InlinePass, NameFixPass
 from xopt.ir.edit import remove_dead
 from xopt.ir.expand import Expander
 from xopt.ir.shapes import infer_shapes
+from xopt.ir.tied import tied_tables
 
 
 def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
@@ -33,7 +34,21 @@ def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
     Expander(plain.graph).run()
     for function in plain.functions.values():
         Expander(function).run()
+    _store_tied_once(plain.graph)
     remove_dead(plain)
     NameFixPass()(plain)
     infer_shapes(plain)
     return plain
+
+
+def _store_tied_once(graph: ir.Graph) -> None:
+    """MatMul(x, T') -> MatMul(x, Transpose(T)) where T is stored as a table; runtimes turn it when they load it."""
+    for table, matrix in tied_tables(graph).items():
+        turned = ir.node("Transpose", [table], attributes={"perm": [1, 0]}, name=f"{matrix.name}_turned")
+        turned.outputs[0].name = f"{matrix.name}_turned"
+        turned.outputs[0].shape = matrix.shape
+        if matrix.dtype is not None:
+            turned.outputs[0].dtype = matrix.dtype
+        graph.insert_before(graph[0], turned)
+        matrix.replace_all_uses_with(turned.outputs[0])
+        del graph.initializers[matrix.name or ""]
