@@ -55,6 +55,10 @@ bench: $(STAMP)
 		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/plot.py out/benchmarks/cpu-$$precision.json \
 			out/benchmarks/cpu-$$precision.svg || exit 1; \
 	done
+	for precision in fp32 bf16; do \
+		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/layers.py out/benchmarks/layers-$$precision.json \
+			--precision $$precision || exit 1; \
+	done
 
 clean:
 	rm -rf out build .venv/.xopt-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

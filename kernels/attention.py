@@ -12,7 +12,12 @@ Because K and V are only ever broadcast, any head_dim, key count, row stride and
 fused QKV projection is read where it lies.  Causal attention ends the key loop at the last visible key.
 
 At bfloat16 both products are over pairs (see `xopt.kernels.precision`): of columns of Q and K, which are neighbours in
-memory, and of keys, for which P is rounded and interleaved in place, and the block of V is interleaved first.
+memory, and of keys, for which P is rounded and interleaved in place, and the block of V is interleaved first.  At int8
+they are over fours: Q, K, V are uint8, Q around 128, a scale and zero point for each head; P is rounded to 255ths of
+the largest weight so far, and divided by the sum of what it was rounded to:
+
+    score = scale_q scale_k (sum_c (q - 128) k - zero_k sum_c (q - 128))
+    O = scale_v ((sum P v) / (sum P) - zero_v)
 Source    Milakov, Gimelshein (2018), online softmax; Dao et al. (NeurIPS 2022), FlashAttention.
 """
 
@@ -20,6 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from xopt.kernels import precision
 from xopt.kernels.emit import (
@@ -29,6 +38,9 @@ from xopt.kernels.emit import (
 from xopt.kernels.isa import Isa
 
 VERSION = 1
+
+Grids: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
+"""Scales and zero points, of a head each."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,8 @@ class Workload:
             batch, and an input says where each sequence starts; every token sees its own sequence (see
             `xopt.kernels.padding`).
         heads_first: the 4-D form [B, heads, S, d], each operand a tensor of its own.
-        operands: "float32" or "bfloat16" (for an even d), the precision of Q, K, V and the weights.
+        operands: "float32", "bfloat16" (for an even d) or "int8" (for a d divisible by 4), the precision of Q, K, V and
+            the weights.
         results: formats that O is written in: "float32", "bfloat16", "uint8".
     """
 
@@ -165,14 +178,27 @@ def name(workload: Workload, config: Config, isa: Isa) -> str:
     return "_".join(parts)
 
 
+def grids(q: Grids, k: Grids, v: Grids) -> npt.NDArray[np.float32]:
+    """What int8 attention must know of each head: scale of the scores, zero point of K, scale and zero point of V.
+
+    Args:
+        q, k, v: scales and zero points by head, of which K and V may have fewer; the zero points of Q are 128.
+    """
+    q_scale = np.asarray(q[0], np.float32)
+    columns = [np.asarray(column, np.float32) for column in (*k, *v)]
+    k_scale, k_zero, v_scale, v_zero = (np.repeat(column, len(q_scale) // len(column)) for column in columns)
+    return np.stack([q_scale * k_scale, k_zero, v_scale, v_zero - 128], axis=1)
+
+
 def _token(value: float) -> str:
     return f"{value:.9g}".replace("-", "m").replace("+", "").replace(".", "p")
 
 
 def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
-    """The kernel over (inputs by number, [mask], [starts], [quantization], O...); a bool mask has dtype bool.
+    """The kernel over (inputs by number, [grids], [mask], [starts], [quantization], O...); a bool mask has dtype bool.
 
-    Inputs hold what `Precision.activation` says; O comes once for each format.
+    Grids [heads, 4] come with int8, see `grids`. Inputs hold what `Precision.activation` says; O comes once for each
+    format.
     """
     from xopt.kernels.attention_template import Template
 

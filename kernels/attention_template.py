@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from tvm import tirx
@@ -35,8 +36,12 @@ from xopt.kernels.emit import (
     when,
 )
 from xopt.kernels.isa import Isa
-from xopt.kernels.precision import BFLOAT16, FLOAT32, Result
+from xopt.kernels.precision import BFLOAT16, FLOAT32, INT8, Result
 
+SIGNS = -0x7F7F7F80  # 0x80808080: what turns four uint8 into int8, 128 less each
+GRIDS = 4
+SCORE_SCALE, KEY_ZERO, VALUE_SCALE, VALUE_ZERO = range(GRIDS)
+"""Columns of the input that says how integers stand for numbers, one row a head: see `xopt.kernels.attention.grids`."""
 LOWEST = -2e38
 """Exporters hide keys by the lowest float32, which has no finite multiple in units of log2(e)."""
 
@@ -50,13 +55,17 @@ class Template:
         self.isa = isa
         self.lanes = isa.lanes
         self.chains = isa.chains
-        self.form = FLOAT32 if w.operands == "float32" else BFLOAT16
+        self.form = precision.BY_NAME[w.operands]
+        self.pack = self.form.pack
         self.lane_type = "float32" if self.form is FLOAT32 else "int32"
-        self.dot = precision.dot(self.form, isa)
+        self.dot = self.value_dot = precision.dot(self.form, isa)
+        if self.form is INT8:  # weights are the unsigned ones of the second product, values the signed
+            self.value_dot = replace(self.dot, step=lambda acc, value, weight: self.dot.step(acc, weight, value))
         self.batch, self.queries = dim(w.batch, "batch"), dim(w.queries, "queries")
         shared = w.packed or (w.q.buffer == w.k.buffer and not w.heads_first)
         self.keys = self.queries if shared else dim(w.keys, "keys")
         self.inputs = self._declare()
+        self.grids = argument("grids", (w.heads, GRIDS)) if self.form is INT8 else None
         self.mask = self._declare_mask() if w.mask != "none" else None
         self.starts = None
         if w.packed:
@@ -153,9 +162,11 @@ class Template:
         self.vectors = vectors
         self.qt = local((w.head_dim // self.form.pack, width), self.lane_type)
         self.ot = local((w.v_head_dim, width))
-        self.p = local((self.config.block, width))
+        self.p = local((-(-self.config.block // self.pack) * self.pack, width))
         self.maximum, self.total, self.rescale = (local((vectors, lanes)) for _ in range(3))
         self._transpose_queries()
+        if self.form is INT8:
+            self._start_scores()
         for v in range(vectors):
             store(self.maximum, splat(-math.inf, lanes), v, 0, lanes=lanes)
             store(self.total, splat(0.0, lanes), v, 0, lanes=lanes)
@@ -167,10 +178,10 @@ class Template:
         with serial(blocks) as block:
             self.low = bind(block * self.config.block)
             self.count = bind(tirx.min(end - self.low, i64(self.config.block)))
-            self.pairs = bind(ceil_div(self.count, 2))
+            self.groups = bind(ceil_div(self.count, self.pack))
             self._scores()
-            if self.form is BFLOAT16:
-                self._complete_pair()
+            if self.pack > 1:
+                self._complete_group()
                 self._interleave_values()
             for v in range(vectors):
                 self._softmax(v)
@@ -202,10 +213,40 @@ class Template:
                         put(self.qt, self._scaled(value, lanes=1), c, v * lanes + i)
 
     def _scaled(self, query: Expr, lanes: int | None = None) -> Expr:
-        """A query times the factor of the scores, unless the product would have to be rounded to bfloat16."""
+        """A query times the factor of the scores, unless the product would have to be rounded; bytes become signed."""
         if self.form is BFLOAT16:
             return query
+        if self.form is INT8:
+            return query ^ (tirx.const(SIGNS, "int32") if lanes == 1 else splat(SIGNS, self.lanes, "int32"))
         return query * (tirx.const(self.q_factor, "float32") if lanes == 1 else splat(self.q_factor, self.lanes))
+
+    def _start_scores(self) -> None:
+        """Where integer scores start: they are too large by the keys' zero point times the sum of the query."""
+        lanes = self.lanes
+        self.start_score = local((self.vectors, lanes), "int32")
+        zero, ones = splat(0, lanes, "int32"), splat(0x01010101, lanes, "int32")
+        excess = splat(self._grid(KEY_ZERO).astype("int32"), lanes)
+        for v in range(self.vectors):
+            sum_of_query = partial(load, self.start_score, v, 0, lanes=lanes)
+            store(self.start_score, zero, v, 0, lanes=lanes)
+            with serial(self.w.head_dim // self.pack) as c:
+                total = self.dot.step(sum_of_query(), ones, load(self.qt, c, v * lanes, lanes=lanes))
+                store(self.start_score, total, v, 0, lanes=lanes)
+            store(self.start_score, zero - excess * sum_of_query(), v, 0, lanes=lanes)
+
+    def _grid(self, which: int) -> Expr:
+        """A number of the current head."""
+        assert self.grids is not None
+        return self.grids[self.head, i64(which)]
+
+    def _score(self, acc: Expr) -> Expr:
+        """A sum of products as a score in units of log2(e), or of the soft cap."""
+        lanes = self.lanes
+        if self.form is INT8:
+            return acc.astype(f"float32x{lanes}") * splat(
+                self._grid(SCORE_SCALE) * tirx.const(self.q_factor, "float32"), lanes
+            )
+        return acc if self.form is FLOAT32 else acc * splat(self.q_factor, lanes)
 
     def _scores(self) -> None:
         """P = K . QT for the current keys, masked."""
@@ -214,8 +255,8 @@ class Template:
 
         def tile(first: Expr, count: int, row: Callable[[int], Expr]) -> None:
             def finish(r: int, v: int, acc: Expr) -> None:
-                score = acc if self.form is FLOAT32 else acc * splat(self.q_factor, lanes)
-                store(self.p, self._masked(score, first + r, v, mask), first + r, v * lanes, lanes=lanes)
+                score = self._masked(self._score(acc), first + r, v, mask)
+                store(self.p, score, first + r, v * lanes, lanes=lanes)
 
             outer_product(
                 count,
@@ -226,6 +267,7 @@ class Template:
                 finish,
                 lanes=lanes,
                 chains=self.chains,
+                start=None if self.form is not INT8 else lambda r, v: load(self.start_score, v, 0, lanes=lanes),
                 dot=self.dot,
             )
 
@@ -315,14 +357,17 @@ class Template:
             store(self.p, value, key, column, lanes=lanes)
             return total + value
 
-        def two_exponentials(total: Expr, pair: Expr) -> Expr:
-            """Pair number n takes row n: rows are read before they are overwritten."""
-            low, high = weight(pair * 2), weight(pair * 2 + 1)
-            pairs = precision.bfloat16_pairs(
-                precision.bfloat16(low, self.isa), precision.bfloat16(high, self.isa), lanes
-            )
-            store(self.p, tirx.reinterpret(f"float32x{lanes}", pairs), pair, column, lanes=lanes)
-            return total + (low + high)
+        def exponentials_of_a_group(total: Expr, group: Expr) -> Expr:
+            """Group number n takes row n: rows are read before they are overwritten."""
+            weights = [weight(group * self.pack + i) for i in range(self.pack)]
+            if self.form is INT8:
+                weights = [keep(tirx.nearbyint(one * splat(255.0, lanes)), lanes) for one in weights]
+                rounded = precision.bytes_of_lanes([one.astype(f"int32x{lanes}") for one in weights], lanes)
+            else:
+                low, high = (precision.bfloat16(one, self.isa) for one in weights)
+                rounded = precision.bfloat16_pairs(low, high, lanes)
+            store(self.p, tirx.reinterpret(f"float32x{lanes}", rounded), group, column, lanes=lanes)
+            return total + sum(weights[1:], weights[0])
 
         before = keep(load(self.maximum, v, 0, lanes=lanes), lanes)
         best = reduce(self.count, before, larger, vector.maximum)
@@ -332,38 +377,48 @@ class Template:
         factor = keep(vector.exp2_nonpositive(before - origin, lanes), lanes)
         store(self.maximum, best, v, 0, lanes=lanes)
         store(self.rescale, factor, v, 0, lanes=lanes)
-        count, step = (self.count, exponential) if self.form is FLOAT32 else (self.pairs, two_exponentials)
+        count, step = (self.count, exponential) if self.pack == 1 else (self.groups, exponentials_of_a_group)
         added = reduce(count, splat(0.0, lanes), step, lambda a, b: a + b)
         store(self.total, load(self.total, v, 0, lanes=lanes) * factor + added, v, 0, lanes=lanes)
 
-    def _complete_pair(self) -> None:
-        """After an odd number of keys, one that is hidden."""
-
-        def hide() -> None:
+    def _complete_group(self) -> None:
+        """Behind the last key, hidden ones until all groups are whole."""
+        with serial(self.groups * self.pack - self.count) as extra:
             for v in range(self.vectors):
-                store(self.p, splat(-math.inf, self.lanes), self.count, v * self.lanes, lanes=self.lanes)
-
-        when(self.count % 2 == 1, hide)
+                store(self.p, splat(-math.inf, self.lanes), self.count + extra, v * self.lanes, lanes=self.lanes)
 
     def _interleave_values(self) -> None:
-        """VT [pairs of keys, dv]: both values of a column side by side; zero beside the last of an odd number."""
+        """VT [groups of keys, dv]: the values of a column side by side; zero beside the last of an incomplete group."""
         lanes, width = self.lanes, self.w.v_head_dim
-        self.vt = local((self.config.block // 2, width), "int32")
+        self.vt = local((-(-self.config.block // self.pack), width), "int32")
 
-        def interleave(pair: Expr, last: bool) -> None:
-            low, high = self.low + pair * 2, self.low + pair * 2 + 1
+        def interleave(group: Expr, keys: int) -> None:
+            rows = [self.low + group * self.pack + i for i in range(keys)]
             for column in range(0, width - width % lanes, lanes):
-                above = splat(0, lanes, "uint16") if last else self._row_of_v(high, column)
-                store(self.vt, precision.bfloat16_pairs(self._row_of_v(low, column), above, lanes), pair, column,
-                      lanes=lanes)  # fmt: skip
+                vectors = [self._row_of_v(row, column) for row in rows]
+                store(self.vt, self._side_by_side(vectors, lanes), group, column, lanes=lanes)
             for column in range(width - width % lanes, width):
-                bits = [buffer[index].astype("uint32") for buffer, index in (self.v(low, column), self.v(high, column))]
-                both = bits[0] if last else bits[0] | (bits[1] << tirx.const(16, "uint32"))
-                put(self.vt, tirx.reinterpret("int32", both), pair, column)
+                values = [buffer[index] for buffer, index in (self.v(row, column) for row in rows)]
+                put(self.vt, self._side_by_side(values, 1), group, column)
 
-        with serial(self.count // 2) as pair:
-            interleave(pair, last=False)
-        when(self.count % 2 == 1, lambda: interleave(self.count // 2, last=True))
+        with serial(self.count // self.pack) as group:
+            interleave(group, self.pack)
+        switch(self.count % self.pack, range(1, self.pack), lambda keys: interleave(self.count // self.pack, keys))
+
+    def _side_by_side(self, values: list[Expr], lanes: int) -> Expr:
+        """The stored values of some keys in the bytes of lanes; those that are uint8 become int8."""
+        shift = 32 // self.pack
+        kind = "uint32" if lanes == 1 else f"uint32x{lanes}"
+
+        def number(value: int) -> Expr:
+            return tirx.const(value, "uint32") if lanes == 1 else splat(value, lanes, "uint32")
+
+        whole = values[0].astype(kind)
+        for i, value in enumerate(values[1:], start=1):
+            whole = whole | (value.astype(kind) << number(shift * i))
+        if self.form is INT8:
+            whole = whole ^ number(SIGNS & 0xFFFFFFFF)
+        return tirx.reinterpret("int32" if lanes == 1 else f"int32x{lanes}", whole)
 
     def _row_of_v(self, row: Expr, column: int) -> Expr:
         buffer, index = self.v(row, column)
@@ -375,23 +430,31 @@ class Template:
         scales = [keep(load(self.rescale, v, 0, lanes=lanes), lanes) for v in range(self.vectors)]
 
         def value(column: Expr, k: Expr) -> Expr:
-            if self.form is BFLOAT16:
+            if self.pack > 1:
                 return self.vt[k, column]
             buffer, index = self.v(self.low + k, column)
             return buffer[index]
+
+        def before(row: Expr, v: int) -> Expr:
+            return load(self.ot, row, v * lanes, lanes=lanes) * scales[v]
+
+        def finish(row: Expr, v: int, acc: Expr) -> None:
+            total = before(row, v) + acc.astype(f"float32x{lanes}") if self.form is INT8 else acc
+            store(self.ot, total, row, v * lanes, lanes=lanes)
 
         def tile(first: Expr, rows: int) -> None:
             outer_product(
                 rows,
                 self.vectors,
-                self.count if self.form is FLOAT32 else self.pairs,
+                self.groups,
                 lambda r, k: value(first + r, k),
                 lambda v, k: tirx.reinterpret(f"{self.lane_type}x{lanes}", load(self.p, k, v * lanes, lanes=lanes)),
-                lambda r, v, acc: store(self.ot, acc, first + r, v * lanes, lanes=lanes),
+                lambda r, v, acc: finish(first + r, v, acc),
                 lanes=lanes,
                 chains=self.chains,
-                start=lambda r, v: load(self.ot, first + r, v * lanes, lanes=lanes) * scales[v],
-                dot=self.dot,
+                # Integers start at zero: what was summed before must be rescaled.
+                start=None if self.form is INT8 else lambda r, v: before(first + r, v),
+                dot=self.value_dot,
             )
 
         whole, tail = divmod(w.v_head_dim, rows)
@@ -418,9 +481,19 @@ class Template:
             for c in range(whole * lanes, whole * lanes + tail):
                 self._store_column(v, c, row, inverse)
 
+    def _mean(self, column: Expr, v: int, inverse: Expr) -> Expr:
+        """A column of O: a mean of values; of integers, less their zero point, at their scale."""
+        lanes = self.lanes
+        mean = load(self.ot, column, v * lanes, lanes=lanes) * inverse
+        if self.form is not INT8:
+            return mean
+        zero = splat(self._grid(VALUE_ZERO), lanes)
+        mean = (keep(mean, lanes) - zero) * splat(self._grid(VALUE_SCALE), lanes)
+        return tirx.Select(inverse == splat(0.0, lanes), inverse, keep(mean, lanes)) if self.w.mask == "bool" else mean
+
     def _store_square(self, v: int, column: Expr, row: Expr, inverse: Expr) -> None:
         lanes = self.lanes
-        square = [load(self.ot, column + i, v * lanes, lanes=lanes) * inverse for i in range(lanes)]
+        square = [self._mean(column + i, v, inverse) for i in range(lanes)]
         lines = transpose([keep(line, lanes) for line in square])
         for i, line in enumerate(lines):
             index = self.o(row + i, column)
@@ -428,5 +501,5 @@ class Template:
 
     def _store_column(self, v: int, column: int, row: Expr, inverse: Expr) -> None:
         lanes = self.lanes
-        value = load(self.ot, column, v * lanes, lanes=lanes) * inverse
+        value = self._mean(i64(column), v, inverse)
         self.out.scatter(value, tirx.min(i64(lanes), self.queries - row), lambda i: self.o(row + i, column))

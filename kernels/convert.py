@@ -60,7 +60,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
     def body() -> None:
         rows = dims(w.rows, "m")
         x_full = argument("x", (*rows, w.width))
-        quantization = precision.quantization_argument((w.result,))
+        quantization = precision.quantization_argument((w.result,), w.padded)
         y_full = precision.result_arguments("y", (w.result,), (*rows, w.padded))
         m = let(product(rows))
         x = flat(x_full, (m, w.width))

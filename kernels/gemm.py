@@ -62,7 +62,7 @@ from xopt.kernels.precision import Precision, Result
 
 Array: TypeAlias = npt.NDArray[Any]
 
-VERSION = 1
+VERSION = 2
 MOST_ROWS = 14  # every row count is a copy of the tile: more of them cost compile time and gain little
 FEW_ROWS, NARROW = 16, 2
 STEPS_AHEAD = 16
@@ -84,7 +84,8 @@ class Workload:
         gate: multiply by a tensor shaped like C, after the activation.
         residual: add a tensor shaped like C, last.
         operands: "float32", "bfloat16" or "int8", the precision of A and W.
-        results: formats that C is written in, each a tensor of its own: "float32", "bfloat16", "uint8".
+        results: formats that C is written in, each a tensor of its own: "float32", "bfloat16", "uint8" or
+            "uint8-columns".
     """
 
     rows: tuple[int | None, ...]
@@ -218,7 +219,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         )
         bias = argument("bias", (panels * nt,)) if w.bias else None
         sides = {side: argument(side, (*rows, w.n)) for side in ("gate", "residual") if getattr(w, side)}
-        quantization = precision.quantization_argument(w.results)
+        quantization = precision.quantization_argument(w.results, w.n)
         c_full = precision.result_arguments("c", w.results, (*rows, w.n))
         steps = flat(weight, (panels * depth, vectors, lanes * form.pack))
         m = let(product(rows))
@@ -262,10 +263,11 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
 
             def compute() -> None:
                 # A model's weights fit no cache: the blocks fetch the next panel, all of it each when they are few.
+                # One row reads them in order, which the processor foresees.
                 few, many = _counts(w.m, config)
                 when(
                     blocks < vectors,
-                    lambda: switch(count, few, partial(tile, lines=vectors)),
+                    lambda: switch(count, few, lambda count: tile(count, vectors if count > 1 else 0)),
                     lambda: switch(count, many, partial(tile, lines=1)),
                 )
                 with serial(count) as r:

@@ -66,8 +66,11 @@ INT8 = Precision("int8", 4, "uint8", "int8", "int32")
 
 BY_NAME = {precision.name: precision for precision in (FLOAT32, BFLOAT16, INT8)}
 
-STORAGE = {"float32": "float32", "bfloat16": "uint16", "uint8": "uint8"}
+STORAGE = {"float32": "float32", "bfloat16": "uint16", "uint8": "uint8", "uint8-columns": "uint8"}
 """Element type in memory of each format that a kernel can write."""
+
+MOST_LANES = 16
+"""float32 numbers in the longest vector of any instruction set."""
 
 
 # -- operands ----------------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ class Result:
     Attributes:
         buffers: a tensor for each format.
         quantization: float32 [2], one over the scale and the zero point of "uint8": q = round(x / scale) + zero point,
-            saturated.
+            saturated; [2, columns] for "uint8-columns", see `pack_quantization`.
     """
 
     buffers: tuple[Buffer, ...]
@@ -191,32 +194,36 @@ class Result:
         """Store a float32 vector from ``index`` on."""
         value = keep(value, self.lanes)
         for buffer in self.buffers:
-            store(buffer, self._converted(value, buffer.dtype), *index, lanes=self.lanes)
+            store(buffer, self._converted(value, buffer.dtype, index[-1]), *index, lanes=self.lanes)
 
     def partial_store(self, value: Expr, *index: int | Expr, count: int | Expr) -> None:
         """Store the first ``count`` lanes."""
         value = keep(value, self.lanes)
         for buffer in self.buffers:
-            partial_store(buffer, self._converted(value, buffer.dtype), *index, count=count, lanes=self.lanes)
+            converted = self._converted(value, buffer.dtype, index[-1])
+            partial_store(buffer, converted, *index, count=count, lanes=self.lanes)
 
     def scatter(self, value: Expr, count: Expr, index: Callable[[Expr], tuple[Expr, ...]]) -> None:
         """Store the first ``count`` lanes, lane i at ``index(i)``."""
         value = keep(value, self.lanes)
         for buffer in self.buffers:
             spill = local((self.lanes,), buffer.dtype)
-            store(spill, self._converted(value, buffer.dtype), 0, lanes=self.lanes)
+            store(spill, self._converted(value, buffer.dtype, 0), 0, lanes=self.lanes)
             with serial(count) as lane:
                 put(buffer, spill[lane], *index(lane))
 
-    def _converted(self, value: Expr, dtype: str) -> Expr:
+    def _converted(self, value: Expr, dtype: str, column: int | Expr) -> Expr:
         if str(dtype) == "float32":
             return value
-        return bfloat16(value, self.isa) if str(dtype) == "uint16" else self._quantized(value)
+        return bfloat16(value, self.isa) if str(dtype) == "uint16" else self._quantized(value, column)
 
-    def _quantized(self, value: Expr) -> Expr:
+    def _quantized(self, value: Expr, column: int | Expr) -> Expr:
         assert self.quantization is not None
         lanes = self.lanes
-        inverse, zero_point = (splat(self.quantization[i64(i)], lanes) for i in range(2))
+        if len(self.quantization.shape) == 1:
+            inverse, zero_point = (splat(self.quantization[i64(i)], lanes) for i in range(2))
+        else:
+            inverse, zero_point = (load(self.quantization, i, column, lanes=lanes) for i in range(2))
         q = keep(tirx.nearbyint(value * inverse) + zero_point, lanes)
         nothing, most = splat(0.0, lanes), splat(255.0, lanes)
         q = keep(tirx.Select(q > nothing, q, nothing), lanes)  # NaN becomes 0
@@ -228,6 +235,14 @@ def bfloat16_pairs(low: Expr, high: Expr, lanes: int) -> Expr:
     kind = f"uint32x{lanes}"
     pairs = low.astype(kind) | (high.astype(kind) << splat(16, lanes, "uint32"))
     return tirx.reinterpret(f"int32x{lanes}", pairs)
+
+
+def bytes_of_lanes(values: Sequence[Expr], lanes: int) -> Expr:
+    """Four int32 vectors of numbers from 0 to 255 as the bytes of one, the first lowest."""
+    whole = values[0]
+    for i, value in enumerate(values[1:], start=1):
+        whole = whole | (value << splat(8 * i, lanes, "int32"))
+    return whole
 
 
 def bfloat16(value: Expr, isa: Isa) -> Expr:
@@ -254,9 +269,19 @@ def result_arguments(name: str, formats: Sequence[str], shape: Sequence[int | Ex
     return tuple(argument(f"{name}_{form}", shape, STORAGE[form]) for form in formats)
 
 
-def quantization_argument(formats: Sequence[str]) -> Buffer | None:
-    """Declare the input that "uint8" results need."""
+def quantization_argument(formats: Sequence[str], columns: int = 0) -> Buffer | None:
+    """Declare the input that quantized results need."""
+    if "uint8-columns" in formats:
+        return argument("quantization", (2, columns + -columns % MOST_LANES))
     return argument("quantization", (2,)) if "uint8" in formats else None
+
+
+def pack_quantization(
+    scale: npt.NDArray[np.float32] | float, zero_point: npt.NDArray[np.float32] | float
+) -> npt.NDArray[np.float32]:
+    """What quantized results need, of numbers or of a number for each column, which are padded to whole vectors."""
+    packed = np.stack([np.float32(1) / np.asarray(scale, np.float32), np.asarray(zero_point, np.float32)])
+    return packed if packed.ndim == 1 else np.pad(packed, ((0, 0), (0, -packed.shape[1] % MOST_LANES)))
 
 
 def suffix(precision: str, formats: Sequence[str]) -> list[str]:

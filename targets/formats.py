@@ -6,12 +6,14 @@ conversion remains between kernels; only what no kernel of ours computes is conv
 
     precision "bf16"                     activations of linear layers and attention: bfloat16; sums: float32
     DequantizeLinear(QuantizeLinear(x))  activations of a product with a DequantizeLinear'd int8 matrix: uint8
+                                         Q, K and V of attention: uint8 (see `xopt.targets.integer_attention`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,29 @@ class Format:
     """How a float tensor lies in memory.
 
     Attributes:
-        name: "float32", "bfloat16" (stored as uint16) or "uint8", which holds round(x / scale) + zero_point.
+        name: "float32", "bfloat16" (stored as uint16) or "uint8", which holds round(x / scale) + zero_point;
+            "uint8-columns" has a scale and a zero point for each column.
     """
 
     name: str
     scale: float = 1.0
     zero_point: int = 0
+    columns: tuple[tuple[float, ...], tuple[int, ...]] = ((), ())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether kernels that write it need scales and zero points."""
+        return self.name.startswith("uint8")
+
+    @property
+    def grid(self) -> Array:
+        """Scales and zero points [2], or [2, columns]."""
+        return np.array(self.columns if any(self.columns) else (self.scale, self.zero_point), np.float32)
+
+
+def by_columns(scale: tuple[float, ...], zero_point: tuple[int, ...]) -> Format:
+    """uint8 with a scale and a zero point for each column."""
+    return Format("uint8-columns", columns=(scale, zero_point))
 
 
 FLOAT32 = Format("float32")
@@ -148,7 +167,11 @@ def _is_symmetric(node: ir.Node) -> bool:
 
 
 def plan_formats(
-    graph: ir.Graph, layers: Mapping[ir.Node, Quantized | None], precision: str
+    graph: ir.Graph,
+    layers: Mapping[ir.Node, Quantized | None],
+    precision: str,
+    attentions: Collection[ir.Node] = (),
+    stored: Mapping[ir.Value, Format] = MappingProxyType({}),
 ) -> tuple[dict[ir.Value, tuple[Format, ...]], set[ir.Node]]:
     """The formats in which values are read, and the nodes that nobody needs to compute.
 
@@ -156,14 +179,21 @@ def plan_formats(
         graph: a canonical graph.
         layers: the MatMul nodes of linear layers, with their integer operands if they have them.
         precision: "fp32" or "bf16".
+        attentions: nodes that are computed on integers.
+        stored: the tensors that those read, with their formats.
 
     Returns:
         Formats by value, absent where float32 is all; and quantizing nodes whose work kernels do.
     """
-    absorbed = _absorbed(graph, layers)
+    absorbed = _absorbed(graph, layers, attentions)
     wanted: dict[ir.Value, tuple[Format, ...]] = {}
     for value in _values(graph):
-        formats = [_read_as(node, index, layers, absorbed, precision) for node, index in value.uses()]
+        formats = [stored[value]] if value in stored else []
+        formats += [
+            _read_as(node, index, layers, absorbed, precision)
+            for node, index in value.uses()
+            if not (value in stored and _leads_to(node, absorbed))
+        ]
         formats += [FLOAT32] * value.is_graph_output()
         unique = tuple(dict.fromkeys(formats))
         if unique and unique != (FLOAT32,):
@@ -177,14 +207,26 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _absorbed(graph: ir.Graph, layers: Mapping[ir.Node, Quantized | None]) -> set[ir.Node]:
-    """QuantizeLinear and DequantizeLinear nodes that only integer layers read."""
+def _leads_to(node: ir.Node, absorbed: set[ir.Node]) -> bool:
+    """Whether a node is one of those, or splits a tensor for them alone."""
+    if node.op_type != "Split":
+        return node in absorbed
+    return all(reader in absorbed for output in node.outputs for reader, _ in output.uses())
+
+
+def _absorbed(
+    graph: ir.Graph, layers: Mapping[ir.Node, Quantized | None], attentions: Collection[ir.Node]
+) -> set[ir.Node]:
+    """QuantizeLinear and DequantizeLinear nodes that only integer layers and attentions read."""
     absorbed: set[ir.Node] = set()
     for node in reversed(list(graph)):
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.outputs[0].is_graph_output():
             continue
         readers = list(node.outputs[0].uses())
-        if all(reader in absorbed or (index < 2 and layers.get(reader) is not None) for reader, index in readers):
+        if all(
+            reader in absorbed or (index < 2 and layers.get(reader) is not None) or (index < 3 and reader in attentions)
+            for reader, index in readers
+        ):
             absorbed.add(node)
     return absorbed
 
@@ -213,9 +255,12 @@ def _is_attention_operand(node: ir.Node, index: int) -> bool:
     return all(reader.op_type in ("Attention", "PackedAttention") and position < 3 for reader, position in readers)
 
 
-def decoded(tensor: Any, form: Format) -> Any:
-    """A stored element as float32, as a TIR expression."""
+def decoded(tensor: Any, form: Format, grid: Any = None) -> Any:
+    """A stored element as float32, as a TIR expression; ``grid``: its scale and zero point where columns differ."""
     from tvm import tirx
+
+    if grid is not None:
+        return (tensor.astype("float32") - grid[1]) * grid[0]
 
     if form == BFLOAT16:
         return tirx.reinterpret("float32", tensor.astype("uint32") << tirx.const(16, "uint32"))

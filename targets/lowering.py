@@ -33,6 +33,7 @@ from xopt.targets.formats import (
     dequantized,
     plan_formats,
 )
+from xopt.targets.integer_attention import Part, parts, stored_formats
 from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Array, Dim, Dimensions, Ints, UndecidedError, evaluate, known
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Lowering:
     layouts: dict[ir.Value, Layout] = field(default_factory=dict)
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     tied: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    attentions: dict[ir.Node, tuple[Part, Part, Part]] = field(default_factory=dict)
     _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
@@ -90,16 +92,25 @@ class Lowering:
         content = self.value(value)
         if isinstance(content, Formatted):
             if FLOAT32 not in content.tensors:
-                form, stored = next(iter(content.tensors.items()))
-                content.tensors[FLOAT32] = self.compute(
-                    "from_" + form.name, self.shape_of(stored), lambda x, *i: decoded(x(*i), form), stored
-                )
+                content.tensors[FLOAT32] = self._decoded(*next(iter(content.tensors.items())))
             return content.tensors[FLOAT32]
         if isinstance(content, np.ndarray):
             return self.constant(content, value.name or "", key=value)
         if isinstance(content, Ints):
             return self.materialized(content)
         return content
+
+    def _decoded(self, form: Format, stored: relax.Expr) -> relax.Expr:
+        shape = self.shape_of(stored)
+        if not any(form.columns):
+            return self.compute("from_" + form.name, shape, lambda x, *i: decoded(x(*i), form), stored)
+        grid = self.constant(form.grid, "grid")
+        column = len(shape) - 1
+
+        def element(x: Any, g: Any, *i: Any) -> Any:
+            return decoded(x(*i), form, [g(tirx.const(row, "int64"), i[column]) for row in range(2)])
+
+        return self.compute("from_columns", shape, element, stored, grid)
 
     def constant(self, array: Array, name: str, key: Any = None) -> relax.Expr:
         """A constant as a tensor: in the code when it is one number, else an entry of the weights tuple.
@@ -269,15 +280,15 @@ class Lowering:
         wanted = self.wanted.get(value, (FLOAT32,))
         if not isinstance(width, int) or width % 4:
             return (FLOAT32,)  # rows that do not fill whole lanes are padded when they are converted
-        quantized = [form for form in wanted if form.name == "uint8"]
+        quantized = [form for form in wanted if form.quantized]
         return tuple(form for form in wanted if form not in quantized[1:])
 
     def quantization(self, formats: Sequence[Format]) -> list[relax.Expr]:
-        """The kernel input that a "uint8" result needs."""
+        """The kernel input that a quantized result needs."""
+        from xopt.kernels.precision import pack_quantization
+
         return [
-            self.constant(np.array([1 / form.scale, form.zero_point], np.float32), "quantization", key=form)
-            for form in formats
-            if form.name == "uint8"
+            self.constant(pack_quantization(*form.grid), "quantization", key=form) for form in formats if form.quantized
         ]
 
     def formatted(self, value: ir.Value, form: Format) -> relax.Expr:
@@ -360,7 +371,9 @@ class Lowering:
         layers = {chain.matmul: chain.quantized for chain in plan.values() if chain is not None}
         absorbed: set[ir.Node] = set()
         if self.target.isa() is not None:
-            self.wanted, absorbed = plan_formats(graph, layers, self.target.precision)
+            self.attentions = {node: found for node in graph if (found := parts(node)) is not None}
+            stored = stored_formats(self.attentions)
+            self.wanted, absorbed = plan_formats(graph, layers, self.target.precision, self.attentions, stored)
             if self.target.precision == "fp32":  # rows of a table are read as they are, not rounded like a matrix
                 self.tied = tied_tables(graph)
         for node in graph:

@@ -78,23 +78,37 @@ def quantize_layers(graph: ir.Graph, layers: Sequence[Layer], scales: Mapping[ir
     for layer in layers:
         x, weight = layer.input, layer.weight
         if x not in done:
-            done[x] = _quantized_input(layer.node, x, scales[x])
+            done[x] = quantized_input(layer.node, x, scales[x])
         if weight not in done:
             done[weight] = _quantized_weight(layer.node, weight)
         layer.node.replace_input_with(0, done[x])
         layer.node.replace_input_with(1, done[weight])
 
 
-def _quantized_input(site: ir.Node, x: ir.Value, grid: Scale) -> ir.Value:
+def quantized_input(site: ir.Node, x: ir.Value, grid: Scale) -> ir.Value:
+    """A value after a new QDQ pair before ``site``."""
     graph = site.graph
     assert isinstance(graph, ir.Graph)
     scale = edit.initializer(graph, f"{x.name}.scale", np.asarray(grid.scale))
     zero = edit.initializer(graph, f"{x.name}.zero_point", np.asarray(grid.zero))
+    axis = {"axis": -1} if np.ndim(grid.scale) else {}
     levels = edit.insert(
-        site, "QuantizeLinear", [x, scale, zero], name=f"{x.name}.quantized", dtype=ir.DataType.UINT8, shape=x.shape
+        site,
+        "QuantizeLinear",
+        [x, scale, zero],
+        axis,
+        name=f"{x.name}.quantized",
+        dtype=ir.DataType.UINT8,
+        shape=x.shape,
     )
     return edit.insert(
-        site, "DequantizeLinear", [levels, scale, zero], name=f"{x.name}.dequantized", dtype=x.dtype, shape=x.shape
+        site,
+        "DequantizeLinear",
+        [levels, scale, zero],
+        axis,
+        name=f"{x.name}.dequantized",
+        dtype=x.dtype,
+        shape=x.shape,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -14,18 +14,35 @@ from xopt.recover.samples import Batch
 
 @dataclass
 class Range:
-    """Smallest and largest number seen in a value; tokens of padding do not count."""
+    """Smallest and largest number seen in a value, 0 among them; tokens of padding do not count.
 
-    low: float = 0.0
-    high: float = 0.0
-    finite: bool = True
+    Attributes:
+        lows, highs: of each column.
+    """
+
+    lows: Tensor = field(default_factory=lambda: torch.zeros(1))
+    highs: Tensor = field(default_factory=lambda: torch.zeros(1))
+
+    @property
+    def low(self) -> float:
+        """Over all columns."""
+        return float(self.lows.min())
+
+    @property
+    def high(self) -> float:
+        """Over all columns."""
+        return float(self.highs.max())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        return bool(torch.isfinite(self.lows).all() and torch.isfinite(self.highs).all())
 
     def watch(self, rows: Tensor) -> None:
         """Take in the rows [tokens, K] of one batch."""
         if rows.numel():
-            low, high = rows.aminmax()
-            self.finite &= bool(torch.isfinite(low) and torch.isfinite(high))
-            self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+            low, high = rows.aminmax(dim=0)
+            self.lows, self.highs = torch.minimum(self.lows, low), torch.maximum(self.highs, high)
 
 
 def ranges(view: fx.GraphModule, batches: Sequence[Batch], names: Sequence[str]) -> Mapping[str, Range]:

@@ -57,8 +57,8 @@ def _disturbance(
 
 def rounded(x: Tensor, scale: Scale) -> Tensor:
     """``x`` after QuantizeLinear and DequantizeLinear."""
-    zero = float(scale.zero)
-    return ((x / float(scale.scale)).round() + zero).clamp(0, LEVELS).sub(zero) * float(scale.scale)
+    step, zero = float(scale.scale), float(scale.zero)
+    return ((x / step).round() + zero).clamp(0, LEVELS).sub(zero) * step
 
 
 def _relative(batch: Batch, actual: Tensor, wanted: Tensor) -> float:

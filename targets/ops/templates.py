@@ -11,6 +11,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from xopt.targets.formats import BFLOAT16, FLOAT32
+from xopt.targets.integer_attention import Part
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import Layer, leading, linear, panels_of, static, tied_config
 from xopt.targets.ops.indexing import note_positions, note_range, valid
@@ -117,7 +118,7 @@ def _attention(call: Call) -> Value | None:
     isa = call.lowering.target.isa()
     if isa is None or call.has(4) or any(output.uses() for output in call.node.outputs[1:]):
         return None
-    form = _heads_first(call) if len(call.shape(0)) == 4 else _merged(call)
+    form = _heads_first(call) if len(call.lowering.shape(_values(call)[0])) == 4 else _merged(call)
     mask = _mask(call)
     if form is None or mask is None:
         return None
@@ -153,7 +154,8 @@ def _merged(call: Call) -> Form | None:
     if read is None:
         return None
     inputs, described = read
-    return inputs, [*call.shape(0)[:2], described["heads"] * described["v_head_dim"]], described
+    shape = call.lowering.shape(_values(call)[0])
+    return inputs, [*shape[:2], described["heads"] * described["v_head_dim"]], described
 
 
 def merged_operands(call: Call) -> tuple[list[relax.Expr], dict[str, Any]] | None:
@@ -161,8 +163,9 @@ def merged_operands(call: Call) -> tuple[list[relax.Expr], dict[str, Any]] | Non
     from xopt.kernels.attention import Operand
 
     heads, kv_heads = int(call.attr("q_num_heads")), int(call.attr("kv_num_heads"))
-    q, k, v = (call.shape(index) for index in range(3))
-    sources = [_columns_of(call, call.input(index)) for index in range(3)]
+    integers, values = call.lowering.attentions.get(call.node), _values(call)
+    q, k, v = (call.lowering.shape(value) for value in values)
+    sources = [_columns_of(call, value) for value in values]
     if not all(isinstance(shape[-1], int) for shape in (q, k, v)):
         return None
     buffers: list[ir.Value] = []
@@ -172,12 +175,32 @@ def merged_operands(call: Call) -> tuple[list[relax.Expr], dict[str, Any]] | Non
             buffers.append(source)
         operands[part] = Operand(buffers.index(source), int(call.lowering.shape(source)[-1]), offset)
     d, dv = q[-1] // heads, v[-1] // kv_heads
+    if integers is not None:
+        inputs, precision = _integers(call, buffers, integers), "int8"
+        described = {"heads": heads, "kv_heads": kv_heads, "operands": precision, **operands}
+        return inputs, {**described, "head_dim": d, "v_head_dim": dv}
     read = _operands(call, buffers, d, *(operand.width for operand in operands.values()))
     if read is None:
         return None
     inputs, precision = read
     described = {"heads": heads, "kv_heads": kv_heads, "operands": precision, **operands}
     return inputs, {**described, "head_dim": d, "v_head_dim": dv}
+
+
+def _values(call: Call) -> list[ir.Value]:
+    """Q, K and V: the inputs, or what was quantized to them where the kernel takes integers."""
+    parts = call.lowering.attentions.get(call.node)
+    return [call.input(index) for index in range(3)] if parts is None else [part.source for part in parts]
+
+
+def _integers(call: Call, sources: Sequence[ir.Value], parts: Sequence[Part]) -> list[relax.Expr]:
+    """The integer tensors that attention reads, and the grids of its heads."""
+    from xopt.kernels.attention import grids
+
+    lowering = call.lowering
+    stored = [next(form for form in lowering.wanted[source] if any(form.columns)) for source in sources]
+    tensors = [lowering.formatted(source, form) for source, form in zip(sources, stored)]
+    return [*tensors, lowering.constant(grids(*(part.by_head for part in parts)), "grids")]
 
 
 def _heads_first(call: Call) -> Form | None:

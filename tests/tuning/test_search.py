@@ -66,7 +66,7 @@ class ScriptedPool(Pool):
 def searched(target: Target, times: Callable[[Site, Any], float], *, larger: bool = False, **options: Any) -> Search:
     limits = Limits(options.pop("trials", 100), 10.0, time.monotonic() + options.pop("time", 60.0))
     pool = ScriptedPool(Scripted(times, **options))
-    big = site(target, 8 * M) if larger else None
+    big = (site(target, 8 * M),) if larger else ()
     return Search(site(target), big, packed(target), target.isa(), pool, limits, lambda gain: None)
 
 
@@ -157,7 +157,7 @@ def test_a_search_survives_its_candidates(target: Target, monkeypatch: pytest.Mo
     gains: list[float] = []
     with Pool(target, 2, 1) as pool:
         limits = Limits(10, 10.0, time.monotonic() + 1000)
-        search = Search(site(target), site(target, 8 * M), packed(target), target.isa(), pool, limits, gains.append)
+        search = Search(site(target), (site(target, 8 * M),), packed(target), target.isa(), pool, limits, gains.append)
         found = search.run()
     assert len(gains) == found.trials == len(bad) + len(sound)
     for config, reason in bad.items():

@@ -9,7 +9,7 @@ from tests.ir import builders
 from xopt import targets
 from xopt.ir import canonicalize
 from xopt.kernels import gemm
-from xopt.tuning.sites import Site, Sites
+from xopt.tuning.sites import FEW, Site, Sites, few_rows
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +54,19 @@ def test_constants_are_packed_for_the_configuration(model: ir.Model) -> None:
     config = next(c for c in gemm.space(site.workload, isa) if c.vectors == 1)
     weight = found.constants(site, config)[1]
     assert weight.shape == (-(-site.workload.n // isa.lanes), site.workload.k, 1, isa.lanes)
+
+
+def test_few_rows_of_a_layer_that_takes_any() -> None:
+    model = builders.vit(layers=1)
+    canonicalize(model)
+    layers = [site for site in sites(model, 3).counts() if site.family == "gemm"]
+    open_ = [site for site in layers if site.workload.m is None]
+    assert open_
+    for site in open_:
+        few = few_rows(site)
+        assert few is not None and few.workload == site.workload
+        assert few.inputs[0].shape == (*[1] * (len(site.inputs[0].shape) - 2), FEW, site.workload.k)
+        assert few.outputs[0].shape[-2:] == (FEW, site.workload.n)
+        assert [t for t in few.inputs if t.constant] == [t for t in site.inputs if t.constant]
+        assert few_rows(few) is None
+    assert all(few_rows(site) is None for site in layers if site.workload.m is not None)

@@ -19,7 +19,7 @@ from xopt.targets.base import Target
 from xopt.targets.database import Database, Record, family_name, family_of, fields_of, make, read
 from xopt.tuning.pool import CandidateError, Pool
 from xopt.tuning.search import Found, Limits, Search
-from xopt.tuning.sites import Site, Sites
+from xopt.tuning.sites import Site, Sites, few_rows
 
 LARGER_BATCH = 8
 """How many times the batch a kernel for any batch is looked at again with."""
@@ -147,7 +147,7 @@ class Tuner:
                 if clock.left > 0:
                     limits = Limits(self.trials, self.candidate_timeout, start + self.timeout)
                     search = Search(
-                        site, larger.get(site), partial(sites.constants, site), self.target.isa(), pool, limits,
+                        site, _others(site, larger), partial(sites.constants, site), self.target.isa(), pool, limits,
                         partial(clock.step, str(site)),
                     )  # fmt: skip
                     kernel = self._tuned(search, counts[site])
@@ -237,6 +237,11 @@ class _Clock:
         """A kernel with so many candidates is done, though not all of them may have been tried."""
         self._skipped += trials
         self._done = self._skipped
+
+
+def _others(site: Site, larger: Mapping[Site, Site]) -> tuple[Site, ...]:
+    """Shapes that a kernel serves too, and must not lose on."""
+    return tuple(other for other in (larger.get(site), few_rows(site)) if other is not None)
 
 
 def _status(record: Record | None) -> str:

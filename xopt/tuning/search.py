@@ -5,7 +5,7 @@
        second half                 neighbours of the best
     2. the best few again          with more turns
     3. the best of those           against the heuristic's once more: it has to win clearly, to compute the same, and
-                                   not to lose at a larger batch where the kernel serves any
+                                   not to lose at a larger batch, or at a few rows, where the kernel serves any
 
 A candidate that fails to build, crashes, hangs or computes something else is out. Times come as pairs taken within
 milliseconds, so that a slow minute of the machine hits both sides; those that something else disturbed do not count.
@@ -31,8 +31,8 @@ SEEN_AGAIN = 4
 FINALISTS = 2
 WINNING = 0.99
 """Share of the heuristic's time that a winner may take; three quarters of the pairs must show it faster."""
-LARGER = 1.02
-"""The same where the batch is larger, on which nothing was tuned."""
+ELSEWHERE = 1.02
+"""The same on other shapes, on which nothing was tuned."""
 TOLERANCE = {"float32": 1e-4, "uint16": 2e-2, "uint8": 1e-2}
 """Difference to the heuristic's results, relative to the largest: another order of sums, or a last bit of bfloat16."""
 
@@ -77,7 +77,7 @@ class Search:
 
     Args:
         site: the kernel.
-        larger: the same on a larger batch, None where it takes no other.
+        others: the same on a larger batch, and on few rows, where it takes others.
         constants: packs the weights for a configuration.
         isa: instruction set.
         pool: worker processes.
@@ -86,7 +86,7 @@ class Search:
     """
 
     site: Site
-    larger: Site | None
+    others: tuple[Site, ...]
     constants: Constants
     isa: Any
     pool: Pool
@@ -176,9 +176,9 @@ class Search:
             ratios = pairs[:, 1] / pairs[:, 0]
             if np.median(ratios) > WINNING or np.quantile(ratios, 0.75) >= 1:
                 return None
-            if self.larger is not None:
-                larger = self._pairs(worker, self.larger, config, ROUNDS[1])
-                if np.median(larger[:, 1] / larger[:, 0]) > LARGER:
+            for other in self.others:
+                elsewhere = self._pairs(worker, other, config, ROUNDS[1])
+                if np.median(elsewhere[:, 1] / elsewhere[:, 0]) > ELSEWHERE:
                     return None
             configs = (self.heuristic, config)
             packed = tuple(self.constants(one) for one in configs)

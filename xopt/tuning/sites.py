@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,6 +59,25 @@ class Site:
     def __str__(self) -> str:
         shape = "x".join(map(str, self.outputs[0].shape))
         return f"{self.family} {'x'.join(map(str, self.inputs[0].shape))} -> {shape}"
+
+
+FEW = 8
+"""Rows of a linear layer that is called for one short sentence, or to write a few tokens."""
+
+
+def few_rows(site: Site) -> Site | None:
+    """The same linear layer on few rows; None where the kernel is made for a known number of them."""
+    if site.family != "gemm" or site.workload.m is not None:
+        return None
+    rows = site.outputs[0].shape[:-1]
+
+    def with_few(tensor: Tensor) -> Tensor:
+        if tensor.constant or tensor.shape[:-1] != rows:
+            return tensor
+        return replace(tensor, shape=(*[1] * (len(rows) - 1), FEW, tensor.shape[-1]))
+
+    few = replace(site, inputs=tuple(map(with_few, site.inputs)), outputs=tuple(map(with_few, site.outputs)))
+    return few if few != site else None
 
 
 @dataclass
