@@ -128,13 +128,10 @@ def compiled(family: Any, workload: Any, arrays: list[Array], result: Array) -> 
     """A runner of the kernel with its heuristic configuration, and its output tensor."""
     import tvm
 
-    from xopt.kernels import COMPILE_OPTIONS
+    from xopt.kernels import emit
     from xopt.measure import peak
 
-    config = family.heuristic(workload, isa())
-    with tvm.transform.PassContext(**COMPILE_OPTIONS):
-        module = tvm.compile(family.build(workload, config, isa()), peak.native())
-    kernel = module[family.name(workload, config, isa())]
+    kernel = emit.compiled(family.build(workload, family.heuristic(workload, isa()), isa()), peak.native())
     tensors = [tvm.runtime.tensor(array) for array in (*arrays, result)]
     return lambda: kernel(*tensors), tensors[-1]
 

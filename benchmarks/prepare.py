@@ -58,10 +58,11 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
         folder = Path(scratch)
         source = path
         if precision == "int8":
-            source = folder / "quantized.onnx"
+            source, theirs = folder / "quantized-attention.onnx", folder / "quantized.onnx"
             samples = Dataset(feeds, name="the input that is timed")  # for speed, not for accuracy
-            peers_int8.write_quantized(path, samples, source)
-            found = peers_int8.prepare(path, source, graph.clone, feeds, samples, threads=threads, names=chosen)
+            peers_int8.write_quantized(path, samples, source, attention=True)
+            peers_int8.write_quantized(path, samples, theirs)
+            found = peers_int8.prepare(path, theirs, graph.clone, feeds, samples, threads=threads, names=chosen)
         else:
             found = peers.prepare(path, graph.clone, feeds, threads=threads, names=chosen, precision=precision)
         spent = compiled(source, folder / "artifact", "fp32" if precision == "fp32" else "bf16")

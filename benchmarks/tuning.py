@@ -88,10 +88,8 @@ def time_both(options: argparse.Namespace) -> dict[str, Any]:
         times = latency.interleaved(sessions, feeds, rounds=options.rounds, seconds=60)
     ratio = times["untuned"].median / times["tuned"].median
     print(f"untuned {times['untuned'].median:.2f} ms, tuned {times['tuned'].median:.2f} ms, {ratio:.3f}x")
-    samples = {
-        name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms)} for name, t in times.items()
-    }
-    return {"machine": machine.describe(), "runs": samples, "gain": ratio}
+    runs = {name: t.record() for name, t in times.items()}
+    return {"machine": machine.describe(), "runs": runs, "gain": ratio}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import tvm
 from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+
+from xopt.kernels import COMPILE_OPTIONS
 
 # TVM ships no types: an expression, a buffer or a function is Any to mypy, and named for the reader.
 Expr: TypeAlias = Any
@@ -36,6 +39,12 @@ def prim_func(name: str, body: Callable[[], None]) -> PrimFunc:
         nest = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", text, nest)
     root = s_tir.SBlock([], [], [], "root", nest)
     return func.with_body(s_tir.SBlockRealize([], True, root))
+
+
+def compiled(function: PrimFunc, target: Any) -> Any:
+    """A kernel by itself, callable with tensors."""
+    with target, tvm.transform.PassContext(**COMPILE_OPTIONS):
+        return tvm.compile(function, target)[function.attrs["global_symbol"]]
 
 
 _llvm_texts: dict[str, str] = {}

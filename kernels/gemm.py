@@ -135,13 +135,13 @@ def space(workload: Workload, isa: Isa) -> Iterator[Config]:
 def heuristic(workload: Workload, isa: Isa) -> Config:
     """The tile that loads least per multiply-add, counting the columns padded for a ragged N.
 
-    It is no wider than two vectors where K is so long that a wider panel leaves the cache, and where rows are few, or
-    may be: it then takes more of them at once, and W is read from memory once for all of them.
+    It is narrower where K is so long that a wider panel leaves the cache, and where rows are few, or may be: it then
+    takes more of them at once, and W is read from memory once for all of them.
     """
-    if workload.m is None or 1 < workload.m <= FEW_ROWS:
+    if workload.m is not None and 1 < workload.m <= FEW_ROWS:
         vectors = min(NARROW, -(-workload.n // isa.lanes))
-        mt = min(isa.tile_rows(vectors), MOST_ROWS)
-        return Config(mt if workload.m is None else -(-workload.m // -(-workload.m // mt)), vectors)
+        blocks = -(-workload.m // min(isa.tile_rows(vectors), MOST_ROWS))
+        return Config(-(-workload.m // blocks), vectors)
 
     def cost(vectors: int) -> float:
         mt = min(isa.tile_rows(vectors), MOST_ROWS)
@@ -150,7 +150,7 @@ def heuristic(workload: Workload, isa: Isa) -> Config:
         loads = (mt + vectors) / (mt * vectors)
         return padded * (1.0 + 0.2 * loads)
 
-    most = 4 if isa.registers > 16 else 3
+    most = 4 if isa.registers > 16 and workload.m is not None else 3
     column = 4 * workload.precision.padded(workload.k) // workload.precision.pack
     widest = max(NARROW, min(most, PANEL_BYTES // (column * isa.lanes)))
     best = min(range(1, widest + 1), key=cost)

@@ -175,10 +175,8 @@ def bench(
         with latency.pinned(count):
             times = latency.interleaved(runners, feeds, rounds=rounds, seconds=120, progress=progress)
             table = _layers(runners["xopt"], feeds, count, precision) if layers else []
-    runtimes = {
-        name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.counted)} for name, t in times.items()
-    }
     if as_json:
+        runtimes = {name: t.record() for name, t in times.items()}
         shapes = {name: list(array.shape) for name, array in feeds.items()}
         answer = {"runtimes": runtimes, "threads": count, "machine": machine.describe()}
         console.emit({**answer, "skipped": skipped, "feeds": shapes, **({"layers": table} if layers else {})})

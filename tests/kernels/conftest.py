@@ -20,7 +20,7 @@ def compiled() -> Callable[..., Kernel]:
     """``compiled(family, workload, isa, config=None)(*inputs, out=shape)`` runs a kernel for this machine."""
     import tvm
 
-    from xopt.kernels import COMPILE_OPTIONS
+    from xopt.kernels import emit
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu(), "num-cores": 2})
     cache: dict[str, Any] = {}
@@ -29,9 +29,8 @@ def compiled() -> Callable[..., Kernel]:
         config = config or family.heuristic(workload, isa)
         name = family.name(workload, config, isa)
         if name not in cache:
-            with tvm.transform.PassContext(**COMPILE_OPTIONS):
-                cache[name] = tvm.compile(family.build(workload, config, isa), target)
-        function = cache[name][name]
+            cache[name] = emit.compiled(family.build(workload, config, isa), target)
+        function = cache[name]
 
         def run(*inputs: np.ndarray, out: list[tuple[int, ...]], dtypes: Sequence[str] = ()) -> list[np.ndarray]:
             # A value that no kernel writes by chance: an element left out is seen.

@@ -16,7 +16,7 @@ ISAS = [pytest.param(isa, id=isa.name) for isa in (AVX512, AVX2, NEON)]
 def evaluate(function, x: np.ndarray, isa: Isa) -> np.ndarray:
     import tvm
 
-    from xopt.kernels import COMPILE_OPTIONS, emit
+    from xopt.kernels import emit
 
     n = len(x)
     assert n % isa.lanes == 0
@@ -28,8 +28,7 @@ def evaluate(function, x: np.ndarray, isa: Isa) -> np.ndarray:
             emit.store(result, function(value, isa.lanes), v * isa.lanes, lanes=isa.lanes)
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
-    with tvm.transform.PassContext(**COMPILE_OPTIONS):
-        kernel = tvm.compile(emit.prim_func("vector", body), target)["vector"]
+    kernel = emit.compiled(emit.prim_func("vector", body), target)
     y = tvm.runtime.tensor(np.zeros(n, np.float32))
     kernel(tvm.runtime.tensor(x), y)
     return y.numpy()

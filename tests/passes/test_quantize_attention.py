@@ -17,7 +17,7 @@ from tests.passes.exact import run as run_exact
 from tests.passes.quantizing import run, samples
 from tests.targets.running import kernel_names
 from xopt import targets
-from xopt.ir import edit
+from xopt.ir import canonicalize, edit, export, load, save
 from xopt.passes import FuseQKV, Quantize
 from xopt.passes.quantize.scales import scales_by_head
 from xopt.pipeline import text
@@ -73,6 +73,22 @@ def test_integers_from_projection_to_projection(kind: str, tmp_path: Path) -> No
         scale = np.abs(wanted).max()
         assert np.median(np.abs(ours[name] - wanted)) < 0.006 * scale
         assert np.abs(ours[name] - wanted).max() < 0.03 * scale
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_the_written_file_reaches_the_same_kernels(kind: str, fused: bool, tmp_path: Path) -> None:
+    """Also when the projections are joined only after the file was read."""
+    model = quantized(kind) if fused else builders.ZOO[kind]()
+    if not fused:
+        run(model, attention=True)
+    save(export(model), tmp_path / "model.onnx")
+    again = load(tmp_path / "model.onnx")
+    canonicalize(again)
+    run_exact(FuseQKV(), again)
+    names = kernel_names(lower(again, targets.get("cpu")))
+    assert sum(name.startswith("attention_") and "_int8_" in name for name in names) == len(attentions(model))
+    assert not any("quantize" in name or "from_" in name for name in names)
 
 
 @pytest.mark.parametrize("target", ["cpu:avx512", "cpu:avx2"])

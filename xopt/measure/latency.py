@@ -77,6 +77,11 @@ class Latency:
     def to_dict(self) -> dict[str, float]:
         return {"median": self.median, "p90": self.p90}
 
+    def record(self) -> dict[str, object]:
+        """The figures with all that they were made of."""
+        raw = {"samples_ms": list(self.samples_ms), "waits": list(self.waits)}
+        return {"median_ms": self.median, "p90_ms": self.p90, **raw}
+
 
 def interleaved(
     runners: Mapping[str, Runner],

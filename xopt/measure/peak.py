@@ -74,7 +74,7 @@ def fused_multiply_adds(flops: int, threads: int, precision: str = "float32") ->
                 dot=precisions.dot(form, vectors),
             )
 
-    kernel = _compiled(emit.prim_func("peak", body))
+    kernel = emit.compiled(emit.prim_func("peak", body), native())
     shapes = ((rows,), words), ((OPERANDS, lanes), words), ((threads, rows, lanes), form.accumulator)
     tensors = [_tensor(np.zeros(shape, dtype)) for shape, dtype in shapes]
     return lambda: kernel(*tensors)
@@ -104,7 +104,7 @@ def reads(threads: int) -> Callable[[], object]:
                 chains=1,
             )
 
-    kernel = _compiled(emit.prim_func("peak", body))
+    kernel = emit.compiled(emit.prim_func("peak", body), native())
     x = _large((threads, steps, chains, lanes))
     y = _tensor(np.zeros((threads, chains, lanes), np.float32))
     return lambda: kernel(x, y)
@@ -120,15 +120,6 @@ def _large(shape: tuple[int, ...]) -> Any:
     array = buffer[start : start + count].reshape(shape)
     array[...] = 0
     return tvm_ffi.from_dlpack(array)
-
-
-def _compiled(function: Any) -> Any:
-    import tvm
-
-    from xopt.kernels import COMPILE_OPTIONS
-
-    with tvm.transform.PassContext(**COMPILE_OPTIONS):
-        return tvm.compile(function, native())["peak"]
 
 
 def _tensor(array: npt.NDArray[Any]) -> Any:

@@ -70,7 +70,7 @@ def prepare(
     return peers.load(makers, feeds, names)
 
 
-def write_quantized(path: Path, samples: Dataset, output: Path) -> None:
+def write_quantized(path: Path, samples: Dataset, output: Path, attention: bool = False) -> None:
     """The float file ``path`` through the pass ``quantize``, in standard ONNX, as ``output``."""
     import xopt.ir
     from xopt.pipeline.context import PassContext
@@ -79,7 +79,8 @@ def write_quantized(path: Path, samples: Dataset, output: Path) -> None:
 
     model = xopt.ir.load(path)
     xopt.ir.canonicalize(model)
-    PassManager([create("quantize", {})], instruments=()).run(model, PassContext(calibration=samples))
+    chosen = create("quantize", {"attention": attention})
+    PassManager([chosen], instruments=()).run(model, PassContext(calibration=samples))
     xopt.ir.save(xopt.ir.export(model), output)
 
 

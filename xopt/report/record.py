@@ -62,10 +62,7 @@ def record(job: Job, outcome: Outcome) -> dict[str, Any]:
             "parameters": int(best.cost.parameters),
             "latency_ms": None if latency is None else latency.to_dict(),
         },
-        "runtimes": {
-            name: {"median_ms": t.median, "p90_ms": t.p90, "samples_ms": list(t.samples_ms), "waits": list(t.waits)}
-            for name, t in outcome.runtimes.items()
-        },
+        "runtimes": {name: times.record() for name, times in outcome.runtimes.items()},
         "skipped": outcome.skipped,
         "structure": {"before": _facts(job.model, job.dims), "after": _facts(best.model, job.dims)},
         "verification": None,

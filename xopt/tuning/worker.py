@@ -25,7 +25,7 @@ import tvm
 import tvm_ffi
 
 from xopt import targets
-from xopt.kernels import COMPILE_OPTIONS
+from xopt.kernels import emit
 from xopt.kernels.precision import from_bfloat16
 from xopt.measure import latency
 from xopt.runtime.threads import settled
@@ -68,11 +68,9 @@ class Bench:
             return
         family, isa = family_of(site.family), self.target.isa()
         function = family.build(site.workload, config, isa)
-        with self._code_target, tvm.transform.PassContext(**COMPILE_OPTIONS):
-            module = tvm.compile(function, self._code_target)
         tensors = (*site.inputs, *site.outputs)
         self._shapes[site, config] = [_shape(p.ty.shape, t.shape) for p, t in zip(function.params, tensors)]
-        self._kernels[site, config] = module[family.name(site.workload, config, isa)]
+        self._kernels[site, config] = emit.compiled(function, self._code_target)
 
     def compare(self, site: Site, first: Any, second: Any, rounds: int) -> list[tuple[float, float]]:
         """Seconds of a call with one configuration and with another, in turns: ``rounds`` pairs.
