@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,13 @@ from xopt.runtime.session import Session
 
 ARITHMETIC = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 """The products that a precision is limited by."""
+SPENT = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(spent.ru_utime + spent.ru_stime, spent.ru_maxrss)
+"""
+"""Runs a command as a child of a small process: Linux counts the memory of whoever starts a process as its own."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 """Of one weight of a linear layer."""
 
@@ -84,14 +90,13 @@ def compiled(path: Path, folder: Path, precision: str) -> dict[str, float]:
     xopt = Path(sys.executable).with_name("xopt")
     command = [xopt, "compile", path, "--precision", precision, "-o", folder, "--json"]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"xopt compile ended with {os.waitstatus_to_exitcode(status)}")
+    done = subprocess.run([sys.executable, "-c", SPENT, *command], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - start
+    cpu_seconds, peak_kb = map(float, done.stdout.split())
     return {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1e3,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_mb": peak_kb * 1024 / 1e6,
         "artifact_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
     }
 

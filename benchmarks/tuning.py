@@ -1,6 +1,7 @@
 """Tuning a model from nothing: how long it takes, and what it gains.
 
     python benchmarks/tuning.py tune deit-s docs/benchmarks/tuning.json        # again until nothing is left
+    python benchmarks/tuning.py tune minilm docs/benchmarks/tuning.json --tokens 128
     python benchmarks/tuning.py time deit-s docs/benchmarks/tuning.json        # as often as there should be runs
 
 ``tune`` starts with an empty database, or goes on with the one that the last call has left; the seconds of all calls
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("action", choices=["tune", "time"])
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("record", type=Path)
+    parser.add_argument("--tokens", type=int, help="where the model takes any number of them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--timeout", type=float, default=600)
@@ -38,12 +40,17 @@ def main() -> None:
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     records = json.loads(options.record.read_text()) if options.record.exists() else {}
-    mine = records.setdefault(f"{options.model}, {options.threads} threads", {"tuning": [], "timing": []})
+    tokens = f"{options.tokens} tokens, " if options.tokens else ""
+    mine = records.setdefault(f"{options.model}, {tokens}{options.threads} threads", {"tuning": [], "timing": []})
     if options.action == "tune":
         mine["tuning"].append(tune(options))
     else:
         mine["timing"].append(time_both(options))
     options.record.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def dims(options: argparse.Namespace) -> dict[str, int]:
+    return {"sequence": options.tokens} if options.tokens else {}
 
 
 def model_file(name: str) -> Path:
@@ -64,6 +71,7 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 
     result = xopt.tune(
         model_file(options.model),
+        dims=dims(options),
         threads=options.threads,
         trials=options.trials,
         timeout=options.timeout,
@@ -79,7 +87,7 @@ def time_both(options: argparse.Namespace) -> dict[str, Any]:
     from xopt.measure import latency, machine
 
     path = model_file(options.model)
-    feeds = Dataset.random(xopt.load(path), 1, 0).inputs
+    feeds = Dataset.random(xopt.load(path), 1, 0, dims(options)).inputs
     sessions = {}
     for name, choice in (("untuned", False), ("tuned", database(options))):
         library = xopt.compile(path, output=FOLDER / name, threads=options.threads, database=choice)
