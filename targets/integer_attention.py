@@ -18,6 +18,7 @@ from xopt.targets.formats import Format, by_columns
 from xopt.targets.symbolic import Array
 
 OPS = ("Attention", "PackedAttention")
+MASKS = (ir.DataType.BOOL, ir.DataType.FLOAT)
 MIDDLE = 128
 """The zero point that queries must have."""
 
@@ -51,7 +52,7 @@ class Part:
 
 def parts(node: ir.Node) -> tuple[Part, Part, Part] | None:
     """The quantized Q, K and V of an attention node, or None where they are not all integers that the kernel takes."""
-    if node.op_type not in OPS:
+    if node.op_type not in OPS or not _plain(node):
         return None
     heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
     found = [_part(node.inputs[index], count) for index, count in enumerate(heads) if count]
@@ -60,6 +61,15 @@ def parts(node: ir.Node) -> tuple[Part, Part, Part] | None:
     q, k, v = (part for part in found if part is not None)
     multiples_of_four = all(len(part.scale) // part.heads % 4 == 0 for part in (q, k))
     return (q, k, v) if multiples_of_four and set(q.zero_point) == {MIDDLE} else None
+
+
+def _plain(node: ir.Node) -> bool:
+    """Whether nothing else keeps the node from the kernel: a cache, a second output, a mask of few dimensions."""
+    if node.op_type == "PackedAttention":
+        return True
+    mask = edit.input_at(node, 3)
+    known = mask is None or (mask.dtype in MASKS and mask.shape is not None and len(mask.shape) == 4)
+    return known and not any(node.inputs[4:]) and not any(output.uses() for output in node.outputs[1:])
 
 
 def _part(value: ir.Value | None, heads: int) -> Part | None:
@@ -84,26 +94,28 @@ def stored_formats(attentions: dict[ir.Node, tuple[Part, Part, Part]]) -> dict[i
     """The tensors that integer attention reads, each with its format: a projection as a whole, or its parts.
 
     Attentions that cannot be served so are removed from ``attentions``: parts of one tensor that do not make it up, or
-    that others read on other grids.
+    that others read on other grids, and rows that do not fill whole lanes.
     """
     formats: dict[ir.Value, Format] = {}
     for node, operands in list(attentions.items()):
         wanted = _stored(operands)
-        if wanted is None or any(formats.get(value, form) != form for value, form in wanted.items()):
+        if not wanted or any(formats.get(value, form) != form for value, form in wanted.items()):
             del attentions[node]
         else:
             formats |= wanted
     return formats
 
 
-def _stored(operands: tuple[Part, Part, Part]) -> dict[ir.Value, Format] | None:
+def _stored(operands: tuple[Part, Part, Part]) -> dict[ir.Value, Format]:
     by_source = {part.source: part for part in operands}
+    if any(len(part.scale) % 4 for part in operands):
+        return {}
     splits = {edit.producer(part.source, "Split") for part in operands}
     if splits == {None}:
-        return {part.source: part.format for part in operands} if len(by_source) == 3 else None
+        return {part.source: part.format for part in operands} if len(by_source) == 3 else {}
     (split, *others) = splits
     if others or split is None or split.inputs[0] is None or set(split.outputs) != set(by_source):
-        return None
+        return {}
     ordered = [by_source[output] for output in split.outputs]
     scale, zero_point = (sum((getattr(part, name) for part in ordered), ()) for name in ("scale", "zero_point"))
     return {split.inputs[0]: by_columns(scale, zero_point)}

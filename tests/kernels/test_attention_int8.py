@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.kernels.test_attention import SMALL, make_mask, reference, workload
 from xopt.kernels import attention
 from xopt.kernels.attention import Config, Workload, fused
-from xopt.kernels.isa import AVX2, AVX512, AVX512_VNNI, Isa
+from xopt.kernels.isa import AVX2, AVX512, AVX512_VNNI, NEON, Isa
 
-ISAS = [pytest.param(isa, id=isa.name) for isa in (AVX512, AVX512_VNNI, AVX2)]
+ISAS = [pytest.param(isa, id=isa.name) for isa in (AVX512, AVX512_VNNI, AVX2, NEON)]
 
 
 def stored(rng: np.random.Generator, b: int, s: int, heads: int, d: int, symmetric: bool):

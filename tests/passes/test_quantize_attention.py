@@ -158,6 +158,20 @@ def test_a_head_s_range_fits_its_grid(lows: np.ndarray, widths: np.ndarray, symm
     assert not symmetric or (zero == 128).all()
 
 
+@pytest.mark.parametrize("change", ["cache", "mask"])
+def test_what_the_kernel_does_not_take_stays_float(change: str) -> None:
+    node = attentions(quantized("bert"))[0]
+    assert parts(node) is not None
+    inputs = list(node.inputs[:4])
+    if change == "cache":
+        inputs += [ir.Value(name="keys"), ir.Value(name="values")]
+    else:
+        shape, dtype = ir.Shape(["sequence", "sequence"]), ir.TensorType(ir.DataType.BOOL)
+        inputs[3] = ir.Value(name="mask", shape=shape, type=dtype)
+    other = ir.Node("", "Attention", inputs, node.attributes.values(), num_outputs=1)
+    assert parts(other) is None
+
+
 def test_a_vector_of_other_grids_is_no_attention_of_ours() -> None:
     """Scales that differ within a head cannot leave its sums."""
     model = quantized("bert")
