@@ -22,12 +22,12 @@ import models
 from xopt import api
 from xopt.measure import latency, machine
 from xopt.measure.layers import Layer, calls, layers
-from xopt.measure.peak import Probe
+from xopt.measure.peak import Peak, Probe
 from xopt.runtime.session import Session
 
 SHAPES = (cpu.Case("deit-s", None, 1, 2), cpu.Case("minilm", 128, 1, 2))
 PEAK = {"fp32": "float32", "bf16": "bfloat16"}
-ROUNDS = 60
+ROUNDS, PROBES = 60, 5
 
 
 def main() -> None:
@@ -57,8 +57,12 @@ def measure(case: cpu.Case, options: argparse.Namespace) -> dict[str, Any]:
         session = Session.load(library, threads=options.threads)
     probe = Probe(options.threads, PEAK[options.precision])
     with latency.pinned(options.threads):
-        peak = probe.measure()
-        found = layers(calls(session, feeds, ROUNDS), peak)
+        rates = [probe.measure() for _ in range(PROBES)]
+        timed = calls(session, feeds, ROUNDS)
+        rates += [probe.measure() for _ in range(PROBES)]
+    # The best of them: what else runs on the machine slows a probe down, and never makes it faster.
+    peak = Peak(max(rate.gflops for rate in rates), max(rate.gb_per_s for rate in rates))
+    found = layers(timed, peak)
     return {
         "peak_gflops": peak.gflops,
         "read_gb_per_s": peak.gb_per_s,
