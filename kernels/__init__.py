@@ -9,11 +9,6 @@ for more takes a fifth of the compile time.
 
 from typing import Any
 
-from xopt.runtime.lean import without_torch
-
-with without_torch():
-    import tvm  # noqa: F401, which everything here needs
-
 COMPILE_OPTIONS: dict[str, Any] = {
     "config": {"tirx.disable_storage_rewrite": True},
     "disabled_pass": ["s_tir.CompactBufferAllocation"],

@@ -64,7 +64,7 @@ def configured(
     """
     from copy import copy
 
-    import_module("xopt.kernels")  # and TVM with them
+    _load_tvm()
     from xopt.targets.database import open_database
     from xopt.targets.formats import PRECISIONS
 
@@ -99,7 +99,15 @@ def compile(
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-TARGET, E-OUTPUT.
     """
-    import_module("xopt.kernels")  # and TVM with them
+    _load_tvm()
     from xopt.targets.build import compile_model
 
     return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)
+
+
+def _load_tvm() -> None:
+    """Before anything that imports it: without torch, which compiling does not need."""
+    from xopt.runtime.lean import without_torch
+
+    with without_torch():
+        import_module("tvm")

@@ -144,6 +144,8 @@ def _version(package: str) -> str:
 class WeightFile:
     """Tensors one after the other, each at a multiple of 64 bytes; written as they come, none is kept in memory.
 
+    What goes wrong is raised at the end of the ``with``: TVM's builder complains aloud of being left half-way.
+
     Attributes:
         infos: where each of them lies.
     """
@@ -151,16 +153,27 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.infos: list[WeightInfo] = []
         self._path = path
+        self._error: OSError | None = None
 
     def __enter__(self) -> WeightFile:
         self._file = self._path.open("wb")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._file.close()
+        if self._error is not None and kind is None:
+            raise self._error
 
     def store(self, name: str, array: Array) -> Array:
         """Append a tensor; returns the same one in the file."""
+        if self._error is None:
+            try:
+                return self._stored(name, array)
+            except OSError as error:
+                self._error = error
+        return array
+
+    def _stored(self, name: str, array: Array) -> Array:
         offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
         self._file.write(b"\0" * (offset - self._file.tell()))
         self.infos.append(WeightInfo(name, str(array.dtype), tuple(array.shape), offset, array.nbytes))

@@ -120,7 +120,7 @@ def test_bench(xopt: Run, model: Path) -> None:
     answer = xopt("bench", model, "--peer", "onnxruntime", "--batch", 2, "--threads", 2, "--rounds", 5, "--json").json
     assert answer["runtimes"].keys() == {"xopt", "onnxruntime"}
     for times in answer["runtimes"].values():
-        assert times.keys() == {"median_ms", "p90_ms", "samples_ms"}
+        assert times.keys() == {"median_ms", "p90_ms", "samples_ms", "waits"}
         assert times["median_ms"] == pytest.approx(np.median(times["samples_ms"]))
         assert len(times["samples_ms"]) >= 5
     assert answer["threads"] == 2 and answer["machine"]["cpu"]
