@@ -36,7 +36,7 @@ from xopt.kernels.emit import (
     when,
 )
 from xopt.kernels.isa import Isa
-from xopt.kernels.precision import BFLOAT16, FLOAT32, INT8, Result
+from xopt.kernels.precision import FLOAT32, INT8, Result
 
 SIGNS = -0x7F7F7F80  # 0x80808080: what turns four uint8 into int8, 128 less each
 GRIDS = 4
@@ -214,11 +214,15 @@ class Template:
 
     def _scaled(self, query: Expr, lanes: int | None = None) -> Expr:
         """A query times the factor of the scores, unless the product would have to be rounded; bytes become signed."""
-        if self.form is BFLOAT16:
-            return query
-        if self.form is INT8:
-            return query ^ (tirx.const(SIGNS, "int32") if lanes == 1 else splat(SIGNS, self.lanes, "int32"))
+        if self.form is not FLOAT32:
+            return self._signed(query, lanes or self.lanes)
         return query * (tirx.const(self.q_factor, "float32") if lanes == 1 else splat(self.q_factor, self.lanes))
+
+    def _signed(self, lane: Expr, lanes: int) -> Expr:
+        """Lanes of uint8 as lanes of int8, 128 less each; others as they are."""
+        if self.form is not INT8:
+            return lane
+        return lane ^ (tirx.const(SIGNS, "int32") if lanes == 1 else splat(SIGNS, lanes, "int32"))
 
     def _start_scores(self) -> None:
         """Where integer scores start: they are too large by the keys' zero point times the sum of the query."""
@@ -362,11 +366,11 @@ class Template:
             weights = [weight(group * self.pack + i) for i in range(self.pack)]
             if self.form is INT8:
                 weights = [keep(tirx.nearbyint(one * splat(255.0, lanes)), lanes) for one in weights]
-                rounded = precision.bytes_of_lanes([one.astype(f"int32x{lanes}") for one in weights], lanes)
+                rounded = [one.astype(f"int32x{lanes}") for one in weights]
             else:
-                low, high = (precision.bfloat16(one, self.isa) for one in weights)
-                rounded = precision.bfloat16_pairs(low, high, lanes)
-            store(self.p, tirx.reinterpret(f"float32x{lanes}", rounded), group, column, lanes=lanes)
+                rounded = [precision.bfloat16(one, self.isa) for one in weights]
+            whole = precision.side_by_side(rounded, self.pack, lanes)
+            store(self.p, tirx.reinterpret(f"float32x{lanes}", whole), group, column, lanes=lanes)
             return total + sum(weights[1:], weights[0])
 
         before = keep(load(self.maximum, v, 0, lanes=lanes), lanes)
@@ -396,29 +400,15 @@ class Template:
             rows = [self.low + group * self.pack + i for i in range(keys)]
             for column in range(0, width - width % lanes, lanes):
                 vectors = [self._row_of_v(row, column) for row in rows]
-                store(self.vt, self._side_by_side(vectors, lanes), group, column, lanes=lanes)
+                whole = precision.side_by_side(vectors, self.pack, lanes)
+                store(self.vt, self._signed(whole, lanes), group, column, lanes=lanes)
             for column in range(width - width % lanes, width):
                 values = [buffer[index] for buffer, index in (self.v(row, column) for row in rows)]
-                put(self.vt, self._side_by_side(values, 1), group, column)
+                put(self.vt, self._signed(precision.side_by_side(values, self.pack, 1), 1), group, column)
 
         with serial(self.count // self.pack) as group:
             interleave(group, self.pack)
         switch(self.count % self.pack, range(1, self.pack), lambda keys: interleave(self.count // self.pack, keys))
-
-    def _side_by_side(self, values: list[Expr], lanes: int) -> Expr:
-        """The stored values of some keys in the bytes of lanes; those that are uint8 become int8."""
-        shift = 32 // self.pack
-        kind = "uint32" if lanes == 1 else f"uint32x{lanes}"
-
-        def number(value: int) -> Expr:
-            return tirx.const(value, "uint32") if lanes == 1 else splat(value, lanes, "uint32")
-
-        whole = values[0].astype(kind)
-        for i, value in enumerate(values[1:], start=1):
-            whole = whole | (value.astype(kind) << number(shift * i))
-        if self.form is INT8:
-            whole = whole ^ number(SIGNS & 0xFFFFFFFF)
-        return tirx.reinterpret("int32" if lanes == 1 else f"int32x{lanes}", whole)
 
     def _row_of_v(self, row: Expr, column: int) -> Expr:
         buffer, index = self.v(row, column)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
+from xopt.kernels import isa as isas
 from xopt.kernels.emit import (
     FLOAT32_FMA,
     Buffer,
@@ -69,7 +70,7 @@ BY_NAME = {precision.name: precision for precision in (FLOAT32, BFLOAT16, INT8)}
 STORAGE = {"float32": "float32", "bfloat16": "uint16", "uint8": "uint8", "uint8-columns": "uint8"}
 """Element type in memory of each format that a kernel can write."""
 
-MOST_LANES = 16
+MOST_LANES = max(isa.lanes for isa in isas.BY_NAME.values())
 """float32 numbers in the longest vector of any instruction set."""
 
 
@@ -230,19 +231,15 @@ class Result:
         return tirx.Select(q < most, q, most).astype(f"uint8x{lanes}")
 
 
-def bfloat16_pairs(low: Expr, high: Expr, lanes: int) -> Expr:
-    """Two vectors of bfloat16 (as uint16), interleaved to int32 lanes for a product over pairs."""
-    kind = f"uint32x{lanes}"
-    pairs = low.astype(kind) | (high.astype(kind) << splat(16, lanes, "uint32"))
-    return tirx.reinterpret(f"int32x{lanes}", pairs)
-
-
-def bytes_of_lanes(values: Sequence[Expr], lanes: int) -> Expr:
-    """Four int32 vectors of numbers from 0 to 255 as the bytes of one, the first lowest."""
-    whole = values[0]
+def side_by_side(values: Sequence[Expr], pack: int, lanes: int) -> Expr:
+    """Up to ``pack`` vectors of stored numbers (of one lane: scalars) as int32 lanes, the first lowest, others zero."""
+    kind, result = (f"{dtype}32" if lanes == 1 else f"{dtype}32x{lanes}" for dtype in ("uint", "int"))
+    whole = values[0].astype(kind)
     for i, value in enumerate(values[1:], start=1):
-        whole = whole | (value << splat(8 * i, lanes, "int32"))
-    return whole
+        bits = 32 // pack * i
+        shift = tirx.const(bits, "uint32") if lanes == 1 else splat(bits, lanes, "uint32")
+        whole = whole | (value.astype(kind) << shift)
+    return tirx.reinterpret(result, whole)
 
 
 def bfloat16(value: Expr, isa: Isa) -> Expr:
