@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.kernels.test_attention import SMALL, make_mask, reference, workload
 from xopt.kernels import attention
@@ -51,31 +49,6 @@ def weight_of_all(w: Workload, q: np.ndarray, k: np.ndarray, mask: np.ndarray | 
     weights = reference(w, q, k, ones, mask).reshape(b, q.shape[1], w.heads, t)
     largest = weights.max(-1)
     return np.where(largest > 0, 1 / np.maximum(largest, 1e-30), 1.0).repeat(w.v_head_dim, axis=-1)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=15, deadline=None)
-@given(b=st.integers(1, 3), s=st.integers(1, 70), t=st.integers(1, 40), seed=st.integers(0, 999))
-def test_any_length(compiled, isa: Isa, b: int, s: int, t: int, seed: int):
-    check(compiled, workload(2, 1, 20, 7, operands="int8"), isa, b, s, t, seed, Config(2, 8, 4, 5))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("heads", "kv_heads", "d", "dv"), [(2, 2, 64, 64), (4, 2, 32, 48), (1, 1, 4, 1)])
-def test_head_sizes_in_a_fused_projection(compiled, isa: Isa, heads: int, kv_heads: int, d: int, dv: int):
-    w = workload(heads, kv_heads, d, dv, layout=fused, operands="int8")
-    for length in (1, 5, 17, 40):
-        check(compiled, w, isa, 2, length, length, length)
-
-
-@pytest.mark.parametrize(
-    ("mask", "mask_shape", "causal"),
-    [("none", (1, 1, 1, 1), True), ("bool", (None, 1, 1, None), True), ("float", (1, None, None, None), False)],
-)
-def test_masks(compiled, mask: str, mask_shape: tuple, causal: bool):
-    w = workload(2, 2, 8, 8, mask=mask, mask_shape=mask_shape, causal=causal, operands="int8")
-    for b, s, t in ((1, 1, 1), (2, 9, 9), (1, 40, 11)):
-        check(compiled, w, AVX512, b, s, t, s)
 
 
 def test_the_heuristic_over_several_blocks_of_keys(compiled):

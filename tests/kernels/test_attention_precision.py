@@ -1,4 +1,4 @@
-"""Fused attention on bfloat16 operands against float64, on the rounded operands; and its result formats."""
+"""Fused attention at low precision against float64, on the rounded operands; at bfloat16 also its result formats."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import test_attention_int8
 from tests.kernels.test_attention import SMALL, make_mask, reference, workload
 from tests.kernels.test_gemm_precision import ISAS
 from xopt.kernels import attention, precision
@@ -39,29 +40,40 @@ def check(compiled, w: Workload, isa: Isa, b: int, s: int, t: int, seed: int = 0
     return found, expected
 
 
-@pytest.mark.parametrize("isa", ISAS)
+KINDS = [pytest.param("bfloat16", *isa.values, id=f"bfloat16-{isa.id}") for isa in ISAS]
+KINDS += [pytest.param("int8", *isa.values, id=f"int8-{isa.id}") for isa in test_attention_int8.ISAS]
+CHECKS = {"bfloat16": check, "int8": test_attention_int8.check}
+"""Each against float64 on the numbers that its operands stand for, by its own bound."""
+
+
+@pytest.mark.parametrize(("operands", "isa"), KINDS)
 @settings(max_examples=15, deadline=None)
 @given(b=st.integers(1, 3), s=st.integers(1, 70), t=st.integers(1, 40), seed=st.integers(0, 999))
-def test_any_length(compiled, isa: Isa, b: int, s: int, t: int, seed: int):
-    check(compiled, workload(2, 1, 18, 7, operands="bfloat16"), isa, b, s, t, seed, Config(2, 8, 4, 5))
+def test_any_length(compiled, operands: str, isa: Isa, b: int, s: int, t: int, seed: int):
+    w = workload(2, 1, {"bfloat16": 18, "int8": 20}[operands], 7, operands=operands)
+    CHECKS[operands](compiled, w, isa, b, s, t, seed, Config(2, 8, 4, 5))
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("heads", "kv_heads", "d", "dv"), [(2, 2, 64, 64), (4, 2, 32, 48), (1, 1, 2, 1)])
-def test_head_sizes_in_a_fused_projection(compiled, isa: Isa, heads: int, kv_heads: int, d: int, dv: int):
-    w = workload(heads, kv_heads, d, dv, layout=fused, operands="bfloat16")
+@pytest.mark.parametrize(("operands", "isa"), KINDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "d", "dv"), [(2, 2, 64, 64), (4, 2, 32, 48), (1, 1, None, 1)])
+def test_head_sizes_in_a_fused_projection(
+    compiled, operands: str, isa: Isa, heads: int, kv_heads: int, d: int | None, dv: int
+):
+    lane = precision.BY_NAME[operands].pack
+    w = workload(heads, kv_heads, d or lane, dv, layout=fused, operands=operands)
     for length in (1, 5, 17, 40):
-        check(compiled, w, isa, 2, length, length, length)
+        CHECKS[operands](compiled, w, isa, 2, length, length, length)
 
 
+@pytest.mark.parametrize("operands", CHECKS)
 @pytest.mark.parametrize(
     ("mask", "mask_shape", "causal"),
     [("none", (1, 1, 1, 1), True), ("bool", (None, 1, 1, None), True), ("float", (1, None, None, None), False)],
 )
-def test_masks(compiled, mask: str, mask_shape: tuple, causal: bool):
-    w = workload(2, 2, 8, 8, mask=mask, mask_shape=mask_shape, causal=causal, operands="bfloat16")
+def test_masks(compiled, operands: str, mask: str, mask_shape: tuple, causal: bool):
+    w = workload(2, 2, 8, 8, mask=mask, mask_shape=mask_shape, causal=causal, operands=operands)
     for b, s, t in ((1, 1, 1), (2, 9, 9), (1, 40, 11)):
-        check(compiled, w, AVX512, b, s, t, s)
+        CHECKS[operands](compiled, w, AVX512, b, s, t, s)
 
 
 def test_the_heuristic_over_several_blocks_of_keys(compiled):
