@@ -6,8 +6,8 @@
 
 A case is a model, a batch and a number of threads; its entry is written when it is finished, and cases with an entry
 are left out, except where something disturbed the measurement, or with --again. Each case is a process of its own,
-which loads every runtime, and then measures --runs times: the runtimes in turns on the same input and cores, and the
-machine's own limits right before.
+which starts one for each runtime, all of them stopped but the one whose turn it is, and measures --runs times: the
+runtimes in turns on the same input and cores, and the machine's own limits right before.
 """
 
 from __future__ import annotations
@@ -152,13 +152,16 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     from xopt.measure import latency, machine
     from xopt.measure.peak import Probe
 
-    loaded = prepare.load(fixed(case), case.sizes(), case.threads, options.precision, options.peers)
     probe = Probe(case.threads, prepare.ARITHMETIC[options.precision])
     runs: list[dict[str, Any]] = []
-    with latency.pinned(case.threads), guarded(options.guard):
+    with (
+        prepare.loaded(fixed(case), case.sizes(), case.threads, options.precision, options.peers) as loaded,
+        latency.pinned(case.threads),
+        guarded(options.guard),
+    ):
         while not enough(runs, options.runs):
             peak = probe.measure()
-            times = latency.interleaved(loaded.runners, loaded.feeds, rounds=options.rounds, seconds=options.seconds)
+            times = latency.in_turns(loaded.contenders, rounds=options.rounds, seconds=options.seconds)
             runs.append(
                 {
                     "peak_gflops": peak.gflops,

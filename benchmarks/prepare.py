@@ -1,4 +1,4 @@
-"""One model loaded into every runtime, for `cpu.py`: runners, what compiling cost, and how much work there is."""
+"""One model in every runtime, each a process, for `cpu.py`: what compiling cost, and how much work there is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from xopt import ir
 from xopt.data.dataset import Dataset
 from xopt.ir.cost import cost
 from xopt.measure import peers, peers_int8
+from xopt.measure.isolated import Process, isolated
 from xopt.measure.latency import Runner
 from xopt.runtime.session import Session
 
@@ -35,18 +39,18 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class Loaded:
-    """Runners by name with their input, and facts about the model and the artifact."""
+    """Runtimes by name, and facts about the model and the artifact."""
 
-    runners: dict[str, Runner]
-    feeds: dict[str, np.ndarray]
+    contenders: dict[str, Process]
     skipped: dict[str, str]
     difference: dict[str, float]
     compile: dict[str, float]
     work: dict[str, Any]
 
 
-def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: str | None) -> Loaded:
-    """Compile a model for xopt, and load it into the peers.
+@contextmanager
+def loaded(path: Path, sizes: models.Sizes, threads: int, precision: str, names: str | None) -> Iterator[Loaded]:
+    """Compile a model for xopt, and load it into xopt and the peers, until the context ends.
 
     Args:
         path: a file with fixed sizes.
@@ -68,20 +72,29 @@ def load(path: Path, sizes: models.Sizes, threads: int, precision: str, names: s
             samples = Dataset(feeds, name="the input that is timed")  # for speed, not for accuracy
             peers_int8.write_quantized(path, samples, source, attention=True)
             peers_int8.write_quantized(path, samples, theirs)
-            found = peers_int8.prepare(path, theirs, graph.clone, feeds, samples, threads=threads, names=chosen)
+            others = peers_int8.factories(path, theirs, feeds, samples, threads=threads, names=chosen)
         else:
-            found = peers.prepare(path, graph.clone, feeds, threads=threads, names=chosen, precision=precision)
+            others = peers.factories(path, feeds, threads=threads, names=chosen, precision=precision)
         spent = compiled(source, folder / "artifact", "fp32" if precision == "fp32" else "bf16")
-        session = Session.load(folder / "artifact", threads=threads)
-    expected = {name: runner(feeds) for name, runner in found.runners.items()}
-    ours = session.run(feeds)
-    difference = {
-        name: max(float(np.abs(ours[key] - value).max() / np.abs(value).max()) for key, value in outputs.items())
-        for name, outputs in expected.items()
+        ours = partial(compiled_runner, folder / "artifact", threads)
+        with isolated({"xopt": ours, **others}, feeds, threads) as found:
+            difference = differences({name: process.outputs() for name, process in found.contenders.items()})
+            yield Loaded(found.contenders, found.skipped, difference, spent, work(graph, feeds, precision))
+
+
+def compiled_runner(artifact: Path, threads: int) -> Runner:
+    """The compiled model, loaded."""
+    return Session.load(artifact, threads=threads).run
+
+
+def differences(outputs: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
+    """The largest difference of each peer's outputs to xopt's, as a share of the largest number in them."""
+    ours = outputs["xopt"]
+    return {
+        name: max(float(np.abs(ours[key] - value).max() / np.abs(value).max()) for key, value in theirs.items())
+        for name, theirs in outputs.items()
+        if name != "xopt"
     }
-    return Loaded(
-        {"xopt": session.run, **found.runners}, feeds, found.skipped, difference, spent, work(graph, feeds, precision)
-    )
 
 
 def compiled(path: Path, folder: Path, precision: str) -> dict[str, float]:

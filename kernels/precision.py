@@ -2,7 +2,7 @@
 
     float32    1 value a lane      acc += a * w                     a fused multiply-add
     bfloat16   2 values a lane     acc += a0 * w0 + a1 * w1         VDPBF16PS, else two multiply-adds after shifts
-    int8       4 values a lane     acc += sum of four u8 * s8       VPDPBUSD, else shifts and products, exact as well
+    int8       4 values a lane     acc += sum of four u8 * s8       VPDPBUSD, else two VPMADDWD, else shifts; exact
 
 Activations lie with the reduced dimension last, so a lane is four neighbouring bytes, broadcast; weights are packed so
 that a lane holds the same neighbours of one column.  A reduced dimension that does not fill its lanes is padded with
@@ -95,7 +95,9 @@ def dot(precision: Precision, isa: Isa) -> Dot:
         return FLOAT32_FMA
     if precision is BFLOAT16:
         return Dot("float32", _bf16_instruction(isa) if isa.bf16 else _bf16_by_shifts(isa))
-    return Dot("int32", _int8_instruction(isa) if isa.vnni else _int8_by_shifts(isa))
+    if isa.vnni:
+        return Dot("int32", _int8_instruction(isa))
+    return Dot("int32", _int8_by_pairs(isa) if isa.pairs else _int8_by_shifts(isa))
 
 
 Step = Callable[[Expr, Expr, Expr], Expr]
@@ -136,6 +138,27 @@ def _int8_instruction(isa: Isa) -> Step:
     def step(acc: Expr, a: Expr, w: Expr) -> Expr:
         unsigned, signed = (tirx.reinterpret(f"{kind}8x{4 * lanes}", x) for kind, x in (("uint", a), ("int", w)))
         return tirx.call_llvm_pure_intrin(f"int32x{lanes}", intrinsic, acc, unsigned, signed)
+
+    return step
+
+
+def _int8_by_pairs(isa: Isa) -> Step:
+    """The even and the odd bytes, widened to 16 bits; VPMADDUBSW, which takes the bytes as they are, saturates."""
+    lanes = isa.lanes
+    intrinsic = "llvm.x86.avx512.pmaddw.d.512" if lanes == 16 else "llvm.x86.avx2.pmadd.wd"
+
+    def halves(value: Expr) -> Expr:
+        return tirx.reinterpret(f"int16x{2 * lanes}", value)
+
+    def multiplied(a: Expr, w: Expr) -> Expr:
+        return tirx.call_llvm_pure_intrin(f"int32x{lanes}", intrinsic, a, w)
+
+    eight = splat(8, 2 * lanes, "int16")
+
+    def step(acc: Expr, a: Expr, w: Expr) -> Expr:
+        even = halves(a & splat(0x00FF00FF, lanes, "int32"))
+        odd = halves((a >> splat(8, lanes, "int32")) & splat(0x00FF00FF, lanes, "int32"))
+        return acc + multiplied(even, (halves(w) << eight) >> eight) + multiplied(odd, halves(w) >> eight)
 
     return step
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from xopt.data.dataset import Dataset
-    from xopt.measure.latency import Runner
+    from xopt.measure.isolated import Factory
     from xopt.pipeline.base import Pass
     from xopt.runtime.manifest import TensorInfo
+    from xopt.runtime.session import Session
 
 
 def pipeline(passes: str | None, recipe: Path | None) -> list[Pass] | None:
@@ -164,27 +165,32 @@ def bench(
     """``xopt bench``."""
     import tempfile
 
-    from xopt.measure import latency, machine
+    from xopt.measure import machine
+    from xopt.measure.isolated import isolated
+    from xopt.measure.latency import Contender, Local, in_turns, pinned
     from xopt.measure.peers import NAMES
     from xopt.runtime.session import physical_cores
 
     names = tuple(dict.fromkeys((*(NAMES if peers else ()), *chosen)))
     count = threads or physical_cores()
     with tempfile.TemporaryDirectory(prefix="xopt-") as folder, console.progress() as progress:
-        runners, feeds, skipped = _runners(model, Path(folder), names, data, batch, count, seed, _dims(dims), precision)
-        with latency.pinned(count):
-            times = latency.interleaved(runners, feeds, rounds=rounds, seconds=120, progress=progress)
-            table = _layers(runners["xopt"], feeds, count, precision) if layers else []
+        session, feeds, factories = _contest(
+            model, Path(folder), names, data, batch, count, seed, _dims(dims), precision
+        )
+        with isolated(factories, feeds, count) as others, pinned(count):
+            contenders: dict[str, Contender] = {"xopt": Local(session.run, feeds), **others.contenders}
+            times = in_turns(contenders, rounds=rounds, seconds=120, progress=progress)
+            table = _layers(session, feeds, count, precision) if layers else []
     if as_json:
         runtimes = {name: t.record() for name, t in times.items()}
         shapes = {name: list(array.shape) for name, array in feeds.items()}
         answer = {"runtimes": runtimes, "threads": count, "machine": machine.describe()}
-        console.emit({**answer, "skipped": skipped, "feeds": shapes, **({"layers": table} if layers else {})})
+        console.emit({**answer, "skipped": others.skipped, "feeds": shapes, **({"layers": table} if layers else {})})
         return
     ours = times["xopt"].median
     rows = [(name, f"{t.median:.3f}", f"{t.p90:.3f}", f"{t.median / ours:.2f}") for name, t in times.items()]
     console.table(f"{count} threads", ["runtime", "median ms", "p90 ms", "x xopt"], rows)
-    for name, reason in skipped.items():
+    for name, reason in others.skipped.items():
         console.say(f"{name} is left out: {reason}")
     if layers:
         total = sum(layer["ms"] for layer in table)
@@ -195,7 +201,7 @@ def bench(
         console.table("", ["kernel", "calls", "ms", "of all", "of limit"], lines)
 
 
-def _layers(runner: Runner, feeds: Mapping[str, np.ndarray], threads: int, precision: str) -> list[dict[str, Any]]:
+def _layers(session: Session, feeds: Mapping[str, np.ndarray], threads: int, precision: str) -> list[dict[str, Any]]:
     """Time of each kernel of a session's run beside the machine's limits, as JSON has it."""
     import dataclasses
 
@@ -203,7 +209,6 @@ def _layers(runner: Runner, feeds: Mapping[str, np.ndarray], threads: int, preci
     from xopt.measure.peak import Probe
 
     peak = Probe(threads, {"fp32": "float32", "bf16": "bfloat16"}[precision]).measure()
-    session = runner.__self__  # type: ignore[attr-defined]
     return [dataclasses.asdict(layer) for layer in layers(calls(session, feeds), peak)]
 
 
@@ -385,7 +390,7 @@ def _feeds(
     return {info.name: arrays[info.name] for info in inputs if info.name in arrays}
 
 
-def _runners(
+def _contest(
     model: Path,
     folder: Path,
     names: tuple[str, ...],
@@ -395,10 +400,9 @@ def _runners(
     seed: int,
     dims: Mapping[str, int],
     precision: str,
-) -> tuple[dict[str, Runner], dict[str, np.ndarray], dict[str, str]]:
-    """Runners of xopt and the peers, the arrays to feed, and the peers that are left out."""
+) -> tuple[Session, dict[str, np.ndarray], dict[str, Factory]]:
+    """The compiled model, the arrays to feed, and how to load the peers."""
     from xopt import api
-    from xopt.ir.canonical import canonicalize
     from xopt.ir.io import load
     from xopt.measure import peers
     from xopt.runtime.session import Session
@@ -408,19 +412,12 @@ def _runners(
         if names:
             raise InputError("E-OPTION", "peers take an ONNX file", where=str(model), cure="name the .onnx file")
         session = Session.load(model, threads=threads)
-        return {"xopt": session.run}, _feeds(session.inputs, data, batch, seed, dims), {}
+        return session, _feeds(session.inputs, data, batch, seed, dims), {}
     graph = load(model)
     feeds = timed_feeds(_samples(graph, data, seed, dims), evaluation_batch(graph, batch))
+    others = peers.factories(model, feeds, threads=threads, names=names, precision=precision)
     library = api.compile(graph, "cpu", folder / "model.so", threads=threads, precision=precision)
-    session = Session.load(library, threads=threads)
-
-    def canonical() -> ir.Model:
-        copy = graph.clone()
-        canonicalize(copy)
-        return copy
-
-    found = peers.prepare(model, canonical, feeds, threads=threads, names=names, precision=precision)
-    return {"xopt": session.run, **found.runners}, feeds, found.skipped
+    return Session.load(library, threads=threads), feeds, others
 
 
 def _rerun(folder: Path, as_json: bool) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.kernels.isas import parameters
 from tests.kernels.test_attention import SMALL, make_mask, reference, workload
 from xopt.kernels import attention
 from xopt.kernels.attention import Config, Workload, fused
-from xopt.kernels.isa import AVX2, AVX512, AVX512_VNNI, NEON, Isa
+from xopt.kernels.isa import AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, NEON, Isa
 
-ISAS = [pytest.param(isa, id=isa.name) for isa in (AVX512, AVX512_VNNI, AVX2, NEON)]
+ISAS = parameters(AVX512, AVX512_VNNI, AVX2, AVX2_VNNI, NEON)
 
 
 def stored(rng: np.random.Generator, b: int, s: int, heads: int, d: int, symmetric: bool):

@@ -7,21 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.isas import parameters
 from xopt.kernels import gemm, precision
-from xopt.kernels.isa import AVX2, AVX512, AVX512_BF16, AVX512_VNNI, NEON, Isa
-from xopt.targets.base import cpu_features
+from xopt.kernels.isa import Isa
 
-NEEDS = {AVX512_VNNI.name: {"avx512_vnni"}, AVX512_BF16.name: {"avx512_vnni", "avx512_bf16"}}
-ISAS = [
-    pytest.param(
-        isa,
-        id=isa.name,
-        marks=pytest.mark.skipif(
-            not NEEDS.get(isa.name, set()) <= cpu_features(), reason=f"this CPU has no {NEEDS.get(isa.name)}"
-        ),
-    )
-    for isa in (AVX512_BF16, AVX512_VNNI, AVX512, AVX2, NEON)
-]
+ISAS = parameters()
 SMALL = gemm.Config(3, 2)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-import xopt.ir
 from tests.acceptance import digits
 from xopt.measure import peers_int8
 
@@ -21,12 +19,7 @@ def test_each_peer_finds_the_digits(tmp_path: Path) -> None:
     path = tmp_path / "int8.onnx"
     peers_int8.write_quantized(digits.MODEL, train.take(64), path)
 
-    def canonical() -> ir.Model:
-        model = xopt.ir.load(digits.MODEL)
-        xopt.ir.canonicalize(model)
-        return model
-
-    found = peers_int8.prepare(digits.MODEL, path, canonical, test.inputs, train, threads=2)
-    assert found.skipped == {}
-    for name, runner in found.runners.items():
-        assert np.mean(runner(test.inputs)["logits"].argmax(1) == test.labels) > 0.97, name
+    factories = peers_int8.factories(digits.MODEL, path, test.inputs, train, threads=2)
+    assert set(factories) == set(peers_int8.NAMES)
+    for name, factory in factories.items():
+        assert np.mean(factory()(test.inputs)["logits"].argmax(1) == test.labels) > 0.97, name

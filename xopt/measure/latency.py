@@ -3,7 +3,7 @@
 Each round gives every runner one turn, in an order that rotates from round to round, so that a slow minute of the
 machine hits all of them. A turn: a pause in which the worker threads of the last runner go to sleep (they spin for
 a while after their work, and would take cycles from the next one), one call that is not timed, then calls for
-``TURN_MS`` whose mean is one sample.
+``TURN_MS`` whose mean is one sample. Runners are functions of this process, or of others (`xopt.measure.isolated`).
 
 A turn in which threads of this process waited for a CPU that something else used is disturbed: rounds are added, up
 to ``REPEATS`` times as many, until every runner has its samples without those.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -83,6 +84,43 @@ class Latency:
         return {"median_ms": self.median, "p90_ms": self.p90, **raw}
 
 
+class Contender(Protocol):
+    """Someone who takes turns."""
+
+    def calls_in_a_turn(self) -> int:
+        """Warm up, and find how many calls fill a turn."""
+
+    def turn(self, calls: int) -> tuple[float, float]:
+        """Milliseconds of a call, and the share of the turn that threads waited for a CPU."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """A runner of this process."""
+
+    run: Runner
+    feeds: Mapping[str, np.ndarray]
+
+    def calls_in_a_turn(self) -> int:
+        """See `Contender`."""
+        for _ in range(WARM_UP_CALLS):
+            start = time.perf_counter()
+            self.run(self.feeds)
+            last_ms = (time.perf_counter() - start) * 1e3
+        return max(1, math.ceil(TURN_MS / max(last_ms, 1e-3)))
+
+    def turn(self, calls: int) -> tuple[float, float]:
+        """See `Contender`."""
+        time.sleep(PAUSE_S)
+        self.run(self.feeds)
+        before = waited()
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.run(self.feeds)
+        seconds = time.perf_counter() - start
+        return seconds * 1e3 / calls, (waited() - before) / seconds
+
+
 def interleaved(
     runners: Mapping[str, Runner],
     feeds: Mapping[str, np.ndarray],
@@ -91,50 +129,40 @@ def interleaved(
     seconds: float = 20.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Latency]:
-    """Time each runner on ``feeds``.
+    """`in_turns` for runners of this process, on ``feeds``."""
+    local = {name: Local(run, feeds) for name, run in runners.items()}
+    return in_turns(local, rounds=rounds, seconds=seconds, progress=progress)
+
+
+def in_turns(
+    contenders: Mapping[str, Contender],
+    *,
+    rounds: int = 30,
+    seconds: float = 20.0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Latency]:
+    """Time each contender.
 
     Args:
-        runners: what to time, by name.
-        feeds: the arrays of one run.
-        rounds: undisturbed samples of each runner.
+        contenders: by name.
+        rounds: undisturbed samples of each.
         seconds: stop earlier when this is used up, after at least ``MIN_ROUNDS`` rounds.
         progress: called with (stage, done, total).
     """
-    calls = {name: _calls_in_a_turn(run, feeds) for name, run in runners.items()}
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    names = list(runners)
+    calls = {name: contender.calls_in_a_turn() for name, contender in contenders.items()}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    names = list(contenders)
     deadline = time.perf_counter() + seconds
     done = good = 0
     while good < rounds and done < REPEATS * rounds and (done < MIN_ROUNDS or time.perf_counter() < deadline):
         shift = done % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            turns[name].append(_turn(runners[name], feeds, calls[name]))
+            turns[name].append(contenders[name].turn(calls[name]))
         done += 1
         good = min((sum(wait < DISTURBED for _, wait in taken) for taken in turns.values()), default=done)
         if progress is not None:
             progress("measure", good, rounds)
     return {name: Latency(*(tuple(column) for column in zip(*taken))) for name, taken in turns.items()}
-
-
-def _calls_in_a_turn(run: Runner, feeds: Mapping[str, np.ndarray]) -> int:
-    """Warm up, and find how many calls fill a turn."""
-    for _ in range(WARM_UP_CALLS):
-        start = time.perf_counter()
-        run(feeds)
-        last_ms = (time.perf_counter() - start) * 1e3
-    return max(1, math.ceil(TURN_MS / max(last_ms, 1e-3)))
-
-
-def _turn(run: Runner, feeds: Mapping[str, np.ndarray], calls: int) -> tuple[float, float]:
-    """Milliseconds of a call, and the share of the turn that threads waited for a CPU."""
-    time.sleep(PAUSE_S)
-    run(feeds)
-    before = waited()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run(feeds)
-    seconds = time.perf_counter() - start
-    return seconds * 1e3 / calls, (waited() - before) / seconds
 
 
 def waited() -> float:

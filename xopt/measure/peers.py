@@ -1,10 +1,9 @@
-"""The runtimes that people use today, as runners for the same feeds; each is skipped with a reason if it cannot run."""
+"""The runtimes that people use today, as factories of runners for processes of their own."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from xopt.data.dataset import symbol_sizes
 from xopt.errors import InputError
+from xopt.measure.isolated import Factory
 from xopt.measure.latency import Runner
 
 if TYPE_CHECKING:
@@ -22,67 +22,50 @@ if TYPE_CHECKING:
 NAMES = ("onnxruntime", "openvino", "torch", "torch-compile")
 
 
-@dataclass(frozen=True)
-class Peers:
-    """Runners by name, and why the others are not among them."""
-
-    runners: dict[str, Runner]
-    skipped: dict[str, str]
-
-
-def prepare(
+def factories(
     path: Path,
-    canonical: Callable[[], ir.Model],
     feeds: Mapping[str, np.ndarray],
     *,
     threads: int,
-    names: tuple[str, ...] = NAMES,
+    names: Sequence[str] = NAMES,
     precision: str = "fp32",
-) -> Peers:
-    """Load the model into each runtime and run it once.
+) -> dict[str, Factory]:
+    """How to load the model into each runtime.
 
     Args:
         path: the original ONNX file.
-        canonical: makes the model in canonical form, for the runtimes that take a torch module.
         feeds: the arrays that will be timed.
         threads: threads that each runtime may use.
         names: which runtimes.
         precision: of products: "fp32" or "bf16", which onnxruntime does not have on CPUs.
+
+    Raises:
+        InputError: E-OPTION, a name is not known.
     """
     hint, floats = {"fp32": ("f32", "float32"), "bf16": ("bf16", "bfloat16")}[precision]
-    makers: dict[str, Callable[[], Runner]] = {
-        "onnxruntime": lambda: onnxruntime_runner(path, threads),
-        "openvino": lambda: openvino_runner(path, threads, hint),
-        "torch": lambda: torch_runner(canonical(), feeds, threads, dtype=floats),
-        "torch-compile": lambda: torch_runner(canonical(), feeds, threads, compiled=True, dtype=floats),
+    in_torch = partial(torch_runner, path, dict(feeds), threads, dtype=floats)
+    known: dict[str, Factory] = {
+        "onnxruntime": partial(onnxruntime_runner if precision == "fp32" else no_bfloat16, path, threads),
+        "openvino": partial(openvino_runner, path, threads, hint),
+        "torch": in_torch,
+        "torch-compile": partial(in_torch, compiled=True),
     }
-    if precision == "bf16":
-        found = load(makers, feeds, tuple(name for name in names if name != "onnxruntime"))
-        found.skipped.update({name: "it has no bfloat16 on CPUs" for name in names if name == "onnxruntime"})
-        return found
-    return load(makers, feeds, names)
+    return chosen(known, names)
 
 
-def load(makers: Mapping[str, Callable[[], Runner]], feeds: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Peers:
-    """Make the named runners and run each once; InputError E-OPTION for a name that has no maker."""
-    found = Peers({}, {})
+def chosen(known: Mapping[str, Factory], names: Sequence[str]) -> dict[str, Factory]:
+    """The factories that are named; InputError E-OPTION for a name that is not known."""
     for name in names:
-        if name not in makers:
+        if name not in known:
             raise InputError(
-                "E-OPTION", f"unknown runtime {name!r}", where="--peer", cure=f"known are {', '.join(makers)}"
+                "E-OPTION", f"unknown runtime {name!r}", where="--peer", cure=f"known are {', '.join(known)}"
             )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                runner = makers[name]()
-                runner(feeds)
-        except ImportError as error:
-            found.skipped[name] = f"not installed ({error.name or error})"
-        except Exception as error:  # each runtime has its own errors; a peer that fails is left out of the comparison
-            found.skipped[name] = _first_line(error)
-        else:
-            found.runners[name] = runner
-    return found
+    return {name: known[name] for name in names}
+
+
+def no_bfloat16(path: Path, threads: int) -> Runner:
+    """ONNX Runtime has no bfloat16 on CPUs."""
+    raise NotImplementedError("it has no bfloat16 on CPUs")
 
 
 def onnxruntime_runner(path: Path, threads: int) -> Runner:
@@ -118,7 +101,7 @@ def openvino_runner(model: Path | openvino.Model, threads: int, precision: str =
 
 
 def torch_runner(
-    model: ir.Model,
+    path: Path,
     feeds: Mapping[str, np.ndarray],
     threads: int,
     *,
@@ -134,8 +117,8 @@ def torch_runner(
 
     from xopt.ir.fx import to_fx
 
-    floats = getattr(torch, dtype)
-    module = to_fx(fixed(model, feeds)).eval().to(floats)
+    floats, model = getattr(torch, dtype), fixed(path, feeds)
+    module = to_fx(model).eval().to(floats)
     if floats is torch.float32:
         return module_runner(module, model, feeds, threads, compiled=compiled)
     return module_runner(_converting(module, floats), model, feeds, threads, compiled=compiled)
@@ -195,18 +178,17 @@ def _traced(forward: Callable[..., list[Any]], arrays: list[Any]) -> Callable[..
     return traced
 
 
-def fixed(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> ir.Model:
-    """The model for the shapes of ``feeds`` only, with what these decide folded."""
+def fixed(path: Path, feeds: Mapping[str, np.ndarray]) -> ir.Model:
+    """The model in canonical form for the shapes of ``feeds`` only, with what these decide folded."""
+    from xopt.ir.canonical import canonicalize
+    from xopt.ir.io import load
     from xopt.ir.shapes import bind_dims
     from xopt.pipeline.context import PassContext
     from xopt.pipeline.manager import PassManager
     from xopt.pipeline.registry import create
 
+    model = load(path)
+    canonicalize(model)
     bound = bind_dims(model, symbol_sizes(model, feeds))
     PassManager([create("fold-constants", {})], instruments=()).run(bound, PassContext())
     return bound
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:200]

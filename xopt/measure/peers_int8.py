@@ -11,18 +11,18 @@ torch-dynamic         the linear layers of the torch module through ``quantize_d
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xopt.measure import peers
+from xopt.measure.isolated import Factory
 from xopt.measure.latency import Runner
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
     import openvino
 
     from xopt.data.dataset import Dataset
@@ -37,37 +37,35 @@ NAMES = (
 )
 
 
-def prepare(
+def factories(
     path: Path,
     quantized: Path,
-    canonical: Callable[[], ir.Model],
     feeds: Mapping[str, np.ndarray],
     samples: Dataset,
     *,
     threads: int,
-    names: tuple[str, ...] = NAMES,
-) -> peers.Peers:
-    """Quantize the model for each runtime, load it and run it once.
+    names: Sequence[str] = NAMES,
+) -> dict[str, Factory]:
+    """How to quantize the model for each runtime and load it.
 
     Args:
         path: the float ONNX file.
         quantized: the same in the QDQ form.
-        canonical: makes the float model in canonical form, for torch.
         feeds: the arrays that will be timed.
         samples: what NNCF calibrates on; in batches of the size of ``feeds``.
         threads: threads that each runtime may use.
         names: which of :data:`NAMES`.
     """
-    by_nncf = cache(lambda: nncf_model(path, feeds, samples))
-    makers: dict[str, Callable[[], Runner]] = {
-        "onnxruntime-qdq": lambda: peers.onnxruntime_runner(quantized, threads),
-        "onnxruntime-dynamic": lambda: onnxruntime_dynamic(path, threads),
-        "openvino-qdq": lambda: peers.openvino_runner(quantized, threads),
-        "openvino-nncf": lambda: peers.openvino_runner(by_nncf(), threads),
-        "openvino-nncf-bf16": lambda: peers.openvino_runner(by_nncf(), threads, "bf16"),
-        "torch-dynamic": lambda: torch_dynamic(canonical(), feeds, threads),
+    by_nncf = partial(openvino_nncf, path, dict(feeds), samples, threads)
+    known: dict[str, Factory] = {
+        "onnxruntime-qdq": partial(peers.onnxruntime_runner, quantized, threads),
+        "onnxruntime-dynamic": partial(onnxruntime_dynamic, path, threads),
+        "openvino-qdq": partial(peers.openvino_runner, quantized, threads),
+        "openvino-nncf": by_nncf,
+        "openvino-nncf-bf16": partial(by_nncf, "bf16"),
+        "torch-dynamic": partial(torch_dynamic, path, dict(feeds), threads),
     }
-    return peers.load(makers, feeds, names)
+    return peers.chosen(known, names)
 
 
 def write_quantized(path: Path, samples: Dataset, output: Path, attention: bool = False) -> None:
@@ -97,6 +95,13 @@ def onnxruntime_dynamic(path: Path, threads: int) -> Runner:
         return peers.onnxruntime_runner(written, threads)
 
 
+def openvino_nncf(
+    path: Path, feeds: Mapping[str, np.ndarray], samples: Dataset, threads: int, precision: str = "f32"
+) -> Runner:
+    """OpenVINO on what NNCF makes of the float file, the rest in ``precision``."""
+    return peers.openvino_runner(nncf_model(path, feeds, samples), threads, precision)
+
+
 def nncf_model(path: Path, feeds: Mapping[str, np.ndarray], samples: Dataset) -> openvino.Model:
     """What NNCF makes of the float file by its defaults for transformers: SmoothQuant and fast bias correction.
 
@@ -118,13 +123,14 @@ def nncf_model(path: Path, feeds: Mapping[str, np.ndarray], samples: Dataset) ->
     )
 
 
-def torch_dynamic(model: ir.Model, feeds: Mapping[str, np.ndarray], threads: int) -> Runner:
+def torch_dynamic(path: Path, feeds: Mapping[str, np.ndarray], threads: int) -> Runner:
     """Eager torch with int8 weights in linear layers; each quantizes its input by the range of that input."""
     import torch
 
     from xopt.ir.fx import to_fx
 
-    view = to_fx(peers.fixed(model, feeds)).eval()
+    model = peers.fixed(path, feeds)
+    view = to_fx(model).eval()
     _modules_for_products(view)
     layers = torch.ao.quantization.quantize_dynamic(view, {torch.nn.Linear}, dtype=torch.qint8)
     return peers.module_runner(layers, model, feeds, threads)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.errors import InputError
 from xopt.ir.cost import cost
+from xopt.ir.exporting import export
+from xopt.ir.io import save
 from xopt.measure import peers
 from xopt.measure.accuracy import BATCH, Evaluator
-from xopt.measure.latency import Latency, Runner
+from xopt.measure.isolated import isolated
+from xopt.measure.latency import Latency
 from xopt.pipeline.base import Effect, Pass, PassReport, Refusal
 from xopt.pipeline.context import PassContext, silent
 from xopt.pipeline.manager import PassManager
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 FINAL_ROUNDS = 30
 FINAL_SECONDS = 15.0
+OPTIMIZED = "onnxruntime-optimized"
+"""The optimized model's ONNX file in onnxruntime, among the runtimes."""
 
 
 @dataclass
@@ -145,14 +151,14 @@ def _measure(job: Job, lab: Lab, outcome: Outcome) -> None:
     for candidate in stages:
         lab.build(candidate)
     runners = {f"step {id(c)}": c.runner for c in stages if c.runner is not None}
-    found = peers.prepare(
-        _original_file(job, lab.folder), lambda: _canonical(job), job.feeds, threads=job.threads, names=job.peers
-    )
+    others = peers.factories(_original_file(job, lab.folder), job.feeds, threads=job.threads, names=job.peers)
+    optimized = lab.folder / "optimized.onnx"
+    save(export(outcome.best.model), optimized)
+    others[OPTIMIZED] = partial(peers.onnxruntime_runner, optimized, job.threads)
+    with isolated(others, job.feeds, job.threads) as found:
+        times = lab.measure(runners, beside=found.contenders, rounds=FINAL_ROUNDS, seconds=FINAL_SECONDS)
     outcome.skipped = found.skipped
-    optimized = ReferenceSession(outcome.best.model, job.threads)
-    named: dict[str, Runner] = {**found.runners, "onnxruntime-optimized": optimized.run}
-    times = lab.measure({**runners, **named}, rounds=FINAL_ROUNDS, seconds=FINAL_SECONDS)
-    outcome.runtimes = {name: times[name] for name in named}
+    outcome.runtimes = {name: times[name] for name in found.contenders}
     for step in outcome.steps:
         step.latency = times[f"step {id(step.measured)}"]
     outcome.compiled_quality = lab.evaluator.evaluate(_Compiled(outcome.best), lab.progress)
@@ -184,18 +190,8 @@ class _Compiled:
         return self.candidate.runner(feeds)
 
 
-def _canonical(job: Job) -> ir.Model:
-    from xopt.ir import canonicalize
-
-    model = job.model.clone()
-    canonicalize(model)
-    return model
-
-
 def _original_file(job: Job, folder: Path) -> Path:
     """The file of the original, written where the model came from memory."""
-    from xopt.ir import save
-
     if job.path is not None:
         return job.path
     path = folder / "original.onnx"

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xopt.measure.accuracy import Evaluator
-from xopt.measure.latency import Latency, Runner, interleaved, pinned
+from xopt.measure.latency import Contender, Latency, Local, Runner, in_turns, pinned
 from xopt.pipeline.context import silent
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DECISION_ROUNDS = 15
 DECISION_SECONDS = 10.0
+NOBODY: Mapping[str, Contender] = MappingProxyType({})
 
 
 @dataclass
@@ -99,11 +101,17 @@ class Lab:
         return times["candidate"], times["best"]
 
     def measure(
-        self, runners: Mapping[str, Runner], *, rounds: int = DECISION_ROUNDS, seconds: float = DECISION_SECONDS
+        self,
+        runners: Mapping[str, Runner],
+        *,
+        beside: Mapping[str, Contender] = NOBODY,
+        rounds: int = DECISION_ROUNDS,
+        seconds: float = DECISION_SECONDS,
     ) -> dict[str, Latency]:
-        """Latency of each runner on the feeds, in turns, on the first ``threads`` cores."""
+        """Latency of each runner on the feeds, in turns with others, on the first ``threads`` cores."""
+        ours = {name: Local(run, self.feeds) for name, run in runners.items()}
         with pinned(self.threads):
-            return interleaved(runners, self.feeds, rounds=rounds, seconds=seconds, progress=self.progress)
+            return in_turns({**ours, **beside}, rounds=rounds, seconds=seconds, progress=self.progress)
 
     def latency(self, model: ir.Model) -> float:
         """Median milliseconds of ``model`` on the target, for passes that optimize it."""
