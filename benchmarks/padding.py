@@ -9,7 +9,7 @@ thousand, so that their numbers of tokens differ. Every way of running a batch g
     onnxruntime, openvino   the whole batch, or sorted by length and cut into smaller ones, which are padded less: the
                             best of several sizes
 
-All in turns. The fit says how the time of a batch follows its number of real tokens.
+All in turns, each in a process of its own. The fit says how the time of a batch follows its number of real tokens.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
 import numpy as np
+from by_length import sorted_by_length
 from minilm_pruning import Split, padded
 from models import minilm, minilm_folder
+from prepare import compiled_runner
 from transformers import AutoTokenizer
 
 from xopt import targets
 from xopt.ir import canonicalize, export, load, save
-from xopt.measure.latency import Runner, interleaved, pinned
+from xopt.measure.isolated import Factory, isolated
+from xopt.measure.latency import in_turns
 from xopt.measure.machine import describe
 from xopt.measure.peers import onnxruntime_runner, openvino_runner
 from xopt.passes import FuseQKV, RemovePadding
 from xopt.pipeline.context import PassContext
-from xopt.runtime.session import Session
 
 BATCH = 64
 PARTS = (4, 8, 16, 32)
@@ -52,29 +54,8 @@ def batches(data: Path) -> dict[str, list[list[int]]]:
     return found | {name: ordered[start : start + BATCH] for name, start in places.items()}
 
 
-def sorted_by_length(run: Runner, part: int) -> Callable[[Feeds], Feeds]:
-    """Run a padded batch as several that are padded less; results come back in the order and shape of the batch."""
-
-    def whole(feeds: Feeds) -> Feeds:
-        lengths = feeds["attention_mask"].sum(axis=1)
-        order = np.argsort(lengths, kind="stable")
-        tokens = None
-        for start in range(0, len(order), part):
-            rows = order[start : start + part]
-            longest = int(lengths[rows].max())
-            outputs = run({name: np.ascontiguousarray(array[rows, :longest]) for name, array in feeds.items()})
-            found = outputs["last_hidden_state"]
-            if tokens is None:
-                tokens = np.zeros((*feeds["input_ids"].shape, found.shape[-1]), np.float32)
-            tokens[rows, :longest] = found
-        assert tokens is not None
-        return {"last_hidden_state": tokens}
-
-    return whole
-
-
-def runners(folder: Path, threads: int) -> dict[str, Callable[[Feeds], Any]]:
-    """Every way of running a batch."""
+def ways_in(folder: Path, threads: int) -> dict[str, Factory]:
+    """Every way of running a batch; artifacts and files are left in ``folder``."""
     minilm(folder / "minilm.onnx")
     graph = load(folder / "minilm.onnx")
     canonicalize(graph)
@@ -82,7 +63,7 @@ def runners(folder: Path, threads: int) -> dict[str, Callable[[Feeds], Any]]:
     FuseQKV().run(graph, PassContext())
     unpadded = graph.clone()
     RemovePadding().run(unpadded, PassContext())
-    found: dict[str, Callable[[Feeds], Any]] = {}
+    found: dict[str, Factory] = {}
     for name, model, precision in (
         ("xopt padded", graph, "fp32"),
         ("xopt", unpadded, "fp32"),
@@ -92,22 +73,18 @@ def runners(folder: Path, threads: int) -> dict[str, Callable[[Feeds], Any]]:
         machine = targets.configured("cpu", threads=threads, precision=precision)
         artifact = folder / name.replace(" ", "-") / "model.so"
         artifact.parent.mkdir()
-        found[name] = Session.load(targets.compile(model, machine, artifact), threads=threads).run
-    peers = {
-        "onnxruntime": onnxruntime_runner(folder / "exported.onnx", threads),
-        "openvino": openvino_runner(folder / "exported.onnx", threads),
-    }
-    for name, run in peers.items():
-        found[name] = run
-        found |= {f"{name} by {part}": sorted_by_length(run, part) for part in PARTS}
+        found[name] = partial(compiled_runner, targets.compile(model, machine, artifact), threads)
+    for name, runner in {"onnxruntime": onnxruntime_runner, "openvino": openvino_runner}.items():
+        found[name] = factory = partial(runner, folder / "exported.onnx", threads)
+        found |= {f"{name} by {part}": partial(sorted_by_length, factory, part) for part in PARTS}
     return found
 
 
-def check(ways: dict[str, Callable[[Feeds], Any]], feeds: Feeds) -> dict[str, float]:
+def check(outputs: dict[str, Feeds], mask: np.ndarray) -> dict[str, float]:
     """Largest difference of a real token's values to xopt's padded ones; raises where float32 ways disagree."""
-    shown = feeds["attention_mask"] != 0
-    expected = ways["xopt padded"](feeds)["last_hidden_state"][shown]
-    worst = {name: float(np.abs(run(feeds)["last_hidden_state"][shown] - expected).max()) for name, run in ways.items()}
+    shown = mask != 0
+    found = {name: arrays["last_hidden_state"][shown] for name, arrays in outputs.items()}
+    worst = {name: float(np.abs(tokens - found["xopt padded"]).max()) for name, tokens in found.items()}
     assert all(value < (0.2 if "bf16" in name else 1e-3) for name, value in worst.items()), worst
     return worst
 
@@ -129,20 +106,20 @@ def main() -> None:
     options = parser.parse_args()
     record: dict[str, Any] = {"command": "python benchmarks/padding.py", "machine": describe(), "batches": {}}
     with tempfile.TemporaryDirectory() as folder:
-        ways = runners(Path(folder), options.threads)
-        with pinned(options.threads):
-            for name, sentences in batches(options.data).items():
-                feeds = padded(sentences)
-                size = {"tokens": int(feeds["attention_mask"].sum()), "padded": int(feeds["attention_mask"].size)}
-                differences = check(ways, feeds)
-                measured = interleaved(ways, feeds, rounds=options.rounds)
-                times = {way: one.median for way, one in measured.items()}
-                record["batches"][name] = size | {
-                    "median_ms": times,
-                    "largest_difference": differences,
-                    "samples_ms": {way: list(one.samples_ms) for way, one in measured.items()},
-                }
-                print(name, size, {way: round(value, 1) for way, value in times.items()}, flush=True)
+        ways = ways_in(Path(folder), options.threads)
+        for name, sentences in batches(options.data).items():
+            feeds = padded(sentences)
+            size = {"tokens": int(feeds["attention_mask"].sum()), "padded": int(feeds["attention_mask"].size)}
+            with isolated(ways, feeds, options.threads) as found:
+                outputs = {way: process.outputs() for way, process in found.contenders.items()}
+                measured = in_turns(found.contenders, rounds=options.rounds, seconds=60)
+            times = {way: one.median for way, one in measured.items()}
+            record["batches"][name] = size | {
+                "median_ms": times,
+                "largest_difference": check(outputs, feeds["attention_mask"]),
+                "samples_ms": {way: list(one.samples_ms) for way, one in measured.items()},
+            }
+            print(name, size, {way: round(value, 1) for way, value in times.items()}, flush=True)
     record["summary"] = summary(record["batches"])
     options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["summary"], indent=1))

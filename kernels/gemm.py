@@ -67,6 +67,7 @@ MOST_ROWS = 14  # every row count is a copy of the tile: more of them cost compi
 FEW_ROWS, NARROW = 16, 2
 STEPS_AHEAD = 16
 PANEL_BYTES = 640 << 10  # a panel of W is read again for every block of rows, and shares the second-level cache with A
+LATE_BYTES = 384 << 10
 GROUP_BYTES = 2 << 20  # rows of A that are read again for every panel should stay in the second- or third-level cache
 
 
@@ -237,8 +238,10 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
             count = bind((block + 1) * m // blocks - low)
             stage = local((config.mt, nt), form.accumulator)
             line = bind(block % vectors)
-            # A single block is done with its panel before it could fetch the next: it looks a few steps ahead.
-            distance = bind(tirx.Select(blocks == 1, i64(STEPS_AHEAD), i64(depth)))
+            # A single block is done with its panel before it could fetch the next: it looks a few steps ahead. Where
+            # the cache does not hold two panels, the next one comes with the last blocks; the others fetch nothing new.
+            late = blocks - vectors if 4 * depth * nt > LATE_BYTES else i64(0)
+            distance = bind(tirx.Select(blocks == 1, i64(STEPS_AHEAD), tirx.Select(block >= late, i64(depth), i64(0))))
 
             def fetch(k: Expr, lines: int) -> None:
                 for i in range(lines):

@@ -17,7 +17,7 @@ from xopt.targets.base import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["NAMES", "Target", "compile", "configured", "get"]
+__all__ = ["NAMES", "Target", "compile", "configured", "get", "variants"]
 
 NAMES = ("cpu", "arm", "cuda")
 """The kinds of target; a variant may follow after a colon."""
@@ -43,6 +43,13 @@ def get(name: str) -> Target:
 
         return CudaTarget(variant)
     raise InputError("E-TARGET", f"unknown target {name!r}", cure=f"use one of {', '.join(NAMES)}")
+
+
+def variants() -> list[str]:
+    """The names of targets that stand for machines other than this one too."""
+    from xopt.targets.cpu import VARIANTS
+
+    return [*(f"cpu:{variant}" for variant in VARIANTS), *NAMES[1:]]
 
 
 def configured(

@@ -25,7 +25,7 @@ _AVX2 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 # What each variant needs, as /proc/cpuinfo names it; the last one that this machine can run is its own.
-_VARIANTS = {
+VARIANTS = {
     "avx2": _AVX2,
     "avx2-vnni": (*_AVX2, "avx_vnni"),
     "avx512": _AVX512,
@@ -53,13 +53,13 @@ class CpuTarget(Target):
     tile = 16
 
     def __init__(self, variant: str = "") -> None:
-        if variant and variant not in _VARIANTS:
-            names = ", ".join(f"cpu:{name}" for name in _VARIANTS)
+        if variant and variant not in VARIANTS:
+            names = ", ".join(f"cpu:{name}" for name in VARIANTS)
             raise InputError("E-TARGET", f"unknown CPU variant {variant!r}", cure=f"use cpu, or one of {names}")
         self.name = f"cpu:{variant}" if variant else "cpu"
         self._native = not variant
         here = cpu_features()
-        runnable = [name for name, needed in _VARIANTS.items() if set(needed) <= here]
+        runnable = [name for name, needed in VARIANTS.items() if set(needed) <= here]
         if self._native and not runnable:
             raise InputError(
                 "E-CPU", "this machine's CPU has no AVX2", where="target cpu", cure="compile for cpu:avx2 or cpu:avx512"
@@ -78,7 +78,7 @@ class CpuTarget(Target):
 
     def features(self) -> tuple[str, ...]:
         """The features of the variant; for this machine's CPU also the extensions it has."""
-        needed = _VARIANTS[self._variant]
+        needed = VARIANTS[self._variant]
         if not self._native:
             return needed
         return (*needed, *(name for name in _NATIVE if name in cpu_features() and name not in needed))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir import edit
+from xopt.ir import edit, walk
 from xopt.targets.formats import Format, by_columns
 from xopt.targets.symbolic import Array
 
@@ -54,8 +54,7 @@ def parts(node: ir.Node) -> tuple[Part, Part, Part] | None:
     """The quantized Q, K and V of an attention node, or None where they are not all integers that the kernel takes."""
     if node.op_type not in OPS or not _plain(node):
         return None
-    heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
-    found = [_part(node.inputs[index], count) for index, count in enumerate(heads) if count]
+    found = [_part(node.inputs[index], count) for index, count in enumerate(walk.attention_heads(node)) if count]
     if len(found) != 3 or not all(found):
         return None
     q, k, v = (part for part in found if part is not None)

@@ -35,6 +35,7 @@ from xopt.targets.formats import (
 )
 from xopt.targets.integer_attention import Part, parts, stored_formats
 from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Array, Dim, Dimensions, Ints, UndecidedError, evaluate, known
+from xopt.targets.weights import Weights
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
@@ -65,14 +66,12 @@ class Lowering:
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
     dims: Dimensions = field(default_factory=Dimensions)
     values: dict[ir.Value, Value] = field(default_factory=dict)
-    store: Callable[[str, Array], Array] = lambda name, array: array
-    weights: list[tuple[str, Array]] = field(default_factory=list)
+    weights: Weights = field(default_factory=lambda: Weights(in_memory))
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     layouts: dict[ir.Value, Layout] = field(default_factory=dict)
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     tied: dict[ir.Value, ir.Value] = field(default_factory=dict)
     attentions: dict[ir.Node, tuple[Part, Part, Part]] = field(default_factory=dict)
-    _weight_variables: dict[Any, relax.Var] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
     _kernels: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict)
@@ -122,23 +121,19 @@ class Lowering:
         """
         if array.size == 1:
             return relax.const(array, str(array.dtype))
-        key = object() if key is None else key
-        if key not in self._weight_variables:
-            self.weights.append((name, self.store(name, array)))
-            variable = relax.Var(f"weight_{len(self.weights) - 1}", relax.TensorType(array.shape, str(array.dtype)))
-            self._weight_variables[key] = variable
-        return self._weight_variables[key]
+        return self.weights.variable(object() if key is None else key, name, lambda: array)
 
     def packed(self, value: ir.Value, layout: object, pack: Callable[[Array], Array]) -> relax.Expr:
         """A constant in a kernel's own layout, packed once for equal ``layout``."""
-        key = (value, layout)
-        if key not in self._weight_variables:
-            content = self.value(value)
-            assert isinstance(content, np.ndarray)
-            packed = self.constant(pack(content), value.name or "", key)
-            give_back(value.const_value)
-            return packed
-        return self._weight_variables[key]
+
+        def content() -> Array:
+            array = self.value(value)
+            assert isinstance(array, np.ndarray)
+            return pack(array)
+
+        variable = self.weights.variable((value, layout), value.name or "", content)
+        give_back(value.const_value)
+        return variable
 
     def materialized(self, ints: Ints) -> relax.Expr:
         """A run-time tensor that holds known integers which depend on the dimensions."""
@@ -438,19 +433,9 @@ class Lowering:
         return TensorInfo(value.name or "", str(tensor.ty.dtype), shape, self.ranges.get(value))
 
     def finish(self, parameters: list[relax.Var]) -> tvm.IRModule:
-        """The module, with the weights bound from the tuple before everything else.
-
-        The tuple's elements are fetched without type checks: the loader made them from the artifact's own manifest.
-        """
+        """The module, with the weights bound from the tuple before everything else."""
         function = self.builder.get()["main"]
-        bundle = parameters[-1]
-        bindings = []
-        for index, variable in enumerate(self._weight_variables.values()):
-            fetch = relax.op.call_pure_packed(
-                "vm.builtin.tuple_getitem", bundle, tirx.IntImm("int64", index), ty_args=variable.ty
-            )
-            bindings.append(relax.VarBinding(variable, fetch))
-        body = relax.SeqExpr([relax.BindingBlock(bindings), *function.body.blocks], function.body.body)
+        body = relax.SeqExpr([self.weights.bindings(parameters[-1]), *function.body.blocks], function.body.body)
         module = self.builder.get()
         module["main"] = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
         return module
@@ -467,7 +452,12 @@ def _readable(dim: Any) -> str:
     return str(dim).replace("T.int64(", "").replace(")", "") if isinstance(dim, tirx.Var) else str(dim)
 
 
-def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] = lambda name, array: array) -> Lowered:
+def in_memory(name: str, array: Array) -> Array:
+    """Leave a weight where it is."""
+    return array
+
+
+def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] = in_memory) -> Lowered:
     """Turn a canonical model into Relax.
 
     Args:
@@ -484,7 +474,7 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    lowering = Lowering(target, store=store)
+    lowering = Lowering(target, weights=Weights(store))
     parameters = [lowering.parameter(value) for value in model.graph.inputs]
     bundle = relax.Var("weights", relax.ObjectType())
     with lowering.builder.function("main", [*parameters, bundle]):
@@ -496,7 +486,7 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
         lowering.builder.emit_func_output(output)
     return Lowered(
         lowering.finish([*parameters, bundle]),
-        lowering.weights,
+        lowering.weights.entries,
         tuple(lowering.describe(value, parameter) for value, parameter in zip(model.graph.inputs, parameters)),
         tuple(lowering.describe(value, result) for value, result in zip(model.graph.outputs, results)),
         lowering.dims.limits,

@@ -250,7 +250,7 @@ def targets(as_json: bool) -> None:
     """``xopt targets``."""
     from xopt import targets as known
 
-    found = [known.get(name) for name in known.NAMES]
+    found = [known.get(name) for name in (known.NAMES[0], *known.variants())]
     facts = [{"name": t.name, "runs_here": t.can_run(), "tile": t.tile, "features": list(t.features())} for t in found]
     if as_json:
         console.emit({"targets": facts})

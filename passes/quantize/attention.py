@@ -33,8 +33,7 @@ class Operands:
     @property
     def heads(self) -> tuple[int, ...]:
         """Of each operand."""
-        names = ("q_num_heads", "kv_num_heads", "kv_num_heads")
-        return tuple(walk.int_attribute(self.node, name, 0) for name in names)
+        return walk.attention_heads(self.node)
 
     def problem(self) -> str | None:
         """Why they cannot be quantized whatever the data, or None."""

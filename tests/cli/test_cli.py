@@ -153,8 +153,9 @@ def test_passes(xopt: Run) -> None:
 
 def test_targets(xopt: Run) -> None:
     found = {one["name"]: one for one in xopt("targets", "--json").json["targets"]}
-    assert found.keys() == {"cpu", "arm", "cuda"}
+    assert {"cpu", "cpu:avx2", "cpu:avx2-vnni", "cpu:avx512", "arm", "cuda"} <= found.keys()
     assert found["cpu"]["runs_here"] is True and found["arm"]["runs_here"] is False
+    assert found["cpu:avx2"]["runs_here"] is True
 
 
 def test_diff(xopt: Run, model: Path, tmp_path: Path) -> None:

@@ -34,17 +34,18 @@ def instructions(path: Path) -> set[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def quantized():
-    """A model with layers and attention at 8 bits, and inputs."""
+def quantized(tmp_path_factory: pytest.TempPathFactory):
+    """A model with layers and attention at 8 bits, inputs, and what this machine's own code makes of them."""
     model = builders.vit(layers=1, width=32, heads=2, fused=True)
     feeds = builders.feeds(model, {"batch": 2})
     Quantize(attention=True).run(model, PassContext(calibration=Dataset(feeds)))
-    return model, feeds
+    path = targets.compile(model, "cpu", tmp_path_factory.mktemp("native") / "model.so")
+    return model, feeds, Session.load(path).run(feeds)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_code_of_a_variant(quantized, name: str, tmp_path: Path) -> None:
-    model, feeds = quantized
+    model, feeds, native = quantized
     path = targets.compile(model, name, tmp_path / "model.so")
     registers, product = VARIANTS[name]
     used = instructions(path)
@@ -53,7 +54,6 @@ def test_code_of_a_variant(quantized, name: str, tmp_path: Path) -> None:
     assert ("vpdpbusd" in {word for word, _ in used}) == (product == "vpdpbusd")
     if not targets.get(name).can_run():
         pytest.skip(f"this machine cannot run {name}")
-    native = Session.load(targets.compile(model, "cpu", tmp_path / "native.so")).run(feeds)
     for key, found in Session.load(path).run(feeds).items():
         # Sums of integers are exact everywhere; what follows is float32, in which a value may cross a step of a grid.
         assert np.abs(found - native[key]).max() < 0.02 * np.abs(native[key]).max()

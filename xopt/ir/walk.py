@@ -30,6 +30,12 @@ def int_attribute(node: ir.Node, name: str, default: int) -> int:
     return default if found is None else found.as_int()
 
 
+def attention_heads(node: ir.Node) -> tuple[int, int, int]:
+    """How many heads Q, K and V of an attention node have side by side; 0 where they have an axis of their own."""
+    q, kv = (int_attribute(node, name, 0) for name in ("q_num_heads", "kv_num_heads"))
+    return q, kv, kv
+
+
 def shape_of(value: ir.Value | None) -> tuple[int | None, ...] | None:
     """The shape with None for symbolic dimensions, or None when the rank is unknown."""
     if value is None or value.shape is None:
