@@ -55,7 +55,7 @@ bench: $(STAMP)
 		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/plot.py out/benchmarks/cpu-$$precision.json \
 			out/benchmarks/cpu-$$precision.svg || exit 1; \
 	done
-	for precision in fp32 bf16; do \
+	for precision in fp32 bf16 int8; do \
 		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/layers.py out/benchmarks/layers-$$precision.json \
 			--precision $$precision || exit 1; \
 	done

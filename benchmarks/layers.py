@@ -1,8 +1,8 @@
 """Where the time of whole models goes: every kernel of a run beside the machine's limits (a roofline, layer by layer).
 
-    python benchmarks/layers.py docs/benchmarks/layers-fp32.json                  DeiT-S and MiniLM at float32
-    python benchmarks/layers.py docs/benchmarks/layers-bf16.json --precision bf16
-    python benchmarks/layers.py docs/benchmarks/layers-fp32.json --table          what was measured, in Markdown
+    python benchmarks/layers.py docs/benchmarks/layers-fp32.json                    DeiT-S and MiniLM at float32
+    python benchmarks/layers.py docs/benchmarks/layers-int8.json --precision int8   quantized, the rest at bfloat16
+    python benchmarks/layers.py docs/benchmarks/layers-fp32.json --table            what was measured, in Markdown
 
 The limit of a linear layer is the longer of two times, its arithmetic at the machine's peak or reading its weights; of
 attention its two products. Kernels without products have none.
@@ -20,20 +20,20 @@ import cpu
 import models
 
 from xopt import api
-from xopt.measure import latency, machine
-from xopt.measure.layers import Layer, calls, layers
+from xopt.data.dataset import Dataset
+from xopt.measure import latency, machine, peers_int8
+from xopt.measure.layers import Layer, calls, layers, products
 from xopt.measure.peak import Peak, Probe
 from xopt.runtime.session import Session
 
 SHAPES = (cpu.Case("deit-s", None, 1, 2), cpu.Case("minilm", 128, 1, 2))
-PEAK = {"fp32": "float32", "bf16": "bfloat16"}
-ROUNDS, PROBES = 60, 5
+ROUNDS, PROBES = 60, 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--precision", choices=sorted(PEAK), default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print what was measured, measure nothing")
     options = parser.parse_args()
@@ -53,22 +53,29 @@ def measure(case: cpu.Case, options: argparse.Namespace) -> dict[str, Any]:
     path = cpu.fixed(case)
     feeds = models.feeds(path, case.sizes())
     with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
-        library = api.compile(path, output=folder, threads=options.threads, precision=options.precision)
+        precision = options.precision
+        if precision == "int8":
+            source, path, precision = path, Path(folder) / "quantized.onnx", "bf16"
+            peers_int8.write_quantized(source, Dataset(feeds, name="the input that is timed"), path, attention=True)
+        library = api.compile(path, output=folder, threads=options.threads, precision=precision)
         session = Session.load(library, threads=options.threads)
-    probe = Probe(options.threads, PEAK[options.precision])
     with latency.pinned(options.threads):
-        rates = [probe.measure() for _ in range(PROBES)]
         timed = calls(session, feeds, ROUNDS)
-        rates += [probe.measure() for _ in range(PROBES)]
-    # The best of them: what else runs on the machine slows a probe down, and never makes it faster.
-    peak = Peak(max(rate.gflops for rate in rates), max(rate.gb_per_s for rate in rates))
-    found = layers(timed, peak)
+        peaks = {name: peak(options.threads, name) for name in products(timed)}
+        timed = calls(session, feeds, ROUNDS)
+    found = layers(timed, peaks)
     return {
-        "peak_gflops": peak.gflops,
-        "read_gb_per_s": peak.gb_per_s,
+        "peaks": {name: {"gflops": one.gflops, "read_gb_per_s": one.gb_per_s} for name, one in peaks.items()},
         "ms": sum(layer.ms for layer in found),
         "layers": [entry(layer) for layer in found],
     }
+
+
+def peak(threads: int, precision: str) -> Peak:
+    """The best of some probes: what else runs on the machine slows one down, and never makes it faster."""
+    probe = Probe(threads, precision)
+    rates = [probe.measure() for _ in range(PROBES)]
+    return Peak(max(rate.gflops for rate in rates), max(rate.gb_per_s for rate in rates))
 
 
 def entry(layer: Layer) -> dict[str, Any]:

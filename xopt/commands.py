@@ -180,7 +180,7 @@ def bench(
         with isolated(factories, feeds, count) as others, pinned(count):
             contenders: dict[str, Contender] = {"xopt": Local(session.run, feeds), **others.contenders}
             times = in_turns(contenders, rounds=rounds, seconds=120, progress=progress)
-            table = _layers(session, feeds, count, precision) if layers else []
+            table = _layers(session, feeds, count) if layers else []
     if as_json:
         runtimes = {name: t.record() for name, t in times.items()}
         shapes = {name: list(array.shape) for name, array in feeds.items()}
@@ -201,15 +201,16 @@ def bench(
         console.table("", ["kernel", "calls", "ms", "of all", "of limit"], lines)
 
 
-def _layers(session: Session, feeds: Mapping[str, np.ndarray], threads: int, precision: str) -> list[dict[str, Any]]:
+def _layers(session: Session, feeds: Mapping[str, np.ndarray], threads: int) -> list[dict[str, Any]]:
     """Time of each kernel of a session's run beside the machine's limits, as JSON has it."""
     import dataclasses
 
-    from xopt.measure.layers import calls, layers
+    from xopt.measure.layers import calls, layers, products
     from xopt.measure.peak import Probe
 
-    peak = Probe(threads, {"fp32": "float32", "bf16": "bfloat16"}[precision]).measure()
-    return [dataclasses.asdict(layer) for layer in layers(calls(session, feeds), peak)]
+    found = calls(session, feeds)
+    peaks = {precision: Probe(threads, precision).measure() for precision in products(found)}
+    return [dataclasses.asdict(layer) for layer in layers(found, peaks)]
 
 
 def _share(limit: float, time: float) -> str:

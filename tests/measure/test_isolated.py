@@ -142,4 +142,5 @@ with t.isolated({{"a": t.doubling}}, t.FEEDS, 1) as found:
 
 def test_a_reason_is_one_line() -> None:
     assert reason(RuntimeError("\n\n  first  \nsecond")) == "RuntimeError: first"
+    assert reason(InputError("E-OPTION", "it has none", where="there")) == "it has none"
     assert len(reason(RuntimeError("x" * 1000))) == 200

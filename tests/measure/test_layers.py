@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from xopt import targets
 from xopt.ir import canonicalize
-from xopt.measure.layers import Call, calls, layers
+from xopt.measure.layers import Call, calls, layers, products
 from xopt.measure.peak import Peak
 from xopt.runtime.session import Session
 
@@ -54,7 +54,21 @@ def test_layers_add_up_beside_the_limits() -> None:
     product = Call("gemm_any_10x10_avx512", 2.0, ((100, 10), (1, 10, 1, 16), (100, 10)), (4000, 640, 4000))
     copy = Call("transpose", 1.0, ((10, 10), (10, 10)), (400, 400))
     peak = Peak(gflops=0.02, gb_per_s=0.64)
-    first, second = layers([product, copy, product], peak)
+    first, second = layers([product, copy, product], {"float32": peak})
     assert (first.calls, first.ms, first.flops) == (2, 4.0, 2 * 20000)
     assert first.limit_ms == 2 * max(20000 / 0.02e6, 640 / 0.64e6)
     assert (second.kernel, second.limit_ms, second.bytes) == ("transpose", 0.0, 800)
+
+
+def test_each_product_is_held_against_the_peak_of_its_precision() -> None:
+    names = {
+        "gemm_any_10x10_bias_to_bfloat16_avx512_bf16_6x4": "float32",
+        "gemm_any_10x10_bias_bfloat16_to_uint8_avx512_bf16_6x4": "bfloat16",
+        "gemm_any_10x10_int8_avx512_vnni_6x4": "int8",
+    }
+    found = [Call(name, 1.0, ((100, 10), (1, 10, 1, 16), (100, 10)), (0, 0, 0)) for name in names]
+    assert [call.precision for call in found] == list(names.values())
+    assert products(found) == ["bfloat16", "float32", "int8"]
+    peaks = {precision: Peak(gflops, 1.0) for precision, gflops in (("float32", 1.0), ("bfloat16", 2.0), ("int8", 4.0))}
+    limits = {layer.kernel: layer.limit_ms for layer in layers(found, peaks)}
+    assert limits == {name: 20000 / peaks[precision].gflops * 1e-6 for name, precision in names.items()}

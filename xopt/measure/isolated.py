@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xopt.errors import InputError
+from xopt.errors import InputError, XoptError
 from xopt.measure.latency import Local, Runner, pinned
 
 Feeds = Mapping[str, np.ndarray]
@@ -165,5 +165,7 @@ def reason(error: Exception) -> str:
     """Why a runtime is left out, in a line."""
     if isinstance(error, ImportError):
         return f"not installed ({error.name or error})"
+    if isinstance(error, XoptError):
+        return error.what
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:200]

@@ -52,6 +52,12 @@ class Call:
         return 0
 
     @property
+    def precision(self) -> str:
+        """Of the operands of its products: "float32", "bfloat16" or "int8"."""
+        computed = self.name.partition("_to_")[0]  # what follows is how results are stored
+        return next((name for name in ("bfloat16", "int8") if f"_{name}" in computed), "float32")
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights of a linear layer, which come from memory; 0 for other kernels."""
         return self.sizes[1] if _GEMM.match(self.name) else 0
@@ -82,8 +88,8 @@ class Layer:
     limit_ms: float
 
 
-def layers(found: Sequence[Call], peak: Peak) -> list[Layer]:
-    """The calls by kernel and shapes, the longest first, beside the machine's limits."""
+def layers(found: Sequence[Call], peaks: Mapping[str, Peak]) -> list[Layer]:
+    """The calls by kernel and shapes, the longest first, beside the machine's limits at each precision."""
     groups: dict[tuple[str, tuple[tuple[int, ...], ...]], list[Call]] = {}
     for call in found:
         groups.setdefault((call.name, call.shapes), []).append(call)
@@ -95,11 +101,16 @@ def layers(found: Sequence[Call], peak: Peak) -> list[Layer]:
             ms=sum(call.ms for call in group),
             flops=sum(call.flops for call in group),
             bytes=sum(sum(call.sizes) for call in group),
-            limit_ms=sum(peak.limit_ms(call.flops, call.weight_bytes) for call in group),
+            limit_ms=sum(peaks[call.precision].limit_ms(call.flops, call.weight_bytes) for call in group if call.flops),
         )
         for (kernel, shapes), group in groups.items()
     ]
     return sorted(result, key=lambda layer: -layer.ms)
+
+
+def products(found: Sequence[Call]) -> list[str]:
+    """The precisions of the products among calls."""
+    return sorted({call.precision for call in found if call.flops})
 
 
 def calls(session: Session, feeds: Mapping[str, np.ndarray], rounds: int = 20) -> list[Call]:

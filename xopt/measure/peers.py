@@ -64,8 +64,8 @@ def chosen(known: Mapping[str, Factory], names: Sequence[str]) -> dict[str, Fact
 
 
 def no_bfloat16(path: Path, threads: int) -> Runner:
-    """ONNX Runtime has no bfloat16 on CPUs."""
-    raise NotImplementedError("it has no bfloat16 on CPUs")
+    """Say why ONNX Runtime is left out."""
+    raise InputError("E-OPTION", "it has no bfloat16 on CPUs", where="onnxruntime")
 
 
 def onnxruntime_runner(path: Path, threads: int) -> Runner:
