@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from xopt.measure.isolated import aligned
+
 Sizes = Mapping[str, int]
 """Sizes of symbolic axes by name."""
 
@@ -133,15 +135,6 @@ def feeds(path: Path, sizes: Sizes) -> dict[str, np.ndarray]:
             array = generator.standard_normal(shape, np.float32)
         arrays[value.name] = aligned(array)
     return arrays
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at a multiple of 64 bytes, as the runtimes' own outputs are: none of them copies it again."""
-    buffer = np.empty(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def _export_encoder(model: torch.nn.Module, path: Path) -> None:

@@ -115,6 +115,18 @@ def test_one_that_dies_in_its_turn_is_named() -> None:
     assert caught.value.code == "E-PEER" and "runtime frail" in str(caught.value)
 
 
+def address(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A runner that tells where its input lies."""
+    return {"address": np.array([feeds["x"].ctypes.data])}
+
+
+def test_inputs_lie_where_no_runtime_has_to_copy_them() -> None:
+    makers = {str(size): partial(operator.itemgetter(0), [address]) for size in (1, 2)}
+    for count in (1, 3, 5000):
+        with isolated(makers, {"x": np.arange(count, dtype=np.float32)}, 1) as found:
+            assert all(process.outputs()["address"][0] % 64 == 0 for process in found.contenders.values())
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU")
 def test_processes_are_held_to_their_cpus() -> None:
     with isolated({"a": partial(operator.itemgetter(0), [cpus_used])}, FEEDS, 1) as found:
