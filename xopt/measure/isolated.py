@@ -134,7 +134,7 @@ def serve() -> None:
     try:
         factory, feeds, threads = (pickle.load(requests) for _ in range(3))
         local = Local(factory(), {name: aligned(array) for name, array in feeds.items()})
-        local.run(feeds)
+        local.run(local.feeds)
     except Exception as error:  # each runtime has its own errors; one that fails is left out of the comparison
         _answer(answers, reason(error))
         return
@@ -142,7 +142,7 @@ def serve() -> None:
     with pinned(threads):
         while request := _request(requests):
             if request == "outputs":
-                _answer(answers, {name: np.asarray(value) for name, value in local.run(feeds).items()})
+                _answer(answers, {name: np.asarray(value) for name, value in local.run(local.feeds).items()})
             elif request == "turn":
                 _answer(answers, local.turn(pickle.load(requests)))
             else:
