@@ -5,7 +5,8 @@
     python benchmarks/kernels.py norm docs/benchmarks/norm.json
 
 The limit of a product is a loop of as many multiply-adds that stays in registers, that of a normalization copying its
-operands; it takes turns with the others.  Results are checked against torch before anything is timed.
+operands; it takes turns with the others.  Torch has a process of its own, stopped but for its turns.  Before anything is
+timed, its results are compared with xopt's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch_kernels
+
+if TYPE_CHECKING:
+    from xopt.measure.isolated import Factory, Process
+    from xopt.measure.latency import Contender
 
 Array = np.ndarray
 Runner = Callable[[], object]
@@ -29,48 +35,67 @@ Runner = Callable[[], object]
 PRECISIONS = ("float32", "bfloat16", "int8")
 IN_TORCH = ("float32", "bfloat16")
 """Torch has no layer at 8 bits to compare with; the others have its names."""
-OURS = ("xopt", "limit")
-"""Run on the pool of TVM."""
 RESULTS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "uint8"}
 """What a kernel writes where the next one reads the same precision."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Competitors by name, "xopt" first and "limit" among them, and the operations of one call (0: bytes count)."""
+    """A kernel and what it is compared with.
+
+    Attributes:
+        work: operations of a call (0: bytes count).
+        xopt: a call of the kernel.
+        result: what that has written, as float32.
+        limit: what the machine takes at least; None: as many multiply-adds.
+        in_torch: loads the same into torch, if that has it.
+    """
 
     name: str
     precision: str
     work: int
-    runners: dict[str, Runner]
+    xopt: Runner
+    result: Callable[[], Array]
+    limit: Runner | None = None
+    in_torch: Factory | None = None
 
 
 def main() -> None:
     options = _options()
     os.environ["TVM_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
-    import torch
     import tvm  # noqa: F401, whose threads the kernels run on
 
     from xopt.measure import latency, machine
-    from xopt.measure.peak import fused_multiply_adds
+    from xopt.measure.isolated import Process
 
-    torch.set_num_threads(options.threads)
-    torch.set_grad_enabled(False)
     results = []
-    with latency.pinned(options.threads):
-        for case in CASES[options.kernel]():
+    with closing(Process("torch")) as torch, latency.pinned(options.threads):
+        for case in CASES[options.kernel](options.threads):
             if options.only not in f"{case.name} {case.precision}":
                 continue
-            runners = dict(case.runners)
-            if case.work:
-                runners["limit"] = fused_multiply_adds(case.work, options.threads, case.precision)
-            calls = {name: _call(run, options.threads if name in OURS else 0) for name, run in runners.items()}
-            times = latency.interleaved(calls, {}, rounds=options.rounds, seconds=options.seconds)
+            contenders = _contenders(case, torch, options.threads)
+            times = latency.in_turns(contenders, rounds=options.rounds, seconds=options.seconds)
             results.append(_entry(case, times))
             print(_line(results[-1]), flush=True)
     record = {"machine": machine.describe(), "threads": options.threads, "results": results}
     options.output.write_text(json.dumps(record) + "\n")
+
+
+def _contenders(case: Case, torch: Process, threads: int) -> dict[str, Contender]:
+    """Xopt and the limit in this process, torch in its own, after their results were compared."""
+    from xopt.measure.latency import Local
+    from xopt.measure.peak import fused_multiply_adds
+
+    limit = case.limit or fused_multiply_adds(case.work, threads, case.precision)
+    found: dict[str, Contender] = {"xopt": Local(_call(case.xopt, threads), {})}
+    if case.in_torch is not None:
+        if (problem := torch.load(case.in_torch, {}, threads)) is not None:
+            raise SystemExit(f"torch: {problem}")
+        case.xopt()
+        agree(case.result(), torch.outputs()["y"], case.precision)
+        found["torch"] = torch
+    return found | {"limit": Local(_call(limit, threads), {})}
 
 
 def _options() -> argparse.Namespace:
@@ -85,11 +110,11 @@ def _options() -> argparse.Namespace:
 
 
 def _call(run: Runner, threads: int) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """A runner, whose operands are its own, as `latency.interleaved` calls it; on TVM's threads, if any."""
+    """A runner, whose operands are its own, as `latency.Local` calls it; on TVM's threads."""
     from xopt.runtime.threads import settled
 
     def call(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        with settled(threads) if threads else nullcontext():
+        with settled(threads):
             run()
         return feeds
 
@@ -124,8 +149,8 @@ def isa() -> Any:
     return peak.isa()
 
 
-def compiled(family: Any, workload: Any, arrays: list[Array], result: Array) -> tuple[Runner, Any]:
-    """A runner of the kernel with its heuristic configuration, and its output tensor."""
+def compiled(family: Any, workload: Any, arrays: list[Array], result: Array) -> tuple[Runner, Callable[[], Array]]:
+    """A runner of the kernel with its heuristic configuration, and its output as float32."""
     import tvm
 
     from xopt.kernels import emit
@@ -133,7 +158,7 @@ def compiled(family: Any, workload: Any, arrays: list[Array], result: Array) -> 
 
     kernel = emit.compiled(family.build(workload, family.heuristic(workload, isa()), isa()), peak.native())
     tensors = [tvm.runtime.tensor(array) for array in (*arrays, result)]
-    return lambda: kernel(*tensors), tensors[-1]
+    return lambda: kernel(*tensors), lambda: values(tensors[-1].numpy())
 
 
 def stored(array: Array, precision: str) -> Array:
@@ -150,10 +175,9 @@ def values(array: Array) -> Array:
     return from_bfloat16(array) if array.dtype == np.uint16 else array
 
 
-def agree(ours: Array, theirs: Any, precision: str) -> None:
+def agree(ours: Array, theirs: Array, precision: str) -> None:
     """Stop when two results differ by more than the precision explains, relative to the largest."""
-    expected = theirs.float().numpy()
-    error = float(np.abs(ours.reshape(expected.shape) - expected).max() / np.abs(expected).max())
+    error = float(np.abs(ours.reshape(theirs.shape) - theirs).max() / np.abs(theirs).max())
     if not error < {"float32": 1e-5, "bfloat16": 2e-2}[precision]:
         raise SystemExit(f"xopt and torch differ by {error:.2g}")
 
@@ -173,15 +197,15 @@ ROWS = (1, 2, 3, 5, 8, 13, 16, 29, 61, 127, 509)
 """Of "deit-s qkv" again: few rows, and numbers that no tile divides."""
 
 
-def gemm_cases() -> Iterator[Case]:
+def gemm_cases(threads: int) -> Iterator[Case]:
     for precision in PRECISIONS:
         for name, *shape, after in LAYERS:
-            yield gemm_case(name, *shape, after, precision)
+            yield gemm_case(name, *shape, after, precision, threads)
         for rows in ROWS:
-            yield gemm_case("rows", rows, 384, 1152, "none", precision)
+            yield gemm_case("rows", rows, 384, 1152, "none", precision, threads)
 
 
-def gemm_case(name: str, m: int, k: int, n: int, after: str, precision: str) -> Case:
+def gemm_case(name: str, m: int, k: int, n: int, after: str, precision: str, threads: int) -> Case:
     """A layer with a bias, and GELU or the sum with a residual (float32, as in whole models) after it."""
     from xopt.kernels import gemm
     from xopt.kernels.precision import STORAGE
@@ -192,38 +216,20 @@ def gemm_case(name: str, m: int, k: int, n: int, after: str, precision: str) -> 
         (None,), k, n, bias=True, activation="gelu" if after == "gelu" else "none", residual=residual,
         operands=precision, results=(form,),
     )  # fmt: skip
-    config, rng = gemm.heuristic(workload, isa()), np.random.default_rng(0)
+    config, operands = gemm.heuristic(workload, isa()), torch_kernels.linear_operands(m, k, n)
     columns = partial(gemm.pack_columns, config=config, isa=isa())
-    bias, side = rng.standard_normal(n).astype(np.float32), rng.standard_normal((m, n)).astype(np.float32)
     if precision == "int8":
+        rng = np.random.default_rng(0)
         a, w = rng.integers(0, 256, (m, k)).astype(np.uint8), rng.integers(-127, 128, (k, n)).astype(np.int8)
         scale = columns(np.full(n, 1e-4, np.float32))
         inputs = [a, gemm.pack_weight(w, config, isa(), "int8"), scale, columns(gemm.offset(w, 128))]
     else:
-        a, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, n)))
-        inputs = [stored(a, precision), gemm.pack_weight(w, config, isa(), precision)]
-    inputs += [columns(bias), *([side] if residual else [])]
+        inputs = [stored(operands["a"], precision), gemm.pack_weight(operands["w"], config, isa(), precision)]
+    inputs += [columns(operands["bias"]), *([operands["side"]] if residual else [])]
     inputs += [np.array([10, 128], np.float32)] if form == "uint8" else []
     xopt, result = compiled(gemm, workload, inputs, np.zeros((m, n), STORAGE[form]))
-    runners: dict[str, Runner] = {"xopt": xopt}
-    if precision in IN_TORCH:
-        runners["torch"] = torch_layer(a, w, bias, side, after, precision)
-        xopt()
-        agree(values(result.numpy()), runners["torch"](), precision)
-    return Case(f"{name} {m}x{k}x{n} {after}", precision, 2 * m * k * n, runners)
-
-
-def torch_layer(a: Array, w: Array, bias: Array, side: Array, after: str, precision: str) -> Runner:
-    import torch
-
-    dtype = getattr(torch, precision)
-    x, weight, b, r = (torch.from_numpy(array).to(dtype) for array in (a, w.T.copy(), bias, side))
-
-    def run() -> torch.Tensor:
-        y = torch.nn.functional.linear(x, weight, b)
-        return torch.nn.functional.gelu(y) if after == "gelu" else y + r if after == "residual" else y
-
-    return run
+    in_torch = partial(torch_kernels.linear, m, k, n, after, precision, threads) if precision in IN_TORCH else None
+    return Case(f"{name} {m}x{k}x{n} {after}", precision, 2 * m * k * n, xopt, result, in_torch=in_torch)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -232,23 +238,21 @@ CAUSAL_TOKENS = (64, 256, 1024)
 HEADS = ((12, 32), (12, 64), (8, 128))
 
 
-def attention_cases() -> Iterator[Case]:
+def attention_cases(threads: int) -> Iterator[Case]:
     for precision in IN_TORCH:
         for heads, d in HEADS:
             for tokens in TOKENS:
-                yield attention_case(tokens, heads, d, precision)
+                yield attention_case(tokens, heads, d, precision, threads)
             for tokens in CAUSAL_TOKENS:
-                yield attention_case(tokens, heads, d, precision, causal=True)
+                yield attention_case(tokens, heads, d, precision, threads, causal=True)
 
 
-def attention_case(tokens: int, heads: int, d: int, precision: str, causal: bool = False) -> Case:
+def attention_case(tokens: int, heads: int, d: int, precision: str, threads: int, causal: bool = False) -> Case:
     """Xopt reads the fused projection; torch gets heads already split, which costs it nothing here."""
-    import torch
-
     from xopt.kernels import attention
     from xopt.kernels.precision import STORAGE
 
-    x = np.random.default_rng(0).standard_normal((1, tokens, 3 * heads * d)).astype(np.float32)
+    x = torch_kernels.projection(tokens, heads, d)
     operands = attention.fused(heads, heads, d, d)
     workload = attention.Workload(
         None, None, None, heads, heads, d, d, 1 / math.sqrt(d), causal=causal, operands=precision,
@@ -256,48 +260,34 @@ def attention_case(tokens: int, heads: int, d: int, precision: str, causal: bool
     )  # fmt: skip
     out = np.zeros((1, tokens, heads * d), STORAGE[RESULTS[precision]])
     xopt, result = compiled(attention, workload, [stored(x, precision)], out)
-    split = torch.from_numpy(x).to(getattr(torch, precision)).reshape(tokens, 3, heads, d)
-    q, k, v = (part.contiguous() for part in split.permute(1, 2, 0, 3)[:, None])
-
-    def in_torch() -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    xopt()
-    agree(values(result.numpy()), in_torch()[0].permute(1, 0, 2).reshape(tokens, heads * d), precision)
     seen = tokens * (tokens + 1) // 2 if causal else tokens * tokens
-    name = f"{tokens} tokens {heads}x{d}{' causal' if causal else ''}"
-    return Case(name, precision, 4 * seen * heads * d, {"xopt": xopt, "torch": in_torch})
+    return Case(
+        f"{tokens} tokens {heads}x{d}{' causal' if causal else ''}",
+        precision,
+        4 * seen * heads * d,
+        xopt,
+        lambda: result().reshape(tokens, heads, d).transpose(1, 0, 2),
+        in_torch=partial(torch_kernels.attention, tokens, heads, d, precision, causal, threads),
+    )
 
 
 # -- normalization -----------------------------------------------------------------------------------------------------
-def norm_cases() -> Iterator[Case]:
+def norm_cases(threads: int) -> Iterator[Case]:
     for rows, width in ((197, 384), (128, 768), (1, 768)):
-        yield norm_case(rows, width)
+        yield norm_case(rows, width, threads)
 
 
-def norm_case(rows: int, width: int) -> Case:
-    import torch
-
+def norm_case(rows: int, width: int, threads: int) -> Case:
     from xopt.kernels import norm
 
-    rng = np.random.default_rng(0)
-    x, scale, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, width), width, width))
-    packed = [norm.pack_vector(vector, isa()) for vector in (scale, bias)]
+    x, *vectors = torch_kernels.norm_operands(rows, width)
+    packed = [norm.pack_vector(vector, isa()) for vector in vectors]
     xopt, result = compiled(norm, norm.Workload((None,), width, 1e-5), [x, *packed], np.zeros_like(x))
-    tx, ts, tb = (torch.from_numpy(array) for array in (x, scale, bias))
-
-    def in_torch() -> torch.Tensor:
-        return torch.nn.functional.layer_norm(tx, (width,), ts, tb)
-
-    xopt()
-    agree(result.numpy(), in_torch(), "float32")
-    copy = np.empty_like(x)
-    return Case(f"layer norm {rows}x{width}", "float32", 0, {
-        "xopt": xopt, "torch": in_torch, "limit": lambda: np.copyto(copy, x),
-    })  # fmt: skip
+    copy, in_torch = np.empty_like(x), partial(torch_kernels.norm, rows, width, threads)
+    return Case(f"layer norm {rows}x{width}", "float32", 0, xopt, result, lambda: np.copyto(copy, x), in_torch)
 
 
-CASES: dict[str, Callable[[], Iterator[Case]]] = {
+CASES: dict[str, Callable[[int], Iterator[Case]]] = {
     "gemm": gemm_cases,
     "attention": attention_cases,
     "norm": norm_cases,

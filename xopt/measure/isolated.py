@@ -81,9 +81,9 @@ class Process:
         )
 
     def load(self, factory: Factory, feeds: Feeds, threads: int) -> str | None:
-        """Make the runner, run it once and stop; why that is not possible, or None."""
+        """Make the runner, in place of one before, run it once and stop; why that is not possible, or None."""
         try:
-            reason: str | None = self._ask(factory, dict(feeds), threads)
+            reason: str | None = self._ask("load", pickle.dumps((factory, dict(feeds))), threads)
         except InputError as error:
             return error.what
         return reason
@@ -126,27 +126,38 @@ class Process:
 
 
 def serve() -> None:
-    """The other side: load what standard input says, then answer requests until it ends."""
+    """The other side: answer requests until standard input ends."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a runtime prints
-    try:
-        factory, feeds, threads = (pickle.load(requests) for _ in range(3))
-        local = Local(factory(), {name: aligned(array) for name, array in feeds.items()})
-        local.run(local.feeds)
-    except Exception as error:  # each runtime has its own errors; one that fails is left out of the comparison
-        _answer(answers, reason(error))
-        return
-    _answer(answers, None)
-    with pinned(threads):
+    with ExitStack() as stack:
+        local: Local | None = None
         while request := _request(requests):
+            if request == "load":
+                content, threads = pickle.load(requests), pickle.load(requests)
+                local, answer = _loaded(content)
+                stack.enter_context(pinned(threads))
+                _answer(answers, answer)
+                continue
+            assert local is not None, "nothing is loaded"
             if request == "outputs":
                 _answer(answers, {name: np.asarray(value) for name, value in local.run(local.feeds).items()})
             elif request == "turn":
                 _answer(answers, local.turn(pickle.load(requests)))
             else:
                 _answer(answers, local.calls_in_a_turn())
+
+
+def _loaded(content: bytes) -> tuple[Local | None, str | None]:
+    """A runner that has run once, or why there is none."""
+    try:
+        factory, feeds = pickle.loads(content)
+        local = Local(factory(), {name: aligned(array) for name, array in feeds.items()})
+        local.run(local.feeds)
+    except Exception as error:  # each runtime has its own errors; one that fails is left out of the comparison
+        return None, reason(error)
+    return local, None
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
