@@ -5,8 +5,8 @@
     python benchmarks/kernels.py norm docs/benchmarks/norm.json
 
 The limit of a product is a loop of as many multiply-adds that stays in registers, that of a normalization copying its
-operands; it takes turns with the others.  Torch has a process of its own, stopped but for its turns.  Before anything is
-timed, its results are compared with xopt's.
+operands; it takes turns with the others.  Torch has a process of its own, stopped but for its turns.  Its results are
+compared with xopt's before anything is timed.
 """
 
 from __future__ import annotations
