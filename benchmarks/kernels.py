@@ -27,7 +27,7 @@ import torch_kernels
 
 if TYPE_CHECKING:
     from xopt.measure.isolated import Factory, Process
-    from xopt.measure.latency import Contender
+    from xopt.measure.latency import Contender, Latency
 
 Array = np.ndarray
 Runner = Callable[[], object]
@@ -35,6 +35,7 @@ Runner = Callable[[], object]
 PRECISIONS = ("float32", "bfloat16", "int8")
 IN_TORCH = ("float32", "bfloat16")
 """Torch has no layer at 8 bits to compare with; the others have its names."""
+RUNS, FULL_SPEED = 4, 0.95
 RESULTS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "uint8"}
 """What a kernel writes where the next one reads the same precision."""
 
@@ -69,14 +70,12 @@ def main() -> None:
     from xopt.measure import latency, machine
     from xopt.measure.isolated import Process
 
-    results = []
+    results, rates = [], dict.fromkeys(PRECISIONS, 0.0)
     with closing(Process("torch")) as torch, latency.pinned(options.threads):
         for case in CASES[options.kernel](options.threads):
             if options.only not in f"{case.name} {case.precision}":
                 continue
-            contenders = _contenders(case, torch, options.threads)
-            times = latency.in_turns(contenders, rounds=options.rounds, seconds=options.seconds)
-            results.append(_entry(case, times))
+            results.append(_entry(case, _measured(case, _contenders(case, torch, options.threads), rates, options)))
             print(_line(results[-1]), flush=True)
     record = {"machine": machine.describe(), "threads": options.threads, "results": results}
     options.output.write_text(json.dumps(record) + "\n")
@@ -96,6 +95,29 @@ def _contenders(case: Case, torch: Process, threads: int) -> dict[str, Contender
         agree(case.result(), torch.outputs()["y"], case.precision)
         found["torch"] = torch
     return found | {"limit": Local(_call(limit, threads), {})}
+
+
+def _measured(
+    case: Case, contenders: dict[str, Contender], rates: dict[str, float], options: argparse.Namespace
+) -> dict[str, Latency]:
+    """The run in which the machine was fastest, of some until it is about as fast as ever, and nothing disturbs it.
+
+    Args:
+        case: what is measured.
+        contenders: by name, "limit" among them.
+        rates: operations in a millisecond of the fastest limit so far, by precision; kept up to date.
+        options: how long.
+    """
+    from xopt.measure.latency import in_turns
+
+    found: list[dict[str, Latency]] = []
+    while len(found) < RUNS:
+        found.append(in_turns(contenders, rounds=options.rounds, seconds=options.seconds))
+        rate = case.work / found[-1]["limit"].median
+        rates[case.precision] = max(rates[case.precision], rate)
+        if rate >= FULL_SPEED * rates[case.precision] and not any(time.disturbed for time in found[-1].values()):
+            return found[-1]
+    return min(found, key=lambda times: times["limit"].median)
 
 
 def _options() -> argparse.Namespace:
