@@ -54,12 +54,11 @@ def isolated(factories: Mapping[str, Factory], feeds: Feeds, threads: int) -> It
         for name, factory in factories.items():
             process = Process(name)
             stack.callback(process.close)
-            reason = process.load(factory, feeds, threads)
-            if reason is None:
+            if (problem := process.load(factory, feeds, threads)) is None:
                 found.contenders[name] = process
             else:
                 process.close()
-                found.skipped[name] = reason
+                found.skipped[name] = problem
         yield found
 
 
@@ -83,10 +82,10 @@ class Process:
     def load(self, factory: Factory, feeds: Feeds, threads: int) -> str | None:
         """Make the runner, in place of one before, run it once and stop; why that is not possible, or None."""
         try:
-            reason: str | None = self._ask("load", pickle.dumps((factory, dict(feeds))), threads)
+            problem: str | None = self._ask("load", pickle.dumps((factory, dict(feeds))), threads)
         except InputError as error:
             return error.what
-        return reason
+        return problem
 
     def outputs(self) -> dict[str, np.ndarray]:
         """What the runner computes."""
