@@ -209,16 +209,16 @@ def good(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     times = {name: min(run["median_ms"][name] for run in found) for name in found[0]["median_ms"]}
     names = ["xopt", *sorted(times.keys() - {"xopt"}, key=lambda name: times[name])[:2]]
-    found = [run for run in found if not any(disturbed(run["waits"][name]) for name in names)]
+    found = [run for run in found if not any(disturbed(run, name) for name in names)]
     least = {name: min((run["median_ms"][name] for run in found), default=0.0) for name in names[:2]}
     return [run for run in found if all(run["median_ms"][n] <= (1 + MOST_SPREAD) * least[n] for n in least)]
 
 
-def disturbed(waits: list[float]) -> bool:
-    """Whether a runtime had too few turns in which its threads did not wait for a CPU."""
-    from xopt.measure.latency import DISTURBED, MIN_ROUNDS
+def disturbed(run: dict[str, Any], name: str) -> bool:
+    """Whether a runtime had too few turns in a run in which its threads did not wait for a CPU."""
+    from xopt.measure.latency import Latency
 
-    return sum(wait < DISTURBED for wait in waits) < MIN_ROUNDS
+    return Latency(run["samples_ms"][name], run["waits"][name]).disturbed
 
 
 def summarize(record: dict[str, Any]) -> None:

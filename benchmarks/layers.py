@@ -62,7 +62,6 @@ def measure(case: cpu.Case, options: argparse.Namespace) -> dict[str, Any]:
     with latency.pinned(options.threads):
         timed = calls(session, feeds, ROUNDS)
         peaks = {name: peak(options.threads, name) for name in products(timed)}
-        timed = calls(session, feeds, ROUNDS)
     found = layers(timed, peaks)
     return {
         "peaks": {name: {"gflops": one.gflops, "read_gb_per_s": one.gb_per_s} for name, one in peaks.items()},

@@ -81,7 +81,8 @@ class CpuTarget(Target):
         needed = VARIANTS[self._variant]
         if not self._native:
             return needed
-        return (*needed, *(name for name in _NATIVE if name in cpu_features() and name not in needed))
+        here = cpu_features()
+        return (*needed, *(name for name in _NATIVE if name in here and name not in needed))
 
     def can_run(self) -> bool:
         """Whether this machine's CPU has the features."""
