@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xopt.measure.isolated import aligned
+from xopt.runtime.session import aligned_copy
 
 Sizes = Mapping[str, int]
 """Sizes of symbolic axes by name."""
@@ -133,7 +133,7 @@ def feeds(path: Path, sizes: Sizes) -> dict[str, np.ndarray]:
             array = generator.integers(1000, 30000, shape)
         else:
             array = generator.standard_normal(shape, np.float32)
-        arrays[value.name] = aligned(array)
+        arrays[value.name] = aligned_copy(array)
     return arrays
 
 

@@ -21,8 +21,7 @@ import numpy as np
 
 from xopt import api
 from xopt.measure import machine
-from xopt.measure.isolated import aligned
-from xopt.runtime.session import Session, physical_cores
+from xopt.runtime.session import Session, aligned_copy, physical_cores
 
 CALLS = 2000
 SECONDS = 3.0
@@ -92,7 +91,7 @@ def main() -> None:
         ways["two sessions, all cores each"] = lambda: per_second(artifact, feeds, 2, cores)
         ways["two sessions, half of the cores each"] = lambda: per_second(artifact, feeds, 2, max(cores // 2, 1))
         with cpu.guarded(options.guard):
-            overhead = call_us(tiny, {"x": aligned(np.ones((1, 4), np.float32))})
+            overhead = call_us(tiny, {"x": aligned_copy(np.ones((1, 4), np.float32))})
             rates: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(ROUNDS):
                 for name, way in ways.items():

@@ -24,6 +24,7 @@ import numpy as np
 
 from xopt.errors import InputError, XoptError
 from xopt.measure.latency import Local, Runner, pinned
+from xopt.runtime.session import aligned_copy
 
 Feeds = Mapping[str, np.ndarray]
 Factory = Callable[[], Runner]
@@ -152,20 +153,11 @@ def _loaded(content: bytes) -> tuple[Local | None, str | None]:
     """A runner that has run once, or why there is none."""
     try:
         factory, feeds = pickle.loads(content)
-        local = Local(factory(), {name: aligned(array) for name, array in feeds.items()})
+        local = Local(factory(), {name: aligned_copy(array) for name, array in feeds.items()})
         local.run(local.feeds)
     except Exception as error:  # each runtime has its own errors; one that fails is left out of the comparison
         return None, reason(error)
     return local, None
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy at a multiple of 64 bytes, as the runtimes' own outputs are: none of them copies it again."""
-    buffer = np.empty(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    copy: np.ndarray = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def _request(requests: BinaryIO) -> str:
