@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def test_equals_onnxruntime_at_any_size(name: str) -> None:
 def test_calling_the_module_is_running_it(name: str) -> None:
     model = builders.ZOO[name]()
     gm, feeds = to_fx(model), builders.feeds(model)
-    for key, value in gm(**as_tensors(feeds)).items():
+    for key, value in gm(*as_tensors(feeds).values()).items():
         assert torch.equal(value, run_with_values(gm, feeds)[key])
 
 
@@ -56,15 +57,16 @@ def test_parameters_are_the_floating_initializers_and_share_their_memory() -> No
     model = builders.bert()
     gm = to_fx(model)
     floating = {n for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT}
-    assert {name for name, _ in gm.named_parameters()} == floating
-    assert {name for name, _ in gm.named_buffers()} == set(model.graph.initializers) - floating
-    for name, parameter in gm.named_parameters():
-        tensor = model.graph.initializers[name].const_value
+    names = {attribute: name for name, attribute in gm.meta["weights"].items()}
+    assert {names[attribute] for attribute, _ in gm.named_parameters()} == floating
+    assert {names[attribute] for attribute, _ in gm.named_buffers()} == set(model.graph.initializers) - floating
+    for attribute, parameter in gm.named_parameters():
+        tensor = model.graph.initializers[names[attribute]].const_value
         assert tensor is not None
         assert np.shares_memory(parameter.detach().numpy(), tensor.numpy())
     assert not any(
-        np.shares_memory(p.detach().numpy(), model.graph.initializers[n].const_value.numpy())
-        for n, p in to_fx(model, copy=True).named_parameters()
+        np.shares_memory(p.detach().numpy(), model.graph.initializers[names[a]].const_value.numpy())
+        for a, p in to_fx(model, copy=True).named_parameters()
     )
 
 
@@ -82,6 +84,30 @@ def test_any_name_is_accepted() -> None:
     ].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("kind", ["weight", "input", "computed value", "node", "attribute's tensor", "graph"])
+@pytest.mark.parametrize("end", ["\n", "\r", "\f", "'", '"', "\\", "\0", "\u2028"])
+def test_a_name_is_no_code(kind: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of which torch makes source that runs when the module is built or called, if it is given them."""
+    monkeypatch.setattr(builtins, "XOPT_TEST_RAN", [], raising=False)
+    hostile = f'training"){end}    XOPT_TEST_RAN[0:0]=[1]{end}    ("'
+
+    def called(one: str) -> str:
+        return hostile if one == kind else one.replace(" ", "")
+
+    net = Net(called("graph"))
+    x = net.input(called("input"), ["batch", 2])
+    constant = net.op("Constant", value=ir.tensor(np.ones(2, np.float32)), name=called("attribute's tensor"))
+    total = net.op("Add", x, net.constant(called("weight"), np.ones(2, np.float32)), name=called("node"))
+    total.name = called("computed value")
+    net.output(net.op("Add", total, constant), "y")
+    gm = to_fx(net.build())
+    (got,) = gm(torch.zeros(1, 2)).values()
+    assert got.tolist() == [[2, 2]]
+    assert builtins.XOPT_TEST_RAN == []  # type: ignore[attr-defined]
+    assert all(node.name.isidentifier() and node.name.isascii() for node in gm.graph.nodes)
+    assert all(name.isidentifier() and name.isascii() for name in gm.state_dict())
+
+
 def test_half_precision_weights_keep_their_type_and_are_written_back() -> None:
     net = Net("halves")
     x = net.input("x", [2])
@@ -91,9 +117,10 @@ def test_half_precision_weights_keep_their_type_and_are_written_back() -> None:
     net.output(x, "y")
     model = net.build()
     gm = to_fx(model, copy=True)
-    assert (gm.b.dtype, gm.h.dtype) == (torch.bfloat16, torch.float16)
+    weights = {name: gm.get_parameter(attribute) for name, attribute in gm.meta["weights"].items()}
+    assert (weights["b"].dtype, weights["h"].dtype) == (torch.bfloat16, torch.float16)
     with torch.no_grad():
-        gm.b.mul_(2)
+        weights["b"].mul_(2)
     write_back(gm, model)
     tensor = model.graph.initializers["b"].const_value
     assert tensor is not None
@@ -126,7 +153,7 @@ def test_an_intercepted_value_is_replaced_for_all_its_readers() -> None:
     untouched = run_with_values(to_fx(model), feeds)
     gm = to_fx(model, copy=True)
     with torch.no_grad():
-        gm.get_parameter("layers.0.ffn.down.weight")[10:90] = 0
+        gm.get_parameter(gm.meta["weights"]["layers.0.ffn.down.weight"])[10:90] = 0
     zeroed = run_with_values(gm, feeds)
     assert torch.allclose(masked["embedding"], zeroed["embedding"], atol=TOLERANCE)
     assert not torch.allclose(masked["embedding"], untouched["embedding"], atol=1e-2)
@@ -140,7 +167,8 @@ def test_inputs_weights_and_outputs_can_be_intercepted() -> None:
     gm = to_fx(model)
     zero = {"pixel_values": torch.zeros_like, "head.bias": torch.zeros_like}
     empty = run_with_values(gm, {"pixel_values": np.zeros_like(feeds["pixel_values"])})["logits"]
-    result = run_with_values(gm, feeds, intercept={**zero, "logits": lambda y: y + gm.get_parameter("head.bias")})
+    bias = gm.get_parameter(gm.meta["weights"]["head.bias"])
+    result = run_with_values(gm, feeds, intercept={**zero, "logits": lambda y: y + bias})
     assert torch.allclose(result["logits"], empty, atol=TOLERANCE)
 
 
@@ -173,8 +201,8 @@ def test_gradients_of_masks_and_weights_are_right(name: str) -> None:
         outputs = run_with_values(gm, feeds, intercept={hooked: lambda h: h * gate})
         return sum(((y * torch.linspace(0, 1, y.shape[-1], dtype=y.dtype)) ** 2).sum() for y in outputs.values())
 
-    weights = dict(gm.named_parameters())
-    weight = weights[next(n for n in weights if n.endswith("attention.k.weight"))]
+    weights = gm.meta["weights"]
+    weight = gm.get_parameter(next(weights[name] for name in weights if name.endswith("attention.k.weight")))
     loss().backward()
     for tensor in (gate, weight):
         direction = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64).reshape(tensor.shape) + 0.1
@@ -264,7 +292,9 @@ def test_merged_tokens_equal_onnxruntime_and_pass_gradients(score: str) -> None:
     assert_equals_onnxruntime(model, builders.feeds(model))
     gm = to_fx(model)
     run_with_values(gm, builders.feeds(model))["logits"].square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for n, p in gm.named_parameters() if "layers" in n)
+    weights = [gm.get_parameter(target) for name, target in gm.meta["weights"].items() if "layers.0.ffn" in name]
+    assert weights
+    assert all(weight.grad is not None and torch.isfinite(weight.grad).all() for weight in weights)
 
 
 @pytest.mark.parametrize("form", ["exported", "canonical"])

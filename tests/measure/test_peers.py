@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.ir import builders
+from tests.ir.renaming import Renaming
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError
-from xopt.ir.io import load
+from xopt.ir.io import load, save
 from xopt.measure import machine, peers
+from xopt.runtime.reference import ReferenceSession
 
 DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits" / "digits_vit.onnx"
 
@@ -27,6 +30,18 @@ def test_peers_agree_with_onnxruntime(feeds: dict[str, np.ndarray]) -> None:
     for name in ("openvino", "torch"):
         # 4 blocks of float32 with sums of at most 256 terms; logits are of order 10
         np.testing.assert_allclose(found[name], found["onnxruntime"], atol=1e-3, rtol=1e-3)
+
+
+def test_torch_runs_a_model_whatever_its_names_are(tmp_path: Path) -> None:
+    model = Renaming(lambda kind, name: f"{name}\r'\"\0 self")
+    plain = builders.bert(layers=1)
+    given = builders.feeds(plain)
+    path = tmp_path / "model.onnx"
+    save(model.model(plain), path)
+    hostile = {model("value", name): array for name, array in given.items()}
+    got = peers.torch_runner(path, hostile, 1)(hostile)
+    (expected,) = ReferenceSession(plain).run(given).values()
+    np.testing.assert_allclose(got[model("value", "embedding")], expected, atol=1e-4)  # sums of up to 128 float32
 
 
 def test_onnxruntime_has_no_bfloat16(feeds: dict[str, np.ndarray]) -> None:

@@ -192,10 +192,8 @@ def digits_model() -> ir.Model:
 
 def test_digits_in_every_runtime(digits_model: ir.Model, tmp_path: Path) -> None:
     """The written file is smaller, keeps its accuracy, and computes the same wherever it runs."""
-    import torch
-
     from xopt import Session, targets
-    from xopt.ir.fx import to_fx
+    from xopt.ir.fx import run_with_values, to_fx
 
     test = digits.splits()[1]
     path = tmp_path / "digits.onnx"
@@ -203,7 +201,7 @@ def test_digits_in_every_runtime(digits_model: ir.Model, tmp_path: Path) -> None
     assert path.stat().st_size < 0.35 * digits.MODEL.stat().st_size
     expected = ReferenceSession(digits_model).run(test.inputs)
     assert np.mean(expected["logits"].argmax(1) == test.labels) > 0.98
-    view = to_fx(digits_model)(**{name: torch.from_numpy(array) for name, array in test.inputs.items()})
+    view = run_with_values(to_fx(digits_model), test.inputs)
     close({name: tensor.detach().numpy() for name, tensor in view.items()}, expected)
     compiled = targets.compile(digits_model, targets.get("cpu"), tmp_path / "model.so")
     close(Session.load(compiled).run(test.inputs), expected, median=COARSE)

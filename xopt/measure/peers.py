@@ -127,8 +127,8 @@ def torch_runner(
 def _converting(module: torch.nn.Module, floats: torch.dtype) -> Callable[..., list[torch.Tensor]]:
     """``module`` between conversions of its floating-point inputs to ``floats``, and of its outputs to float32."""
 
-    def forward(**arrays: torch.Tensor) -> list[torch.Tensor]:
-        results = module(**{name: x.to(floats) if x.is_floating_point() else x for name, x in arrays.items()})
+    def forward(*arrays: torch.Tensor) -> list[torch.Tensor]:
+        results = module(*(x.to(floats) if x.is_floating_point() else x for x in arrays))
         values = list(results.values() if isinstance(results, Mapping) else results)
         return [x.float() if x.is_floating_point() else x for x in values]
 
@@ -143,18 +143,18 @@ def module_runner(
     *,
     compiled: bool = False,
 ) -> Runner:
-    """A torch module or function that takes and gives what ``model`` does, by name, for shapes of ``feeds`` only."""
+    """A torch module or function that takes and gives what ``model`` does, in order, for shapes of ``feeds`` only."""
     import torch
 
     torch.set_num_threads(threads)
-    names = list(feeds)
+    names = [str(value.name) for value in model.graph.inputs if value.name not in model.graph.initializers]
     outputs = [str(output.name) for output in model.graph.outputs]
 
     def forward(*arrays: Any) -> list[Any]:
-        results = module(**dict(zip(names, arrays)))
+        results = module(*arrays)
         return list(results.values() if isinstance(results, Mapping) else results)
 
-    traced = _traced(forward, [torch.from_numpy(array) for array in feeds.values()])
+    traced = _traced(forward, [torch.from_numpy(feeds[name]) for name in names])
     function = torch.compile(traced) if compiled else traced
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The FX view: a canonical graph as a ``torch.fx.GraphModule`` to calibrate, differentiate and distill.
 
     gm = to_fx(model)                                   # parameters are the model's initializers
-    outputs = gm(input_ids=ids, attention_mask=mask)    # dict of outputs by name
+    outputs = gm(ids, mask)                             # dict of outputs by name
     run_with_values(gm, feeds, ["layers.0.attend_out"], intercept={"layers.0.act_out": lambda h: h * gate})
     write_back(gm, model)                               # the trained weights, into the model
 

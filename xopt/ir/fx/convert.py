@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import keyword
 import operator
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,19 +16,18 @@ from torch import Tensor, fx, nn
 from xopt.errors import InputError
 from xopt.ir.fx.elementwise import DTYPES
 from xopt.ir.fx.table import CHECKS, TABLE
-
-#: Names that a module has for itself.
-_RESERVED = frozenset(dir(nn.Module())) | frozenset(dir(fx.GraphModule))
+from xopt.ir.names import identifier
 
 Environment = dict[ir.Value, fx.Node]
 
 
 def to_fx(model: ir.Model, *, copy: bool = False) -> fx.GraphModule:
-    """The model as a torch module whose forward takes the inputs by name and gives a dict of outputs by name.
+    """The model as a torch module whose forward takes the inputs in their order and gives a dict of outputs by name.
 
-    Floating initializers become parameters, the others buffers; both are named like the initializer (``gm.meta
-    ["weights"]`` maps initializer to attribute name, as for names that torch cannot hold). ``gm.meta["values"]`` maps
-    each value of the main graph to its fx node, ``gm.meta["inputs"]`` each input to its keyword.
+    Floating initializers become parameters, the others buffers. torch pastes the names of attributes, arguments and
+    nodes into the source that it runs, so all of them are made here; ``gm.meta`` maps the model's names to them:
+    ``"weights"`` each initializer to its attribute, ``"values"`` each value of the main graph to its fx node,
+    ``"inputs"`` each input to its keyword.
 
     Args:
         model: canonical, or any graph of the ops in the table; calls of model-local functions are expanded.
@@ -68,7 +65,6 @@ class _Converter:
         self.copy = copy
         self.graph = fx.Graph()
         self.tensors: dict[str, Tensor] = {}
-        self.prefixes: set[str] = set()
         self.values: dict[str, str] = {}
 
     def convert(self) -> fx.GraphModule:
@@ -77,14 +73,14 @@ class _Converter:
         inputs: dict[str, str] = {}
         for value in graph.inputs:
             if value.name not in graph.initializers:
-                node = environment[value] = self.graph.placeholder(_identifier(value.name))
+                node = environment[value] = self.graph.placeholder(identifier("input", len(inputs), value.name))
                 inputs[str(value.name)] = str(node.target)
                 self._name(value, node)
         weights = {str(name): self._weight(value, environment) for name, value in graph.initializers.items()}
         for node in graph:
             self._node(node, environment, {}, "")
         self.graph.output({str(value.name): environment[value] for value in graph.outputs})
-        module = fx.GraphModule(self.tensors, self.graph, class_name=_identifier(graph.name) or "Model")
+        module = fx.GraphModule(self.tensors, self.graph, class_name="Model")
         module.meta.update(inputs=inputs, weights=weights, values=self.values)
         return module.eval()
 
@@ -102,18 +98,10 @@ class _Converter:
         return target
 
     def _tensor(self, name: str, tensor: Tensor) -> tuple[str, fx.Node]:
-        """Register a parameter or buffer; its dotted name becomes nested modules, unless torch cannot hold it."""
-        target = name
-        parts = name.split(".")
-        prefixes = {".".join(parts[:count]) for count in range(1, len(parts))}
-        taken = name in self.prefixes or not prefixes.isdisjoint(self.tensors)
-        reserved = any(not part or keyword.iskeyword(part) or part in _RESERVED for part in parts)
-        if taken or reserved:
-            target = f"weight_{len(self.tensors)}_{_identifier(name)}"
-        else:
-            self.prefixes |= prefixes
+        """Register a parameter or buffer."""
+        target = identifier("weight", len(self.tensors), name)
         self.tensors[target] = tensor
-        return target, self.graph.create_node("get_attr", target, name=_identifier(name))
+        return target, self.graph.create_node("get_attr", target, name=target)
 
     def _node(self, node: ir.Node, environment: Environment, outer: Mapping[str, ir.Attr], scope: str) -> None:
         attributes = _attributes(node, outer)
@@ -169,7 +157,7 @@ class _Converter:
         kind = attribute.type
         if kind == ir.AttributeType.TENSOR:
             tensor = as_tensor(attribute.as_tensor(), copy=self.copy)
-            return self._tensor(f"{_identifier(node.name)}_{attribute.name}_{len(self.tensors)}", tensor)[1]
+            return self._tensor(f"{node.name}_{attribute.name}", tensor)[1]
         if kind in (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING):
             return attribute.value
         if kind in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
@@ -215,12 +203,6 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(function).parameters
     except ValueError:
         return {}
-
-
-def _identifier(name: str | None) -> str:
-    """A Python identifier that resembles a name."""
-    text = re.sub(r"\W", "_", name or "")
-    return f"_{text}" if not text or text[0].isdigit() or keyword.iskeyword(text) else text
 
 
 def _unsupported(node: ir.Node, why: str) -> InputError:
