@@ -11,7 +11,7 @@ STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' 
 STAMP := .venv/.xopt-$(STATE)
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint fuzz bench clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict -p xopt
+
+# Mutated models for MINUTES; `make fuzz STAGE=compile SEED=3` and so on: docs/security.md.
+MINUTES ?= 10
+STAGE ?= load
+SEED ?= 0
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --stage $(STAGE) --seed $(SEED) --minutes $(MINUTES) --workers $(WORKERS)
 
 # Goes on where it stopped; remove out/benchmarks to measure again. Its scripts import each other from their folder.
 bench: $(STAMP)

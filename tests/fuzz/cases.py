@@ -1,0 +1,52 @@
+"""One case: the model file that a seed and an index stand for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import onnx
+
+from tests.fuzz import blocks, semantics, structure
+from tests.fuzz.seeds import DATA, MODEL, seeds
+
+LEVELS = ("bytes", "structure", "semantics", "semantics")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mutated model, and the file of its external data."""
+
+    name: str
+    level: str
+    model: bytes
+    data: bytes
+
+    def write(self, folder: Path) -> Path:
+        """The files, in ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MODEL).write_bytes(self.model)
+        if self.data:
+            (folder / DATA).write_bytes(self.data)
+        return folder / MODEL
+
+
+def case(number: int, index: int, level: str | None = None) -> Case:
+    """Case ``index`` of run ``number``; equal arguments give equal bytes.
+
+    Args:
+        level: what is mutated, when it is not for the index to say.
+    """
+    known = seeds()
+    seed = known[index % len(known)]
+    level = level or LEVELS[index // len(known) % len(LEVELS)]
+    random = Random(f"{number}:{index}")
+    if level == "bytes":
+        if seed.data and random.random() < 0.3:
+            return Case(seed.name, level, seed.model, blocks.mutate(seed.data, random))
+        return Case(seed.name, level, blocks.mutate(seed.model, random), seed.data)
+    model = copy.deepcopy(seed.typed) if level == "semantics" else onnx.load_from_string(seed.model)
+    (semantics if level == "semantics" else structure).mutate(model, random)
+    return Case(seed.name, level, model.SerializeToString(deterministic=True), seed.data)
