@@ -113,6 +113,44 @@ def test_rows_without_keys_are_what_the_fill_makes_them(causal: bool, low: float
     np.testing.assert_allclose(ReferenceSession(model).run(feeds)["y"], before, atol=2e-6 if low < -1e5 else 1e-3)
 
 
+GUARDED = "w0 = Softmax <axis: int = -1> (m) bad = IsNaN(w0) w = Where(bad, nothing, w0) o = MatMul(w, vt) " + OUTPUT
+GUARDS = {
+    "boolean": ("m = Where(on, s, low)", "-inf", True),
+    "boolean, added": ("add = Where(on, nothing, low) m = Add(s, add)", "-inf", True),
+    "hidden by plus infinity": ("add = Where(on, nothing, low) m = Add(s, add)", "inf", False),
+    "a fill that is no number": ("add = Where(on, nothing, low) m = Add(s, add)", "nan", False),
+    "a finite fill": ("add = Where(on, nothing, low) m = Add(s, add)", "-30000.0", True),
+    "a bias beside": ("t = Add(s, bias) m = Where(on, t, low)", "-inf", False),
+    "an unknown mask": ("m = Add(s, bias)", "-inf", False),
+}
+
+
+@pytest.mark.parametrize("form", GUARDS)
+def test_rows_of_nan_become_zeros_where_the_model_says_so(form: str) -> None:
+    """A sample without any key, and one whose bias hides a row: what a guard makes zero is zero afterwards."""
+    middle, low, fused = GUARDS[form]
+    inputs = MASKED + ", float[B, 1, S, S] bias, float low"
+    constants = NUMBERS.replace("float low = {-10000000.0}", "float nothing = {0.0}") + ", int64[2] axes = {1, 2}"
+    model = model_of(
+        f"({inputs}) => (float[B, L, 8] y) <{WEIGHTS}{constants}>",
+        HEADS + SCORES + PADDING + middle + " " + GUARDED,
+    )
+    fill = model.graph.inputs.pop()
+    fill.const_value = ir.tensor(np.array(float(low), np.float32), name="low")
+    model.graph.register_initializer(fill)
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal((3, 5, 8)).astype(np.float32) for name in "qkv"}
+    feeds["attended"] = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+    feeds["bias"] = random.standard_normal((3, 1, 5, 5)).astype(np.float32)
+    feeds["bias"][1, 0, 2] = -np.inf
+    before = ReferenceSession(model).run(feeds)["y"]
+    assert np.isfinite(before).all()
+    report = canonicalize(model)
+    assert bool(report.attention) == fused
+    assert fused or [refused.reason for refused in report.refused] == ["nan-guard"]
+    np.testing.assert_allclose(ReferenceSession(model).run(feeds)["y"], before, atol=2e-6)
+
+
 def test_bias_keeps_its_heads() -> None:
     constants = ", float[2, 3, 3] table = {" + ", ".join(str(0.1 * i) for i in range(18)) + "}"
     model = check(build("m = Add(s, table)", "m", constants, inputs=INPUTS.replace("S", "3")))

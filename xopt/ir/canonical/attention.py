@@ -7,6 +7,7 @@ Anchored at Softmax, and at Attention nodes that the exporter wrote (opset 23 on
 layout of their axes, not by op pattern; see operands, scores, masks. An attention that is 4-D by nature stays a 4-D
 ``Attention``.
 Refuses  "weights-read-elsewhere", "no-product", "mask-inside-softcap", "head-layout", ...: left as it was.
+         "nan-guard": a guard turns rows of NaN into zeros, and the mask may make such rows by what it adds.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Site:
     terms: Sequence[PlacedTerm]
     output: ir.Value
     output_axes: Axes
+    guarded: bool = False
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -96,7 +98,7 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
     return Site(
         weighted.node, scores.q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
         scores.scale, scores.softcap, False, scores.terms,
-        weighted.node.outputs[0], weighted.axes,
+        weighted.node.outputs[0], weighted.axes, weighted.guarded,
     )  # fmt: skip
 
 
@@ -193,12 +195,19 @@ def _agree(q: Operand, k: Operand, v: Operand) -> bool:
 
 
 def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) -> Mask:
-    """Canonical mask; terms met where the scores had other axes are brought to [B,H,S,T] first."""
+    """Canonical mask; terms met where the scores had other axes are brought to [B,H,S,T] first.
+
+    Raises:
+        NotAttentionError: weights that are NaN count as 0, which ``Attention`` says of boolean masks alone.
+    """
     frame: Axes = (lead, head, site.axes[-2], site.axes[-1])
     terms = [
         Term(t.kind, in_four_axes(symbols, site.anchor, t.value, t.axes, frame), t.factor, t.finite) for t in site.terms
     ]
-    return masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
+    mask = masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
+    if site.guarded and mask.hides_rows:
+        raise NotAttentionError("nan-guard")
+    return mask
 
 
 def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:

@@ -48,10 +48,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Mask:
-    """The canonical mask."""
+    """The canonical mask; ``hides_rows`` when what it adds may leave a row without any finite score."""
 
     value: ir.Value | None
     causal: bool
+    hides_rows: bool = False
 
 
 @dataclass
@@ -76,15 +77,15 @@ class Masks:
             conditions = [None if _is_finite(reader, part) else one for part, one in zip(split, conditions)]
             causal, rest = _sorted_out(conditions)
         biases = [part for part, condition in zip(split, conditions) if condition is None]
-        if not causal and biases and rest != TRUE:
-            return Mask(self._as_it_is(site, terms), False)
-        keep = None if rest == TRUE else self._boolean(site, rest)
+        keep = None if rest == TRUE or (biases and not causal) else self._boolean(site, rest)
         if rest != TRUE and keep is None:
-            return Mask(self._as_it_is(site, terms), False)
+            whole = self._as_it_is(site, [self._added(site, term) for term in terms])
+            return Mask(whole, False, hides_rows=whole.dtype != ir.DataType.BOOL)
         bias = self._sum(site, [self._bias(site, reader, part) for part in biases])
         if bias is not None and keep is not None:
-            bias, keep = self._masked(site, keep, bias), None
-        return Mask(bias if bias is not None else keep, causal)
+            return Mask(self._masked(site, keep, bias), causal, hides_rows=True)
+        finite = all(_adds_finite_numbers(reader, part) for part in biases)
+        return Mask(bias if bias is not None else keep, causal, hides_rows=not finite)
 
     def _added(self, site: ir.Node, term: Term) -> Term:
         """A term that puts a finite number in the place of scores, as one that is added: so low that they vanish."""
@@ -293,6 +294,21 @@ def _is_finite(reader: Reader, term: Term) -> bool:
     """Whether an additive term hides keys by a finite number."""
     element = reader.broadcast(term.value, POSITION) if term.kind == "add" else None
     return element is not None and any(math.isfinite(x) and x * term.factor <= LOWEST for x in _numbers(element))
+
+
+def _adds_finite_numbers(reader: Reader, term: Term) -> bool:
+    """Whether every element of an additive term is known, and finite."""
+    element = reader.broadcast(term.value, POSITION)
+    return (
+        element is not None and _is_choice(element) and all(math.isfinite(x * term.factor) for x in _numbers(element))
+    )
+
+
+def _is_choice(element: Element) -> bool:
+    """Whether an element is one of some numbers, or a sum of such."""
+    if element.op == "add":
+        return all(_is_choice(part) for part in element.args)
+    return element.op == "number" or (element.op == "where" and all(_is_choice(part) for part in element.args[1:]))
 
 
 def _numbers(element: Element) -> list[float]:

@@ -53,12 +53,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Product of the weights with ``v``; ``v_axes`` and ``axes`` (of the product) over the softmax's axes."""
+    """Product of the weights with ``v``; ``v_axes`` and ``axes`` (of the product) over the softmax's axes; ``guarded``
+    when weights that are NaN count as 0.
+    """
 
     v: ir.Value
     v_axes: Axes
     node: ir.Node
     axes: Axes
+    guarded: bool
 
 
 class NotAttentionError(Exception):
@@ -185,9 +188,10 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
     Raises:
         NotAttentionError: the weights are read by anything else.
     """
-    value = softmax.outputs[0]
+    value, guarded = softmax.outputs[0], False
     while True:
-        node, value = _reader(value)
+        node, value, guard = _reader(value)
+        guarded = guarded or guard
         if node.op_type == "MatMul" and node.inputs[0] is value:
             break
         moved = after(symbols, node, axes)
@@ -200,11 +204,11 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
         raise NotAttentionError("rank")
     depth = axis(VALUE, dims[-1])
     v_axes = (*_present(axes[:-2], dims), axes[-1], depth)
-    return Weighted(v, v_axes, node, (*axes[:-1], depth))
+    return Weighted(v, v_axes, node, (*axes[:-1], depth), guarded)
 
 
-def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value]:
-    """The only reader of the weights, past a guard that replaces NaN by 0, and what it reads."""
+def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value, bool]:
+    """The only reader of the weights, past a guard that replaces NaN by 0; what it reads; whether there is a guard."""
     readers = consumers(value)
     if value.is_graph_output():
         raise NotAttentionError("weights-read-elsewhere")
@@ -214,10 +218,10 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value]:
         if len(guards) == 1:
             guard = guards.pop()
             if scalar(guard.inputs[1]) == 0 and guard.inputs[2] is value and {*readers} <= {*checks, guard}:
-                return _reader(guard.outputs[0])
+                return (*_reader(guard.outputs[0])[:2], True)
     if len(readers) != 1:
         raise NotAttentionError("weights-read-elsewhere")
-    return readers[0], value
+    return readers[0], value, False
 
 
 Transform = Callable[[Symbols, ir.Node, Axes], Axes | None]
