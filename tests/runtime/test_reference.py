@@ -92,3 +92,18 @@ def test_beyond_two_gigabytes(monkeypatch: pytest.MonkeyPatch, feeds: dict[str, 
     monkeypatch.setattr(io, "EMBEDDED_WEIGHTS", 1000)
     for name, array in ReferenceSession(builders.bert()).run(feeds).items():
         np.testing.assert_array_equal(array, want[name])
+
+
+def test_an_input_with_a_default_may_be_left_out() -> None:
+    net = Net("overridable")
+    x, shift = net.input("x", [2]), net.constant("shift", np.array([1.0, 2.0], np.float32))
+    y = net.op("Add", x, shift)
+    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([2])
+    net.inputs.append(shift)
+    net.outputs.append(y)
+    session = ReferenceSession(net.build(), threads=1)
+    zeros = np.zeros(2, np.float32)
+    (left_out,) = session.run({"x": zeros}).values()
+    (given,) = session.run({"x": zeros, "shift": zeros + 5}).values()
+    np.testing.assert_array_equal(left_out, [1, 2])
+    np.testing.assert_array_equal(given, [5, 5])

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from xopt.errors import InputError
+from xopt.ir.references import check_references
 from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
 from xopt.ir.untrusted import bounded_memory, check_proto, check_weights, drop_value_info
 
@@ -82,6 +83,7 @@ def check_nodes(model: ir.Model) -> None:
     Raises:
         InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``.
     """
+    check_references(model)
     for node in model.graph.all_nodes():
         if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
             raise InputError(

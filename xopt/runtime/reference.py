@@ -33,6 +33,7 @@ class ReferenceSession:
         exported = export(model)
         self._session = _session(exported, threads)
         self.inputs: dict[str, ir.Value] = {value.name or "": value for value in exported.graph.inputs}
+        self._optional = frozenset(self.inputs) & frozenset(exported.graph.initializers)
         self.outputs: list[str] = [value.name or "" for value in exported.graph.outputs]
 
     def run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
@@ -40,12 +41,13 @@ class ReferenceSession:
 
         Args:
             feeds: one array per input, with the input's type and fixed dimensions; integers and floats of another width
-                are converted.
+                are converted. Inputs that have a default (an initializer of the same name) may be left out.
 
         Raises:
             InputError: ``E-DATA``: an input is missing, unknown, empty, or of another shape or kind.
         """
-        arrays = check_feeds(self.inputs, feeds)
+        needed = {name: value for name, value in self.inputs.items() if name in feeds or name not in self._optional}
+        arrays = check_feeds(needed, feeds)
         try:
             results = self._session.run(self.outputs, arrays)
         except Exception as error:
