@@ -16,6 +16,7 @@ import pytest
 from tests.ir import builders
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError, InternalError, VerificationError
+from xopt.passes import Canonicalize
 from xopt.pipeline import registry
 from xopt.pipeline.base import Between, Effect, Pass, PassReport
 from xopt.pipeline.bisect import bisect
@@ -98,7 +99,40 @@ class Invalid(Pass):
         return PassReport(self)
 
 
-LOCAL = {cls.name: cls for cls in (Scale, LossyScale, Crash, Invalid)}
+@dataclass(frozen=True)
+class Meddle(Pass):
+    """Change what callers know of the model, or what it does with data that the samples do not hold."""
+
+    name: ClassVar[str] = "meddle"
+    effect: ClassVar[Effect] = Effect.EXACT
+    how: str = "axis"
+
+    def run(self, model: ir.Model, context: PassContext) -> PassReport:
+        graph = model.graph
+        if self.how == "axis":
+            graph.inputs[0].shape = ir.Shape([4, *list(graph.inputs[0].shape or ())[1:]])
+        elif self.how == "order":
+            graph.inputs.append(graph.inputs.pop(0))
+        elif self.how == "type":
+            graph.inputs[1].type = ir.TensorType(ir.DataType.INT32)
+            cast = ir.node("Cast", [graph.inputs[1]], {"to": ir.DataType.INT64}, name="cast")
+            cast.outputs[0].name, cast.outputs[0].type = "cast_out", ir.TensorType(ir.DataType.INT64)
+            graph.inputs[1].replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, graph.inputs[1])
+            graph.insert_before(graph[0], cast)
+        elif self.how == "output":
+            graph.outputs.pop()
+        elif self.how == "name":
+            graph.outputs[0].name = "other"
+        else:  # all ids but the last mean what they did
+            table = graph.initializers["embeddings.word"]
+            array = table.const_value.numpy().copy()  # type: ignore[union-attr]
+            array[-1] = array[0]
+            table.const_value = ir.tensor(array, name=table.name)
+        return PassReport(self)
+
+
+LOCAL = {cls.name: cls for cls in (Scale, LossyScale, Crash, Invalid, Meddle)}
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +186,28 @@ def test_a_broken_pass_is_caught_undone_and_reproduced(model: ir.Model, tmp_path
     with pytest.raises(kind) as again:
         rerun(folder)
     assert again.value.what == caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("axis", r"changes what callers know of the model: input 'input_ids' was \[batch, seq\] and is \[4, seq\]"),
+        ("order", r"the inputs were input_ids, attention_mask and are attention_mask, input_ids"),
+        ("type", r"input 'attention_mask' was INT64 and is INT32"),
+        ("output", r"the outputs were embedding and are none"),
+        ("name", r"the outputs were embedding and are other"),
+        ("table", r"meddle breaks output 'embedding' on zeros, the ends of tables"),
+    ],
+)
+def test_callers_and_rare_data_are_looked_after(how: str, says: str) -> None:
+    """A mask of ones and small ids are all that calibration shows; the last row of the table is checked, too."""
+    bert = builders.bert()
+    feeds = builders.feeds(bert, {"batch": 4})
+    feeds["input_ids"] %= 10
+    context = PassContext(calibration=Dataset(feeds))
+    PassManager([Canonicalize(), Scale()]).run(bert, context)
+    with pytest.raises(VerificationError, match=says):
+        PassManager([Meddle(how=how)], instruments=[VerifyEach()]).run(bert, context)
 
 
 def test_reproducer_keeps_real_samples(model: ir.Model, tmp_path: Path) -> None:

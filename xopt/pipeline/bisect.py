@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from xopt.pipeline.base import Effect, Pass, application_limit
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.manager import PassManager
-from xopt.pipeline.verify import compare, fidelity, outputs_of, rounding_bound
+from xopt.pipeline.signature import signature_change
+from xopt.pipeline.verify import AT_THE_EDGES, compare, compare_edges, fidelity, observe, rounding_bound
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -124,14 +125,18 @@ class _Prober:
 
 def numeric_check(original: ir.Model, context: PassContext, *, exact: bool, minimum: float = 0.9) -> Check:
     """Check outputs against ``original``: to rounding when ``exact``, otherwise cosine of at least ``minimum``."""
-    expected = outputs_of(original, context.samples)
+    expected = observe(original, context.samples)
     tolerance = rounding_bound(original) if exact else None
 
     def check(model: ir.Model) -> str | None:
-        changes = compare(expected, outputs_of(model, context.samples))
-        for name, change in changes.items():
-            if reason := change.violation(tolerance):
-                return f"output {name!r}: {reason}"
+        if (reason := signature_change(original, model)) is not None:
+            return reason
+        actual = expected.again(model)
+        changes = compare(expected.outputs, actual.outputs)
+        for where, found in (("", changes), (AT_THE_EDGES, compare_edges(expected, actual))):
+            for name, change in found.items():
+                if reason := change.violation(tolerance):
+                    return f"output {name!r}{where}: {reason}"
         cosine = fidelity(changes)
         return f"cosine with the original outputs is {cosine:.4f}, below {minimum}" if cosine < minimum else None
 
