@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from xopt.data.metrics import Metric
+    from xopt.folder import Claim
     from xopt.pipeline.base import Pass
     from xopt.pipeline.instruments import Instrument
     from xopt.runtime.session import Session
@@ -303,11 +304,18 @@ class Result:
         assert self.outcome.best.artifact is not None
         return Session.load(self.outcome.best.artifact, threads=self.job.threads)
 
-    def save(self, output: str | Path) -> Path:
+    def save(self, output: str | Path, *, claim: Claim | None = None) -> Path:
         """Write model.onnx, model.so, model.weights, manifest.json, pipeline.yaml, report.html and report.json.
 
-        The folder appears whole, or what was there stays. InputError E-OUTPUT; VerificationError when model.onnx,
-        run in onnxruntime, disagrees with the compiled artifact.
+        The folder appears whole, or what was there stays. Only earlier results are replaced, as they were written.
+
+        Args:
+            output: the folder.
+            claim: of a caller who has claimed it already (`xopt.folder.claimed`).
+
+        Raises:
+            InputError: E-OUTPUT, the folder cannot be written, or holds other files.
+            VerificationError: model.onnx, run in onnxruntime, disagrees with the compiled artifact.
         """
         from xopt.folder import replacing
         from xopt.ir.exporting import export
@@ -317,7 +325,7 @@ class Result:
         from xopt.search.proof import prove
 
         output = Path(output)
-        with self._steps.guarded(), replacing(output) as folder:
+        with self._steps.guarded(), replacing(output, claim) as folder:
             save(export(self.model, inline=True), folder / "model.onnx")
             artifact = self.outcome.best.artifact
             assert artifact is not None

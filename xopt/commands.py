@@ -55,7 +55,7 @@ def optimize(
     from xopt.pipeline.instruments import TimePasses
     from xopt.report import summary
 
-    folder.check(output)
+    folder.check(output, model)
     sizes = _dims(dims)
     chosen = _database(database, no_database)
     job = api.plan(model, passes, dims=sizes, peers=None if peers else (), database=chosen, **settings)
@@ -63,11 +63,10 @@ def optimize(
         summary.print_plan(job.plan(), as_json)
         return
     timer = TimePasses()
-    cache = output.absolute().with_name(f".{output.name}.xopt-cache")
-    with console.progress() as progress:
-        result = api.run_plan(job, progress=progress, cache=cache, resume=resume, instruments=[timer])
+    with console.progress() as progress, folder.claimed(output) as claim:
+        result = api.run_plan(job, progress=progress, cache=claim.steps, resume=resume, instruments=[timer])
         result.report["command"] = command
-        result.save(output)
+        result.save(output, claim=claim)
     if time_passes:
         console.say(str(timer))
     if as_json:

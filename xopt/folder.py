@@ -1,90 +1,292 @@
-"""Write a folder of results all at once: what was there stays until the new one is complete."""
+"""Write a folder of results all at once, by one run at a time: what was there stays until the new one is complete.
+
+    out/                   the results, and the list of what was written (xopt.ownership)
+    .out.xopt-cache/       beside it while a run works, and after one that was interrupted:
+        lock               held by the run while it lives
+        steps/             finished steps, for --resume
+        new/               the results in the making
+        swap/              complete results on their way into place, then the old ones on their way out
+        old/               the old ones, where a file system cannot exchange two folders
+
+Whatever a killed run has left there the next one removes, or brings to an end.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from xopt import ownership
 from xopt.errors import InputError
 
-MARKERS = ("report.json", "manifest.json")
-"""A folder with one of these files is one of ours, and may be replaced."""
+CURE = "name a new folder with -o"
+LOCK = "lock"
+MARK = "work folder of xopt, process "
+"""What a lock begins with."""
 _AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
 
-def check(path: Path) -> None:
-    """Refuse a place that cannot be written, or that holds somebody else's files; InputError E-OUTPUT."""
-    parent = path.absolute().parent
-    if path.exists() and not path.is_dir():
+@dataclass(frozen=True)
+class Claim:
+    """The right to write an output, which one run has at a time.
+
+    Attributes:
+        output: the path with links followed.
+        work: folder beside it for what is not finished.
+    """
+
+    output: Path
+    work: Path
+
+    @property
+    def steps(self) -> Path:
+        """Folder for finished steps."""
+        return self.work / "steps"
+
+
+def check(path: Path, source: Path | None = None) -> None:
+    """Refuse a place that cannot be written, or that holds anything but results of xopt; InputError E-OUTPUT.
+
+    Args:
+        path: the folder to write.
+        source: the model's file, which must not lie in it.
+    """
+    place = resolved(path)
+    if place.exists() and not place.is_dir():
         raise InputError("E-OUTPUT", "the output is a file", where=str(path), cure="name a folder")
-    if path.is_dir() and any(path.iterdir()) and not any((path / marker).is_file() for marker in MARKERS):
-        raise InputError("E-OUTPUT", "the folder holds other files", where=str(path), cure="name a new folder")
-    nearest = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if place.is_dir():
+        _check_folder(place, path)
+        if source is not None and place in source.absolute().resolve().parents:
+            raise InputError("E-OUTPUT", "the model lies in the output folder", where=str(path), cure=CURE)
+        ownership.refuse_strangers(place, f"{CURE}, or move them away")
+    nearest = next(folder for folder in place.parents if folder.exists())
     try:
-        Path(tempfile.mkdtemp(dir=nearest, prefix=f".{path.name}.")).rmdir()
+        Path(tempfile.mkdtemp(dir=nearest, prefix=f".{place.name[:100]}.")).rmdir()
     except OSError as error:
-        raise _unwritable(nearest, error) from error
+        raise unwritable(nearest, error) from error
+
+
+def _check_folder(place: Path, path: Path) -> None:
+    """A folder that is to be exchanged must not be held by a mount, a working directory or the user's protection."""
+    if os.path.ismount(place) or os.fsencode(place) in _mount_points():
+        what = "the folder is a mount point, which cannot be replaced"
+        raise InputError("E-OUTPUT", what, where=str(path), cure="name a folder in it with -o")
+    if place == Path.cwd() or place in Path.cwd().parents:
+        what = "the current folder lies in the output folder"
+        raise InputError("E-OUTPUT", what, where=str(path), cure="name a folder in it with -o")
+    if not stat.S_IMODE(place.stat().st_mode) & 0o222 or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise InputError("E-OUTPUT", "the folder is write-protected", where=str(path), cure=CURE)
+
+
+def resolved(path: Path) -> Path:
+    """The path with all links followed; InputError E-OUTPUT where they lead in a circle."""
+    try:
+        return path.absolute().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError("E-OUTPUT", f"the path leads nowhere ({error})", where=str(path), cure=CURE) from error
+
+
+def _mount_points() -> set[bytes]:
+    """Where file systems are mounted, bound folders among them (which `os.path.ismount` does not see)."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return set()
+    return {line.split()[4].decode("unicode_escape").encode("latin-1") for line in lines}
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+def claimed(path: Path) -> Iterator[Claim]:
+    """Claim an output for this process, and clear away what a dead run has left of it; see `workplace`."""
+    place = resolved(path)
+    with workplace(place) as work:
+        with _errors(path):
+            _recover(work, place)
+        yield Claim(place, work)
+
+
+@contextmanager
+def workplace(place: Path) -> Iterator[Path]:
+    """The folder for unfinished work on ``place``, locked; it is removed at the end unless finished steps are in it.
 
     Raises:
-        InputError: E-OUTPUT: no permission, the disk is full.
+        InputError: E-OUTPUT: another run works on the same output, or the folder is not ours.
     """
-    check(path)
-    path = path.absolute()
-    fresh: Path | None = None
+    work = place.with_name(f".{place.name}.xopt-cache")
+    with _errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(work, place)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        fresh.chmod(0o777 & ~_umask())
-        yield fresh
-        _swap(fresh, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    except InputError as error:
-        if isinstance(error.__cause__, OSError):  # it names the file in the folder that is about to vanish
-            raise _unwritable(path, error.__cause__) from error
-        raise
+        yield work
     finally:
-        if fresh is not None:
+        shutil.rmtree(work / "new", ignore_errors=True)
+        _leave(work)
+        os.close(lock)
+
+
+def _locked(work: Path, place: Path) -> int:
+    """The descriptor of the lock, which the system lets go when this process ends, however that happens."""
+    while True:
+        if os.path.lexists(work) and not _is_ours(work):
+            what = f"{work.name} is in the way, and not of xopt"
+            raise InputError("E-OUTPUT", what, where=str(work.parent), cure=f"move it away, or {CURE}")
+        work.mkdir(exist_ok=True)
+        try:
+            lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # the run before has just removed it
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(work / LOCK).st_ino == os.fstat(lock).st_ino:
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{MARK}{os.getpid()}\n".encode(), 0)
+                return lock
+        except BlockingIOError:
+            holder = os.pread(lock, 200, 0).decode(errors="replace").removeprefix(MARK).strip()
+            os.close(lock)
+            what = f"another run (process {holder or 'unknown'}) is writing this output"
+            raise InputError("E-OUTPUT", what, where=str(place), cure="wait for it, or name another output") from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            _leave(work)
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _leave(work: Path) -> None:
+    """Remove a work folder that holds nothing but the lock; another run may be about to take it."""
+    with suppress(OSError):
+        if os.listdir(work) == [LOCK]:
+            (work / LOCK).unlink()
+            work.rmdir()
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a folder is a work folder: its lock says so. An empty one, or one with an empty lock, is nobody's."""
+    if work.is_symlink() or not work.is_dir():
+        return False
+    names, lock = os.listdir(work), work / LOCK
+    if lock.is_symlink() or not lock.is_file():
+        return not names
+    with suppress(FileNotFoundError), lock.open("rb") as file:
+        start = file.read(len(MARK))
+        return start == MARK.encode() or (not start and names == [LOCK])
+    return True
+
+
+def _recover(work: Path, place: Path) -> None:
+    """Bring to an end, or undo, what a killed run was about."""
+    shutil.rmtree(work / "new", ignore_errors=True)
+    if (work / "old").exists() and not place.exists():
+        (work / "old").rename(place)
+    for name in ("swap", "old"):
+        if (work / name).is_dir():
+            _clear(work / name, place)
+
+
+@contextmanager
+def replacing(path: Path, claim: Claim | None = None) -> Iterator[Path]:
+    """An empty folder beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Args:
+        path: the folder to write; a link is followed, and stays.
+        claim: of a run that has claimed it already.
+
+    Raises:
+        InputError: E-OUTPUT: no permission, the disk is full, other files are there, another run writes there.
+    """
+    if claim is None or claim.output != resolved(path):
+        check(path)
+        with claimed(path) as claim, replacing(path, claim) as fresh:
+            yield fresh
+        return
+    fresh = claim.work / "new"
+    with _errors(path):
+        try:
+            fresh.mkdir()
+            yield fresh
+            ownership.seal(fresh)
+            _publish(fresh, claim)
+        finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
+def _publish(fresh: Path, claim: Claim) -> None:
+    """Put a complete folder in its place; an old one is exchanged in one system call."""
+    place, swap, old = claim.output, claim.work / "swap", claim.work / "old"
+    if place.exists():
+        ownership.refuse_strangers(place, "move them away, and run again with --resume")
+        _take_after(fresh, place)
+    fresh.rename(swap)
+    try:
+        if not place.exists():
+            swap.rename(place)
+        elif not _renameat2(swap, place, _RENAME_EXCHANGE):
+            place.rename(old)
+            try:
+                swap.rename(place)
+            except OSError:
+                old.rename(place)
+                raise
+    finally:
+        for left in (swap, old):
+            if left.is_dir():
+                _clear(left, place)
+
+
+def _take_after(fresh: Path, place: Path) -> None:
+    """Give a new folder the permissions, the attributes and, where that is allowed, the owner of the old one."""
+    facts = place.stat()
+    shutil.copystat(place, fresh)
+    os.utime(fresh)
+    with suppress(PermissionError):
+        os.chown(fresh, facts.st_uid, facts.st_gid)
+
+
+def _clear(folder: Path, place: Path) -> None:
+    """Remove results that are not needed any more; what a user has put among them meanwhile goes back to its place."""
+    for name in ownership.strangers(folder):
+        if place.is_dir():
+            _renameat2(folder / name, place / name, _RENAME_NOREPLACE)
+    ownership.remove(folder)
+    with suppress(OSError):  # a stranger whose name is taken stays here
+        folder.rmdir()
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> bool:
+    """The system call; False where it fails, or the file system cannot do it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """An ``OSError`` of the block, or what came of one, as an E-OUTPUT about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):  # it names the file in the folder that is about to vanish
+            raise unwritable(path, error.__cause__) from error
+        raise
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """The error for a place that cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     what = "the disk is full" if full else f"cannot write ({error.strerror or error})"
     return InputError("E-OUTPUT", what, where=str(path), cure="name another folder with -o")
-
-
-def _swap(fresh: Path, path: Path) -> None:
-    """Put ``fresh`` in the place of ``path``; an old folder is exchanged in one system call."""
-    if not path.exists():
-        fresh.rename(path)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    done = libc.renameat2(_AT_FDCWD, os.fsencode(fresh), _AT_FDCWD, os.fsencode(path), _RENAME_EXCHANGE)
-    if done != 0:  # a file system without exchange: two renames, the old folder back if the second fails
-        aside = fresh.with_name(f"{fresh.name}.old")
-        path.rename(aside)
-        try:
-            fresh.rename(path)
-        except OSError:
-            aside.rename(path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

