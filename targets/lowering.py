@@ -21,7 +21,8 @@ from tvm.tirx.analysis import undefined_vars
 
 from xopt.errors import InputError
 from xopt.ir.mapped import give_back
-from xopt.ir.shapes import infer_shapes
+from xopt.ir.names import identifier
+from xopt.ir.shapes import infer_shapes, symbolic_dims
 from xopt.ir.tied import tied_tables
 from xopt.runtime.manifest import TensorInfo
 from xopt.targets.formats import (
@@ -414,22 +415,22 @@ class Lowering:
         return part
 
     # -- the function ----------------------------------------------------------------------------------------------
-    def parameter(self, value: ir.Value) -> relax.Var:
-        """The parameter of ``main`` for a graph input."""
+    def parameter(self, position: int, value: ir.Value) -> relax.Var:
+        """The parameter of ``main`` for the graph input at ``position``."""
         if value.shape is None or value.dtype is None:
             raise InputError("E-FORMAT", "the input has no type or no rank", where=f"input {value.name}")
         shape = [self._dimension(value, axis, dim) for axis, dim in enumerate(value.shape)]
-        name = "".join(c if c.isalnum() else "_" for c in value.name or "input")
-        return relax.Var(f"input_{name}", relax.TensorType(shape, value.dtype.numpy().name))
+        name = identifier("input", position, value.name)
+        return relax.Var(name, relax.TensorType(shape, value.dtype.numpy().name))
 
     def _dimension(self, value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
         if isinstance(dim, int):
             return dim
-        return self.dims.variable(dim.value or f"{value.name}_{axis}")
+        return self.dims.variable(dim.value) if dim.value else self.dims.unnamed(f"{value.name}_{axis}")
 
     def describe(self, value: ir.Value, tensor: relax.Expr) -> TensorInfo:
         """An input or output for the manifest."""
-        shape = tuple(dim if isinstance(dim, int) else _readable(dim) for dim in self.shape_of(tensor))
+        shape = tuple(self.dims.readable(dim) for dim in self.shape_of(tensor))
         return TensorInfo(value.name or "", str(tensor.ty.dtype), shape, self.ranges.get(value))
 
     def finish(self, parameters: list[relax.Var]) -> tvm.IRModule:
@@ -446,10 +447,6 @@ _OPAQUE = 8
 
 def _extents(shape: Sequence[Dim]) -> list[Any]:
     return [tirx.IntImm("int64", dim) if isinstance(dim, int) else dim for dim in shape]
-
-
-def _readable(dim: Any) -> str:
-    return str(dim).replace("T.int64(", "").replace(")", "") if isinstance(dim, tirx.Var) else str(dim)
 
 
 def in_memory(name: str, array: Array) -> Array:
@@ -475,7 +472,9 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     lowering = Lowering(target, weights=Weights(store))
-    parameters = [lowering.parameter(value) for value in model.graph.inputs]
+    for name in symbolic_dims(model):  # before the dimensions that have none are called something
+        lowering.dims.variable(name)
+    parameters = [lowering.parameter(position, value) for position, value in enumerate(model.graph.inputs)]
     bundle = relax.Var("weights", relax.ObjectType())
     with lowering.builder.function("main", [*parameters, bundle]):
         with lowering.builder.dataflow():

@@ -8,6 +8,7 @@ arithmetic is left to run time.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -20,10 +21,15 @@ from tvm import tirx
 from tvm.sym import Analyzer
 from tvm.tirx.analysis import undefined_vars
 
+from xopt.ir.names import identifier
+
 Array = npt.NDArray[Any]
 
 Dim: TypeAlias = Any
 """A dimension: a Python int, or a ``tirx`` int64 expression in the symbolic dimensions."""
+
+_TYPED = re.compile(r"T\.int64\((-?\w+)\)")
+_INTERNAL = re.compile(r"\bdim_\d+\w*")
 
 MAX_ELEMENTS = 256
 """Larger integer tensors are data, not shapes."""
@@ -42,29 +48,63 @@ class Ints:
 
 
 class Dimensions:
-    """The symbolic dimensions of one model by name, and what is known about them (each is at least 1)."""
+    """The symbolic dimensions of one model, and what is known about them (each is at least 1).
+
+    The variables have names of our own: a model may call an axis ``a.b`` or ``past + 1``, which TVM would change, and
+    two axes then be one.
+
+    Attributes:
+        variables: by their own names.
+    """
 
     def __init__(self) -> None:
         self.variables: dict[str, tirx.Var] = {}
-        self.limits: dict[str, int] = {}
+        self._called: dict[str, str] = {}
+        self._by_name: dict[str, tirx.Var] = {}
+        self._limits: dict[str, int] = {}
         self._analyzer = Analyzer()
 
     def variable(self, name: str) -> tirx.Var:
-        """The int64 variable shared by every dimension called ``name``."""
-        if name not in self.variables:
-            self.variables[name] = tirx.Var(name, "int64")
-            self._bind(name, 1 << 31)
-        return self.variables[name]
+        """The int64 variable shared by every dimension that the model calls ``name``."""
+        if name not in self._by_name:
+            self._by_name[name] = self._new(name)
+        return self._by_name[name]
 
-    def _bind(self, name: str, limit: int) -> None:
+    def unnamed(self, description: str) -> tirx.Var:
+        """An int64 variable for a dimension that has no name; for people it is called ``description``, or much so."""
+        while description in self._called.values():
+            description += "'"
+        return self._new(description)
+
+    def _new(self, name: str) -> tirx.Var:
+        internal = identifier("dim", len(self.variables), name)
+        self.variables[internal] = tirx.Var(internal, "int64")
+        self._called[internal] = name
+        self._bind(internal, 1 << 31)
+        return self.variables[internal]
+
+    def _bind(self, internal: str, limit: int) -> None:
         extent = tvm.ir.Range(tirx.IntImm("int64", 1), tirx.IntImm("int64", limit + 1))
-        self._analyzer.bind(self.variables[name], extent, allow_override=True)
+        self._analyzer.bind(self.variables[internal], extent, allow_override=True)
 
     def limit(self, dim: Dim, most: int) -> None:
         """Note that the model only makes sense for ``dim <= most``: a table of ``most`` rows is read up to there."""
-        if isinstance(dim, tirx.Var) and most < self.limits.get(dim.name, 1 << 31):
-            self.limits[dim.name] = most
+        if isinstance(dim, tirx.Var) and most < self._limits.get(dim.name, 1 << 31):
+            self._limits[dim.name] = most
             self._bind(dim.name, most)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The largest sizes noted, by what the model calls the dimensions."""
+        return {self._called[internal]: most for internal, most in self._limits.items()}
+
+    def readable(self, dim: Dim) -> int | str:
+        """A dimension in the model's names."""
+        if isinstance(dim, int):
+            return dim
+        if isinstance(dim, tirx.Var):
+            return self._called[dim.name]
+        return _INTERNAL.sub(lambda found: self._called.get(found[0], found[0]), _TYPED.sub(r"\1", str(dim)))
 
     def simplify(self, value: Dim) -> Dim:
         """The simplest form of ``value``; a Python int when it is constant."""

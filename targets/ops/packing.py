@@ -44,7 +44,7 @@ def _layout(call: Call, mask: ir.Value) -> Layout:
         shapes: list[list[Dim]] = [[dims.simplify(batch + 2)], [dims.product([batch, length])], [1]]
         name, build = _kernel(lowering, "layout")
         starts, place, total = lowering.call_for_all(name, build, [lowering.tensor(mask)], shapes, ["int64"] * 3)
-        tokens = lowering.dims.variable(f"{mask.name}_tokens")
+        tokens = lowering.dims.unnamed("tokens")
         shape = lowering.emit(relax.op.tensor_to_shape(total))
         lowering.builder.match_cast(shape, relax.ShapeType([tokens]))
         lowering.layouts[mask] = Layout(starts, place, tokens, (batch, length))

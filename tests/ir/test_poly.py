@@ -51,6 +51,20 @@ def test_bounds_hold(a: Poly, bound: int, least: int, values: dict[str, int]) ->
     assert not a.at_least(bound, least) or at(a, {name: value - 1 + least for name, value in values.items()}) >= bound
 
 
+@given(st.text(), st.text())
+def test_an_axis_is_itself_whatever_it_is_called(a: str, b: str) -> None:
+    assert Poly.axis(a).is_name
+    assert (Poly.axis(a) == Poly.axis(b)) == (a == b)
+
+
+def test_an_axis_is_no_operation_and_no_symbol_of_ours() -> None:
+    half = (Poly.axis("a") + 1) // 2
+    for made in (half, Poly.unknown(), Poly.axis("a") * 2, Poly.of("@key"), Poly.axis("2*seq"), Poly.of(7)):
+        assert Poly.axis(str(made)) != made
+        assert Poly.axis(str(made)).is_name
+    assert (Poly.axis("a+b") + 1) // 2 != (Poly.axis("a") + Poly.axis("b") + 1) // 2
+
+
 def test_what_polynomials_cannot_say() -> None:
     half = (Poly.of("seq") + 1) // 2
     assert half == (Poly.of("seq") + 1) // 2

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.ir import builders
+from tests.ir.net import Net
 from tests.targets.running import node_model
 from xopt import targets
 from xopt.errors import InputError
@@ -134,6 +135,56 @@ def test_code_for_another_cpu_is_refused(copy: Path) -> None:
 def test_data_that_does_not_fit_is_refused(artifact: Path, feeds: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         Session.load(artifact).run(feeds)
+    assert caught.value.code == "E-DATA"
+
+
+AXES = (
+    "seq.len",
+    "a.b",
+    "a_b",
+    "2*seq",
+    "past + 1",
+    "class",
+    "7",
+    "int64",
+    "?",
+    "x0_0",
+    "",
+    "\u00e9",
+    "e\u0301",
+    "n" * 3000,
+)
+"""Names that TVM or Python would change, take for others or for something else, and one that is missing."""
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``y3 = table3[:size of the axis of x3]`` for each of ``AXES``; table i has 4 + i rows."""
+    net = Net("tables")
+    for index, axis in enumerate(AXES):
+        x = net.input(f"x{index}", [axis])
+        length = net.op("Squeeze", net.op("Shape", x), net.ints(0))
+        places = net.op("Range", net.scalar(0), length, net.scalar(1))
+        net.output(net.op("Gather", net.weight(f"table{index}", 4 + index, 2), places), f"y{index}")
+    return targets.compile(net.build(), "cpu", tmp_path_factory.mktemp("tables") / "model.so")
+
+
+def test_axes_are_told_apart_whatever_they_are_called(tables: Path) -> None:
+    session = Session.load(tables)
+    called = [info.shape[0] for info in session.inputs]
+    assert called == [axis or f"x{index}_0" for index, axis in enumerate(AXES)]
+    assert session.manifest.limits == {name: 4 + index for index, name in enumerate(called)}
+    assert [info.shape[0] for info in session.outputs] == called
+    outputs = session.run({info.name: np.ones(4 + index, np.float32) for index, info in enumerate(session.inputs)})
+    assert [outputs[f"y{index}"].shape for index in range(len(AXES))] == [(4 + index, 2) for index in range(len(AXES))]
+
+
+@pytest.mark.parametrize("index", range(len(AXES)), ids=lambda index: ascii(AXES[index][:8]))
+def test_more_than_a_table_holds_is_refused_whatever_the_axis_is_called(tables: Path, index: int) -> None:
+    session = Session.load(tables)
+    feeds = {info.name: np.ones(4, np.float32) for info in session.inputs}
+    with pytest.raises(InputError, match=f"is {5 + index}, give at most {4 + index}") as caught:
+        session.run(feeds | {f"x{index}": np.ones(5 + index, np.float32)})
     assert caught.value.code == "E-DATA"
 
 

@@ -23,7 +23,7 @@ def substituted(dims: Dimensions, value: Any, size: int) -> int:
     if isinstance(value, int):
         return value
     fixed = Dimensions()
-    fixed._analyzer.bind(dims.variables["n"], tirx.IntImm("int64", size))
+    fixed._analyzer.bind(dims.variable("n"), tirx.IntImm("int64", size))
     result = fixed.simplify(value)
     assert isinstance(result, int)
     return result
@@ -87,3 +87,14 @@ def test_limits_sharpen_what_can_be_proved() -> None:
     dims.limit(n, 64)
     assert dims.proves(n <= 64)
     assert dims.limits == {"n": 64}
+
+
+def test_dimensions_are_read_in_the_model_s_names() -> None:
+    dims = Dimensions()
+    dotted, underscored, number = (dims.variable(name) for name in ("a.b", "a_b", "1"))
+    nameless = dims.unnamed("a_b")
+    assert dims.variable("a.b").same_as(dotted)
+    assert [dims.readable(dim) for dim in (dotted, underscored, number, nameless, 3)] == ["a.b", "a_b", "1", "a_b'", 3]
+    assert dims.readable(dims.simplify(dotted * 2 + underscored)) in ("a.b * 2 + a_b", "a_b + a.b * 2")
+    assert not dims.equal(dotted, underscored)
+    assert not dims.related(underscored, nameless)

@@ -1,20 +1,23 @@
 """Integers known as polynomials: dimensions, shape arithmetic and tensor indices.
 
-A symbol is a name: a dimension of the input model (``batch``), an index of a tensor under study (``i2``), or the
-canonical text of an operation that polynomials cannot say (``floor((seq+1)/2)``). Equal polynomials are equal
-numbers; unequal ones may be.
+A symbol is a name: an axis of the input model (``batch``, or a digest ``<1f0c...>`` where a model calls it ``2*seq``),
+an index of a tensor under study (``@key``), or the canonical text of an operation that polynomials cannot say
+(``floor((seq+1)/2)``). Equal polynomials are equal numbers; unequal ones may be.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 Monomial = tuple[str, ...]
 
 _fresh = itertools.count()
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,13 @@ class Poly:
         if isinstance(value, Poly):
             return value
         return _build({(value,): 1}) if isinstance(value, str) else _build({(): int(value)})
+
+    @staticmethod
+    def axis(name: str) -> Poly:
+        """The size of the axis that a model calls ``name``, which may look like an operation or a symbol of ours."""
+        if _PLAIN.fullmatch(name):
+            return Poly.of(name)
+        return Poly.of(f"<{sha256(name.encode(errors='surrogatepass')).hexdigest()}>")
 
     @staticmethod
     def unknown() -> Poly:

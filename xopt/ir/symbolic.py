@@ -8,6 +8,8 @@ wrote for it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from xopt.ir.edit import constant
@@ -74,7 +76,8 @@ class Symbols:
 def name_dims(graph: ir.Graph) -> None:
     """Write the dimensions that are numbers, or dimensions of the graph's inputs, into shapes that lack them."""
     symbols = Symbols(graph)
-    names = {dim.value for value in graph.inputs for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)}
+    symbolic = [dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)]
+    names = {Poly.axis(dim.value): dim.value for dim in symbolic if dim.value}
     for node in graph:
         for value in node.outputs:
             dims = symbols.dims(value)
@@ -84,12 +87,10 @@ def name_dims(graph: ir.Graph) -> None:
             value.shape = ir.Shape([_named(have, dim, names) for have, dim in zip(old, dims)])
 
 
-def _named(have: int | ir.SymbolicDim, dim: Poly, names: set[str | None]) -> int | ir.SymbolicDim | str:
-    if isinstance(have, int) or have.value in names - {None}:
+def _named(have: int | ir.SymbolicDim, dim: Poly, names: Mapping[Poly, str]) -> int | ir.SymbolicDim | str:
+    if isinstance(have, int) or have.value in names.values():
         return have
-    if dim.constant is not None:
-        return dim.constant
-    return str(dim) if dim.is_name and str(dim) in names else have
+    return dim.constant if dim.constant is not None else names.get(dim, have)
 
 
 def _declared(value: ir.Value) -> Dims | None:
@@ -98,6 +99,6 @@ def _declared(value: ir.Value) -> Dims | None:
     if value.shape is None:
         return None
     return tuple(
-        Poly.of(dim) if isinstance(dim, int) else Poly.of(dim.value) if dim.value else Poly.unknown()
+        Poly.of(dim) if isinstance(dim, int) else Poly.axis(dim.value) if dim.value else Poly.unknown()
         for dim in value.shape
     )

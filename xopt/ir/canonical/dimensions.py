@@ -72,7 +72,7 @@ def _sources(graph: ir.Graph) -> dict[Poly, tuple[ir.Value, int]]:
     for value in graph.inputs:
         for place, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
-                found.setdefault(Poly.of(dim.value), (value, place))
+                found.setdefault(Poly.axis(dim.value), (value, place))
     return found
 
 
