@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xopt.errors import InputError
+from xopt.errors import InputError, visible
 from xopt.runtime.manifest import Manifest, weights_path
 
 COMPILER = "aarch64-linux-gnu-g++"
@@ -161,4 +161,4 @@ def _call(command: list[str], doing: str, environment: Mapping[str, str] | None 
 
 
 if __name__ == "__main__":
-    print(f"aarch64 runtime and runner: {fetch()}")
+    print(visible(f"aarch64 runtime and runner: {fetch()}"))

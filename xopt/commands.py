@@ -95,7 +95,7 @@ def compile_model(
     if as_json:
         console.emit({"artifact": str(library), "target": target, "precision": precision, "dims": sizes})
     else:
-        print(library)
+        console.out(library)
 
 
 def tune(model: Path, *, as_json: bool, dims: tuple[str, ...], database: Path | None, **settings: Any) -> None:
@@ -241,7 +241,7 @@ def passes(name: str | None, as_json: bool) -> None:
         rows = [(cls.name, cls.effect.value, cls.summary()) for cls in classes]
         console.table("", ["pass", "effect", "what it does"], rows, left=3)
     else:
-        print((classes[0].__doc__ or "").strip())
+        console.out((classes[0].__doc__ or "").strip())
         options = [(o.name, o.default, str(o)) for o in classes[0].options().values()]
         console.table("", ["option", "default", "legal"], options, left=3)
 
@@ -311,7 +311,7 @@ def bisect(
             del found["pass_"]
         console.emit({"culprit": found})
     else:
-        print("no pass breaks the check" if culprit is None else culprit)
+        console.out("no pass breaks the check" if culprit is None else culprit)
     if culprit is not None:
         raise VerificationError("E-VERIFY", str(culprit))
 
@@ -360,7 +360,7 @@ def _dims(pairs: tuple[str, ...]) -> dict[str, int]:
     """``NAME=SIZE`` options as a dict."""
     sizes = {}
     for pair in pairs:
-        name, _, number = pair.partition("=")
+        name, _, number = pair.rpartition("=")
         if not name or not number.isdecimal() or int(number) < 1:
             raise InputError("E-OPTION", f"{pair!r} is not NAME=SIZE", where="--dim", cure="write sequence=128")
         sizes[name] = int(number)
@@ -428,7 +428,7 @@ def _rerun(folder: Path, as_json: bool) -> None:
     if as_json:
         console.emit({"reproduced": False, "steps": [step.pass_.name for step in steps]})
     else:
-        print("the failure is gone: " + ", ".join(step.pass_.name for step in steps) + " ran and verified")
+        console.out("the failure is gone: " + ", ".join(step.pass_.name for step in steps) + " ran and verified")
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,19 +1,26 @@
-"""What the command line prints: JSON on standard output, tables, progress and errors."""
+"""What the command line prints: JSON on standard output, text, tables, progress and errors.
+
+Everything that is printed goes through here. Names, paths and words of other libraries are anybody's: what a terminal
+would obey in them is shown as an escape.
+"""
 
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xopt.errors import InputError, InternalError, XoptError
+from xopt.errors import InputError, InternalError, XoptError, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +30,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of the JSON on standard output and in report.json (docs/cli-json.md)."""
 INTERRUPTED = 130
+LONGEST_CELL = 400
+"""Characters of a name or a text in a table."""
 
 
 def emit(content: Mapping[str, Any]) -> None:
@@ -30,9 +39,24 @@ def emit(content: Mapping[str, Any]) -> None:
     print(json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False, default=str))
 
 
+def out(text: object = "") -> None:
+    """Lines of an answer, on standard output."""
+    print(_lines(text))
+
+
 def say(message: str) -> None:
     """A message for the user, on standard error."""
-    print(message, file=sys.stderr)
+    print(_lines(message), file=sys.stderr)
+
+
+def _lines(text: object) -> str:
+    return "\n".join(visible(line) for line in str(text).split("\n"))
+
+
+def cell(content: object) -> str:
+    """What a table shows of anything: one line, and of a long text its start."""
+    text = "" if content is None else visible(str(content))
+    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]}..."
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
@@ -40,11 +64,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title or None, title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    grid = Table(title=_lines(title) or None, title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        grid.add_column(cell(column), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+        grid.add_row(*(cell(content) for content in row))
     width = None if sys.stdout.isatty() else 140
     Console(width=width, highlight=False, markup=False).print(grid)
 
@@ -56,14 +80,14 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    stage = TextColumn("{task.description:<18}")
+    stage = TextColumn("{task.description:<18}", markup=False)
     columns = (SpinnerColumn(), stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
+                tasks[stage] = bar.add_task(cell(stage), total=total)
             bar.update(tasks[stage], completed=done, total=total, visible=done < total)
 
         yield show
@@ -95,7 +119,8 @@ def run_guarded(command: Callable[[], None]) -> int:
     import click
 
     try:
-        command()
+        with _escaping():
+            command()
     except click.exceptions.Exit as signal:
         return signal.exit_code
     except click.UsageError as error:
@@ -111,7 +136,7 @@ def run_guarded(command: Callable[[], None]) -> int:
         return 1
     except XoptError as error:
         if os.environ.get("XOPT_DEBUG") == "1":
-            raise
+            say(traceback.format_exc())
         return _report(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -120,13 +145,34 @@ def run_guarded(command: Callable[[], None]) -> int:
         return _report(InputError("E-OUTPUT", "the disk is full", where=str(place), cure="free some space"))
     except Exception as error:
         if os.environ.get("XOPT_DEBUG") == "1":
-            raise
+            say(traceback.format_exc())
         return _report(_internal(error))
     return 0
 
 
+@contextmanager
+def _escaping() -> Iterator[None]:
+    """Meanwhile warnings and logs of other libraries are escaped too, and no encoding of a stream is too small."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **named: _lines(plain(*given, **named))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Escaping())
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
+
+
+class _Escaping(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _lines(super().format(record))
+
+
 def _report(error: XoptError) -> int:
-    say("xopt: " + " ".join(str(error).split()))
+    say(f"xopt: {error}")
     return error.exit_status
 
 
@@ -139,8 +185,7 @@ def _usage(error: Any) -> InputError:
 def _internal(error: Exception) -> InternalError:
     """Our own fault: the trace goes to a file."""
     with tempfile.NamedTemporaryFile("w", prefix="xopt-trace-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        file.write(f"{' '.join(sys.argv)}\n\n")
-        traceback.print_exception(error, file=file)
+        file.write(_lines(f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"))
     text = " ".join(str(error).split())[:300]
     cure = f"please report it with {Path(file.name)}"
     return InternalError("E-INTERNAL", f"{type(error).__name__}: {text}", cure=cure)

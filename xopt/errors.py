@@ -7,6 +7,24 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST_PART = 2000
+"""Characters of an error's cause, place or cure that are shown; a name may have any number."""
+
+
+def visible(text: str) -> str:
+    r"""``text`` with everything that a terminal obeys, or does not show, escaped as Python writes it: ``\x1b``.
+
+    Line ends are escaped too, and what is no character of any encoding (surrogates, as in paths that are not UTF-8).
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def _brief(text: str) -> str:
+    most = _LONGEST_PART // 2
+    return text if len(text) <= 2 * most else f"{text[:most]} ... {text[-most:]}"
+
 
 class XoptError(Exception):
     """Base of every error that xopt raises on purpose.
@@ -28,7 +46,9 @@ class XoptError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"error[{self.code}]: " + ", ".join(part for part in (self.what, self.where, self.cure) if part)
+        """One line that shows what it says, though names, paths and other libraries' words are in it."""
+        parts = [_brief(visible(" ".join(part.split()))) for part in (self.what, self.where, self.cure) if part]
+        return f"error[{self.code}]: " + ", ".join(parts)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.code, self.what, self.where, self.cure))

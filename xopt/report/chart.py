@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xopt.errors import visible
+
 KEPT, LEFT_OUT, PEER = "kept", "left out", "original model in other runtimes"
 PORTABLE = "optimized model.onnx in onnxruntime"
 FAR_APART = 8.0
@@ -52,13 +54,15 @@ def points(report: Mapping[str, Any]) -> list[Point]:
         latency = step["latency_ms"]
         x = latency["median"] if measured and latency else step["macs"]
         p90 = latency["p90"] if measured and latency else None
-        found.append(Point(name, KEPT if kept else LEFT_OUT, x, step["quality"], p90, note))
+        found.append(Point(visible(name), KEPT if kept else LEFT_OUT, x, step["quality"], p90, visible(note)))
     final = report["final"]
     for name, times in report["runtimes"].items():
         portable = name == "onnxruntime-optimized"
         y = final["quality"] if portable else report["metric"]["baseline"]
         kind = PORTABLE if portable else PEER
-        found.append(Point("onnxruntime" if portable else name, kind, times["median_ms"], y, times["p90_ms"], ""))
+        found.append(
+            Point("onnxruntime" if portable else visible(name), kind, times["median_ms"], y, times["p90_ms"], "")
+        )
     return found
 
 

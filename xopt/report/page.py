@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xopt import console
-from xopt.errors import InputError
+from xopt.errors import InputError, visible
 from xopt.report.chart import figure
 from xopt.report.summary import verdict
 
@@ -15,7 +15,7 @@ from xopt.report.summary import verdict
 def write_page(report: Mapping[str, Any], path: Path) -> None:
     """Write the page; InputError E-OUTPUT where that cannot be done."""
     try:
-        path.write_text(render(report), encoding="utf-8")
+        path.write_text(render(report), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         what = f"the page cannot be written ({error.strerror})"
         raise InputError("E-OUTPUT", what, where=str(path), cure="name another file with -o") from error
@@ -26,7 +26,9 @@ def render(report: Mapping[str, Any]) -> str:
     import jinja2
 
     loader = jinja2.PackageLoader("xopt.report", ".")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     environment.filters["size"] = console.size
     environment.filters["ms"] = console.milliseconds
     environment.filters["options"] = _options
@@ -39,6 +41,11 @@ def render(report: Mapping[str, Any]) -> str:
         ops=_ops(report["structure"]),
     )
     return page
+
+
+def _shown(value: Any) -> Any:
+    """Text of names and paths shows what is in it, and does not turn what stands beside it around."""
+    return visible(value) if type(value) is str else value
 
 
 def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -52,11 +52,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         ]
         console.table("\nbeside, in turns", ["runtime", "ms", "of xopt's"], [("xopt", f"{final:.3f}", ""), *others])
     elif not report["target"]["runs_here"]:
-        print(f"latency not measured: {report['target']['name']} does not run on this machine")
+        console.out(f"latency not measured: {report['target']['name']} does not run on this machine")
     for name, reason in report["skipped"].items():
         console.say(f"{name} is left out: {reason}")
     if report["output"]:
-        print(f"\nreport: {report['output']}/report.html")
+        console.out(f"\nreport: {report['output']}/report.html")
 
 
 def verdict(step: Mapping[str, Any]) -> str:
@@ -75,25 +75,25 @@ def print_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     console.table(f"{plan['model']} for {plan['target']}", ["effect", "pass"], rows, left=2)
     evaluation, latency = plan["evaluation"], plan["latency"]
     limit = "no limit" if plan["max_drop"] is None else f"at most {plan['max_drop']:g} lost"
-    print(f"\nquality: {plan['metric']} on {evaluation['samples']} samples of {evaluation['data']}, {limit}")
+    console.out(f"\nquality: {plan['metric']} on {evaluation['samples']} samples of {evaluation['data']}, {limit}")
     timed = f"{latency['threads']} threads, feeds {latency['feeds']}" if latency["measured"] else "not measured"
-    print(f"latency: {timed}")
+    console.out(f"latency: {timed}")
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """``xopt inspect``."""
     sizes = ", ".join(f"{name}={number}" for name, number in facts["dims"].items())
-    print(f"parameters  {console.size(facts['parameters'])}   weights  {console.size(facts['bytes'], 'B')}")
-    print(f"MACs        {console.size(facts['macs'])}{f'   at {sizes}' if sizes else ''}")
+    console.out(f"parameters  {console.size(facts['parameters'])}   weights  {console.size(facts['bytes'], 'B')}")
+    console.out(f"MACs        {console.size(facts['macs'])}{f'   at {sizes}' if sizes else ''}")
     for kind in ("inputs", "outputs"):
         for value in facts[kind]:
-            print(f"{kind[:-1]:<11} {value['name']} {value['dtype']} {value['shape']}")
+            console.out(f"{kind[:-1]:<11} {value['name']} {value['dtype']} {value['shape']}")
     rows = [_block_row(index, block) for index, block in enumerate(facts["blocks"])]
-    print()
+    console.out()
     if rows:
         console.table("", ["block", "heads", "kv heads", "head dim", "causal", "FFN width", "gated"], rows)
     else:
-        print("no transformer block was found")
+        console.out("no transformer block was found")
 
 
 def print_differences(found: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ def print_differences(found: Mapping[str, Any]) -> None:
     ]
     rows += [(op, *counts) for op, counts in found["ops"].items() if counts[0] != counts[1]]
     console.table("", ["", "before", "after"], rows)
-    print()
+    console.out()
     outputs = [
         (name, f"{o['max_abs']:.3g}", f"{o['scale']:.3g}", f"{o['cosine']:.6f}", o["mismatch"] or "")
         for name, o in found["outputs"].items()

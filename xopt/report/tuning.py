@@ -25,7 +25,7 @@ def display() -> Iterator[Callbacks]:
     screen = Console(stderr=True)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description:<44}"),
+        TextColumn("{task.description:<44}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("best {task.fields[gain]:.2f}x  rest {task.fields[rest]}"),
@@ -35,11 +35,19 @@ def display() -> Iterator[Callbacks]:
 
         def progress(now: Progress) -> None:
             rest = f"{int(now.rest) // 60}:{int(now.rest) % 60:02d}"
-            bar.update(task, description=now.kernel, completed=now.done, total=now.total, gain=now.gain, rest=rest)
+            bar.update(
+                task,
+                description=console.cell(now.kernel),
+                completed=now.done,
+                total=now.total,
+                gain=now.gain,
+                rest=rest,
+            )
 
         def finished(kernel: Kernel) -> None:
             if screen.is_terminal:
-                bar.console.print(f"{kernel.site!s:<44} {kernel.status:<9} {_gain(kernel)}", highlight=False)
+                line = f"{console.cell(kernel.site):<44} {console.cell(kernel.status):<9} {_gain(kernel)}"
+                bar.console.print(line, highlight=False, markup=False)
 
         yield progress, finished
 
@@ -69,7 +77,7 @@ def print_result(result: Tuning) -> None:
     left = sum(kernel.status == "left" for kernel in result.kernels)
     if left:
         console.say(f"{left} kernels are left: the same command goes on with them")
-    print(f"{result.gain:.3f}x in all, {result.seconds:.0f} s, {result.database}")
+    console.out(f"{result.gain:.3f}x in all, {result.seconds:.0f} s, {result.database}")
 
 
 def to_json(result: Tuning) -> dict[str, Any]:
