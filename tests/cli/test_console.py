@@ -57,7 +57,7 @@ def test_text_and_tables_are_harmless(capsys: pytest.CaptureFixture[str]) -> Non
     out, err = capsys.readouterr()
     assert out.startswith(f"first\n{SHOWN}\n") and err == f"first\n{SHOWN}\n"
     assert is_harmless(out)
-    assert out.count(SHOWN) >= 3
+    assert out.count(SHOWN) >= 2  # the others are folded
     assert len(out) < 20_000
 
 
