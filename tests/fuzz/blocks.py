@@ -8,11 +8,12 @@ from random import Random
 EDGES = (0, 1, 0x7F, 0x80, 0xFF)
 
 
-def mutate(data: bytes, random: Random) -> bytes:
-    """One to four changes anywhere in ``data``."""
-    for _ in range(random.choice((1, 1, 2, 4))):
-        data = random.choice(CHANGES)(data, random)
-    return data
+def mutate(data: bytes, random: Random) -> tuple[bytes, list[str]]:
+    """``data`` after one to four changes anywhere, and their names."""
+    changes = random.choices(CHANGES, k=random.choice((1, 1, 2, 4)))
+    for change in changes:
+        data = change(data, random)
+    return data, [change.__name__ for change in changes]
 
 
 def flip(data: bytes, random: Random) -> bytes:

@@ -17,12 +17,13 @@ LEVELS = ("bytes", "structure", "semantics", "semantics")
 
 @dataclass(frozen=True)
 class Case:
-    """A mutated model, and the file of its external data."""
+    """A mutated model, the file of its external data, and the names of the mutations."""
 
     name: str
     level: str
     model: bytes
     data: bytes
+    changes: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> Path:
         """The files, in ``folder``."""
@@ -44,9 +45,10 @@ def case(number: int, index: int, level: str | None = None) -> Case:
     level = level or LEVELS[index // len(known) % len(LEVELS)]
     random = Random(f"{number}:{index}")
     if level == "bytes":
-        if seed.data and random.random() < 0.3:
-            return Case(seed.name, level, seed.model, blocks.mutate(seed.data, random))
-        return Case(seed.name, level, blocks.mutate(seed.model, random), seed.data)
+        in_data = bool(seed.data) and random.random() < 0.3
+        mutated, changes = blocks.mutate(seed.data if in_data else seed.model, random)
+        files = (seed.model, mutated) if in_data else (mutated, seed.data)
+        return Case(seed.name, level, *files, tuple(changes))
     model = copy.deepcopy(seed.typed) if level == "semantics" else onnx.load_from_string(seed.model)
-    (semantics if level == "semantics" else structure).mutate(model, random)
-    return Case(seed.name, level, model.SerializeToString(deterministic=True), seed.data)
+    changes = (semantics if level == "semantics" else structure).mutate(model, random)
+    return Case(seed.name, level, model.SerializeToString(deterministic=True), seed.data, tuple(changes))

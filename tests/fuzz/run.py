@@ -95,12 +95,16 @@ def main() -> int:
             children.run(jobs, work, STAGES[arguments.stage].limits, arguments.workers), 1
         ):
             one = case(job[1], job[2], job[3])
-            line = {"seed": job[1], "index": job[2], "model": one.name, "level": one.level, **outcome.record()}
+            facts = {"model": one.name, "level": one.level, "changes": one.changes}
+            line = {"seed": job[1], "index": job[2], **facts, **outcome.record()}
             known.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()
             if not outcome.good:
-                print(f"{job[1]}:{job[2]} {one.name} {one.level} {outcome.verdict}: {outcome.detail}", flush=True)
+                print(
+                    f"{job[1]}:{job[2]} {' '.join((one.name, *one.changes))}: {outcome.verdict}: {outcome.detail}",
+                    flush=True,
+                )
             if count % 500 == 0:
                 print(f"{count} cases, {(time.monotonic() - started) / count:.2f} s each", flush=True)
     found = summary(known)

@@ -26,12 +26,14 @@ SWAPS = (
 COUNTS = (0, 1, -1, 2, -2, 3, 4, 5, 7, 8, 16, 1 << 31, (1 << 63) - 1, -(1 << 63))
 
 
-def mutate(model: onnx.ModelProto, random: Random) -> None:
-    """One to three changes, in place; ``model`` comes with inferred types."""
+def mutate(model: onnx.ModelProto, random: Random) -> list[str]:
+    """One to three changes, in place; returns their names. ``model`` comes with inferred types."""
     context = Context(model, random, types_of(model))
     del model.graph.value_info[:]
-    for _ in range(random.choice((1, 1, 2, 3))):
-        random.choice(CHANGES)(context)
+    changes = random.choices(CHANGES, k=random.choice((1, 1, 2, 3)))
+    for change in changes:
+        change(context)
+    return [change.__name__ for change in changes]
 
 
 # -- attributes and constants ------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ SIZES = (-1, 0, 1, 2, 3, 7, 64, 4096, 1 << 31, (1 << 31) - 1, 1 << 40, (1 << 62)
 OPS = ("Add", "MatMul", "Softmax", "Split", "Loop", "If", "Scan", "Identity", "Cast", "Attention", "Sparkle", "Gather")
 
 
-def mutate(model: onnx.ModelProto, random: Random) -> None:
-    """One to four changes, in place."""
-    for _ in range(random.choice((1, 1, 2, 4))):
-        random.choice(CHANGES)(model, random)
+def mutate(model: onnx.ModelProto, random: Random) -> list[str]:
+    """One to four changes, in place; returns their names."""
+    changes = random.choices(CHANGES, k=random.choice((1, 1, 2, 4)))
+    for change in changes:
+        change(model, random)
+    return [change.__name__ for change in changes]
 
 
 def scope(model: onnx.ModelProto, random: Random) -> Any:
