@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         self.down, self.head = nn.Linear(48, WIDTH, bias=False), nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def rotate(self, x: Tensor, past: int) -> Tensor:
-        places = torch.arange(past, past + x.shape[2], dtype=torch.float32)
+        places = torch.arange(past, past + x.shape[2]).float()
         angles = places[:, None] * 10000.0 ** (-torch.arange(0, DEPTH, 2, dtype=torch.float32) / DEPTH)
         angles = torch.cat([angles, angles], -1)
         half = torch.cat([-x[..., DEPTH // 2 :], x[..., : DEPTH // 2]], -1)

@@ -1,4 +1,4 @@
-"""A model of everything that exporters of transformers rarely write: functions, control flow, scatters, windows."""
+"""A model of what exporters of transformers rarely write: functions, control flow, scatters, attention to a grid."""
 
 from __future__ import annotations
 
@@ -29,13 +29,7 @@ mixed (float[batch, 3, 8, 8] image, int64[batch, seq] ids, float[batch, seq] fla
   active = pkg.Gelu (up)
   down = pkg.Linear (active, w_down, b_down)
   joined = Add(down, words)
-  zero = Constant <value_float: float = 0.0> ()
-  total = ReduceSum <keepdims: int = 0> (flags)
-  positive = Greater(total, zero)
-  chosen = If (positive) <
-    then_branch = yes () => (float[batch, seq, 16] a) { a = Add(joined, scaled) },
-    else_branch = no () => (float[batch, seq, 16] b) { minus = Neg(joined)  b = Relu(minus) }>
-  depth = Unsqueeze(flags, minus_one)
+%s  depth = Unsqueeze(flags, minus_one)
   y = Mul(chosen, depth)
   parts_a, parts_b = Split <axis: int = 2, num_outputs: int = 2> (chosen)
   swapped = Concat <axis: int = 2> (parts_b, parts_a)
@@ -66,6 +60,18 @@ Gelu (x) => (r) {
   r = Mul(m, half)
 }
 """
+STRAIGHT = """\
+  minus = Neg(joined)
+  chosen = Relu(minus)
+"""
+BRANCHES = """\
+  zero = Constant <value_float: float = 0.0> ()
+  total = ReduceSum <keepdims: int = 0> (flags)
+  positive = Greater(total, zero)
+  chosen = If (positive) <
+    then_branch = yes () => (float[batch, seq, 16] a) { a = Add(joined, scaled) },
+    else_branch = no () => (float[batch, seq, 16] b) { minus = Neg(joined)  b = Relu(minus) }>
+"""
 FLOATS = {
     "patch": (16, 3, 2, 2), "patch_bias": (16,), "norm_scale": (16,), "norm_bias": (16,), "table": (97, 16),
     "w_q": (16, 16), "w_k": (16, 16), "w_v": (16, 16), "w_up": (16, 32), "w_down": (32, 16),
@@ -78,9 +84,9 @@ INTEGERS = {
 }  # fmt: skip
 
 
-def model() -> onnx.ModelProto:
+def model(control_flow: bool = False) -> onnx.ModelProto:
     """The model with weights from a fixed generator."""
-    proto = onnx.parser.parse_model(TEXT)
+    proto = onnx.parser.parse_model(TEXT % (BRANCHES if control_flow else STRAIGHT))
     random = np.random.default_rng(0)
     arrays = {name: (random.standard_normal(shape) * 0.3).astype(np.float32) for name, shape in FLOATS.items()}
     arrays |= {name: np.array(values, np.int64) for name, values in INTEGERS.items()}

@@ -20,16 +20,18 @@ import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, Protocol  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from tests.fuzz import children  # noqa: E402
+from tests.fuzz import artifacts, children  # noqa: E402
 from tests.fuzz.cases import Case, case  # noqa: E402
-from tests.fuzz.children import Phase  # noqa: E402
+from tests.fuzz.children import Limits, Phase  # noqa: E402
 from tests.fuzz.stages import STAGES, check  # noqa: E402
 
 OUTPUT = ROOT / "out" / "fuzz"
@@ -56,15 +58,44 @@ def preload() -> None:
         ir.export(model)
 
 
-def work(job: tuple[str, int, int, str | None, Path | None], phase: Phase) -> dict[str, Any]:
+class One(Protocol):
+    """A mutated thing.
+
+    Attributes:
+        name: the seed that it was made of.
+        level: the kind of mutation.
+        changes: names of the mutations.
+    """
+
+    name: str
+    level: str
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be fuzzed: how a case is made of (seed, index, level), and checked in a folder of its own."""
+
+    make: Callable[[int, int, str | None], Any]
+    check: Callable[[Any, Path, Phase], dict[str, Any]]
+    limits: Limits = field(default_factory=Limits)
+
+
+KINDS = {
+    **{name: Kind(case, partial(check, stage), stage.limits) for name, stage in STAGES.items()},
+    "artifacts": Kind(artifacts.altered, artifacts.check),
+}
+
+
+def work(job: tuple[Kind, int, int, str | None, Path | None], phase: Phase) -> dict[str, Any]:
     """One case; its files vanish unless a folder is named."""
-    stage, number, index, level, kept = job
-    one = case(number, index, level)
+    kind, number, index, level, kept = job
+    one = kind.make(number, index, level)
     if kept is not None:
-        return check(one, STAGES[stage], kept, phase)
+        return kind.check(one, kept, phase)
     with tempfile.TemporaryDirectory(prefix="xopt-fuzz-") as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
-        return check(one, STAGES[stage], Path(folder) / "case", phase)
+        return kind.check(one, Path(folder) / "case", phase)
 
 
 def indices(arguments: argparse.Namespace, done: set[int]) -> Iterator[int]:
@@ -85,16 +116,15 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / f"{arguments.stage}-{arguments.seed}.jsonl"
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    kind = KINDS[arguments.stage]
     jobs = (
-        (arguments.stage, arguments.seed, index, arguments.level, None)
+        (kind, arguments.seed, index, arguments.level, None)
         for index in indices(arguments, {line["index"] for line in known})
     )
     started = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
-        for count, (job, outcome) in enumerate(
-            children.run(jobs, work, STAGES[arguments.stage].limits, arguments.workers), 1
-        ):
-            one = case(job[1], job[2], job[3])
+        for count, (job, outcome) in enumerate(children.run(jobs, work, kind.limits, arguments.workers), 1):
+            one: One = kind.make(*job[1:4])
             facts = {"model": one.name, "level": one.level, "changes": one.changes}
             line = {"seed": job[1], "index": job[2], **facts, **outcome.record()}
             known.append(line)
@@ -152,15 +182,16 @@ def replay(arguments: argparse.Namespace) -> int:
     number, index = map(int, arguments.replay.split(":"))
     folder = arguments.output / "replay"
     shutil.rmtree(folder, ignore_errors=True)
-    jobs = [(arguments.stage, number, index, arguments.level, folder)]
-    outcomes = [outcome for _, outcome in children.run(jobs, work, STAGES[arguments.stage].limits)]
+    kind = KINDS[arguments.stage]
+    jobs = [(kind, number, index, arguments.level, folder)]
+    outcomes = [outcome for _, outcome in children.run(jobs, work, kind.limits)]
     print(json.dumps([outcome.record() for outcome in outcomes], indent=1), f"\nthe files are in {folder}")
     return int(not all(outcome.good for outcome in outcomes))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=STAGES, default="load")
+    parser.add_argument("--stage", choices=KINDS, default="load")
     parser.add_argument("--level", choices=("bytes", "structure", "semantics"), help="only this kind of mutation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="first index")

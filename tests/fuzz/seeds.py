@@ -1,4 +1,4 @@
-"""The six models that are mutated: exported once by their own exporters, then read from a folder that git ignores."""
+"""The seven models that are mutated: exported once by their own exporters, then read from a folder that git ignores."""
 
 from __future__ import annotations
 
@@ -122,12 +122,19 @@ def external(path: Path) -> None:
 
 
 def mixed(path: Path) -> None:
-    """Local functions, control flow, a convolution, gathers and scatters, written by hand."""
+    """Local functions, a convolution, gathers and scatters, written by hand."""
     from tests.fuzz.mixed import model
 
     path.write_bytes(model().SerializeToString())
 
 
+def branches(path: Path) -> None:
+    """The same with an If whose branches capture."""
+    from tests.fuzz.mixed import model
+
+    path.write_bytes(model(control_flow=True).SerializeToString())
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
-    builder.__name__: builder for builder in (digits, bert, decoder, quantized, external, mixed)
+    builder.__name__: builder for builder in (digits, bert, decoder, quantized, external, mixed, branches)
 }

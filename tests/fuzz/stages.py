@@ -115,7 +115,7 @@ STAGES = {
 """Compiling and optimizing take some seconds of their own; the limit is 20 s beyond what the slowest seed takes."""
 
 
-def check(case: Case, stage: Stage, folder: Path, phase: Phase) -> dict[str, Any]:
+def check(stage: Stage, case: Case, folder: Path, phase: Phase) -> dict[str, Any]:
     """Use xopt on a case, then compare with the original wherever that runs."""
     model = case.write(folder)
     ours = stage.run(model, folder, phase)

@@ -129,7 +129,7 @@ def change_attribute(model: onnx.ModelProto, random: Random) -> None:
     elif kind == 1:
         one.attribute.append(copy.deepcopy(attribute))
     elif kind == 2:
-        attribute.type = random.randrange(16)
+        attribute.type = random.choice(onnx.AttributeProto.AttributeType.values())
     elif kind == 3:
         attribute.ref_attr_name = random.choice(("axis", "by", "alpha"))
     elif kind == 4:
