@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import tvm
 from tvm import tirx
 from tvm.sym import Analyzer
@@ -343,6 +344,16 @@ def _product(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     return np.asarray(np.prod(inputs[0], axis=tuple(axes) if axes else None, keepdims=keep), dtype=object)
 
 
+def _cast(inputs: list[Array], attributes: dict[str, Any]) -> Array:
+    """Sizes as another type: a bool, or an integer too narrow for one, holds something else."""
+    kind = ir.DataType(int(attributes["to"]))
+    if kind == ir.DataType.BOOL:
+        return np.asarray([bool(x) for x in _numbers(inputs[0])], dtype=object).reshape(inputs[0].shape)
+    if kind.bitwidth < 32 and any(abs(x) >= 1 << (kind.bitwidth - 1) for x in _numbers(inputs[0])):
+        raise UndecidedError
+    return inputs[0]
+
+
 def _first(inputs: list[Array], _: dict[str, Any]) -> Array:
     return inputs[0]
 
@@ -350,7 +361,7 @@ def _first(inputs: list[Array], _: dict[str, Any]) -> Array:
 _STRUCTURAL: dict[str, Callable[[list[Array], dict[str, Any]], Array]] = {
     "Where": _where, "Gather": _gather, "Concat": _concat, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze,
     "Slice": _slice, "Range": _range, "Reshape": _reshape, "ConstantOfShape": _constant_of_shape,
-    "Expand": _expand, "ReduceProd": _product, "Cast": _first, "Identity": _first,
+    "Expand": _expand, "ReduceProd": _product, "Cast": _cast, "Identity": _first,
 }  # fmt: skip
 
 EVALUATED = frozenset(_STRUCTURAL) | {

@@ -186,7 +186,8 @@ def _ended(children: list[_Child]) -> list[_Child]:
             child.text += piece.decode(errors="replace")
             if not piece:
                 ended.append(child)
-        child.watch()
+        else:
+            child.watch()
     return ended
 
 

@@ -43,6 +43,13 @@ def test_plain() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("perm", ["0, 1, 3, 2", "1, 0, 2, 3"])
+def test_turned_scores_are_no_attention_of_these_operands(perm: str) -> None:
+    """Keys would ask queries, or one sample another: where the sizes are equal, only the labels of axes tell."""
+    inputs = "float[2, 3, 8] q, float[2, 3, 8] k, float[2, 3, 8] v"
+    check(build(f"u = Transpose <perm: ints = [{perm}]> (s)", "u", inputs=inputs))
+
+
 RANGE = "sh = Shape <start: int = 1, end: int = 2> (q) n = Squeeze(sh) r = Range(zero, n, one) "
 ROW_COLUMN = RANGE + "row = Unsqueeze(r, last) column = Unsqueeze(r, first) "
 NUMBERS = ", int64 zero = {0}, int64 one = {1}, int64[1] first = {0}, int64[1] last = {1}, float low = {-10000000.0}"

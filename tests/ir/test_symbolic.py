@@ -57,6 +57,29 @@ def test_numbers_of_a_target() -> None:
     assert [str(number) for number in Symbols(model.graph).numbers(target) or ()] == ["B", "S", "4", "-1"]
 
 
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        ("c = Cast <to: int = 9> (s) t = Cast <to: int = 7> (c)", ["1", "1", "1"]),
+        ("z = Sub(s, one) c = Cast <to: int = 9> (z) t = Cast <to: int = 7> (c)", None),
+        ("c = Cast <to: int = 3> (s) t = Cast <to: int = 7> (c)", None),
+        ("c = Cast <to: int = 6> (s) t = Cast <to: int = 7> (c)", ["B", "S", "32"]),
+        ("c = Cast <to: int = 1> (s) d = Cast <to: int = 1> (two) e = Div(c, d) t = Mul(e, d)", None),
+        ("c = Cast <to: int = 1> (s) d = Cast <to: int = 1> (two) e = Div(c, d) t = Floor(e)", "halves"),
+        ("t = Div(s, two)", "halves"),
+        ("m = Slice(s, first, end, first, b1) t = Identity(m)", None),
+    ],
+)
+def test_numbers_of_casts_and_quotients(body: str, want: list[str] | str | None) -> None:
+    """A size is what it was only in a type that holds it, and half of it only where that is rounded as it was."""
+    prelude = "s = Shape(x) b = Gather(s, zero) b1 = Unsqueeze(b, first) "
+    model = build(f"{prelude}{body} y = Reshape(x, t)")
+    target = next(value for node in model.graph for value in node.outputs if value.name == "t")
+    halves = ["floor((B)/(2))", "floor((S)/(2))", "16"]
+    found = Symbols(model.graph).numbers(target)
+    assert (None if found is None else [str(number) for number in found]) == (halves if want == "halves" else want)
+
+
 def test_names_reach_shapes() -> None:
     model = build(HEADS)
     name_dims(model.graph)

@@ -73,6 +73,15 @@ def test_what_depends_on_a_dimension_is_undecided() -> None:
         evaluate("Equal", [objects(dims.variable("n")), objects(5)], {}, dims)
 
 
+def test_a_size_as_a_bool_is_a_size_no_more() -> None:
+    dims = Dimensions()
+    assert evaluate("Cast", [objects(3, 0)], {"to": 9}, dims).tolist() == [True, False]
+    for content, kind in ((dims.variable("n"), 9), (dims.variable("n"), 3), (300, 2)):
+        with pytest.raises(UndecidedError):
+            evaluate("Cast", [objects(content)], {"to": kind}, dims)
+    assert evaluate("Cast", [objects(dims.variable("n"))], {"to": 6}, dims)[0] is not None
+
+
 def test_known_is_a_constant_only_without_dimensions() -> None:
     dims = Dimensions()
     assert isinstance(known(objects(dims.variable("n"), 1), "int64"), Ints)

@@ -9,16 +9,57 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.edit import input_at
-from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.poly import ONE, ZERO, Poly, product
 from xopt.ir.shape_rules import Known, Numbers, shape_numbers
 
 LARGEST = 64
 """Elements beyond which an integer tensor is not followed."""
+WIDE = frozenset(ir.DataType[name] for name in ("INT32", "INT64", "UINT32", "UINT64", "FLOAT", "DOUBLE"))
+"""Types that hold the size of any axis (in float32, up to 16 million)."""
 
 
 def _pass_on(s: Known, node: ir.Node) -> Numbers | None:
     dims = s.dims(node.outputs[0])
     return s.numbers(node.inputs[0]) if dims is not None and len(dims) <= 1 else None
+
+
+def _cast_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    """Sizes fit every type that is wide enough for them; a bool, or a narrow integer, holds only few numbers."""
+    numbers, target = s.numbers(node.inputs[0]), ir.DataType(int(node.attributes["to"].as_int()))
+    if numbers is None or target in WIDE:
+        return numbers
+    if target == ir.DataType.BOOL:
+        known = [ONE if n.at_least(1, 1) else ZERO if n.constant == 0 else None for n in numbers]
+        return None if None in known else tuple(known)  # type: ignore[arg-type]
+    exact = target.is_integer() and all(n.constant in range(1 << (target.bitwidth - 1)) for n in numbers)
+    return numbers if exact else None
+
+
+def _quotient(s: Known, node: ir.Node) -> Numbers | None:
+    """Integers are divided with a rest; other numbers only where none is left."""
+    return _binary(_exact if any(_is_float(value) for value in node.inputs) else _whole)(s, node)
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    """Numbers that are followed are integers, until a Cast makes floats of them."""
+    dtype, node = (value.dtype, value.producer()) if value is not None else (None, None)
+    if dtype is None and node is not None and node.op_type == "Cast":
+        dtype = ir.DataType(int(node.attributes["to"].as_int()))
+    return dtype is not None and dtype.is_floating_point()
+
+
+def _exact(a: Poly, b: Poly) -> Poly | None:
+    return a.exactly(b)
+
+
+def _whole(a: Poly, b: Poly) -> Poly | None:
+    return None if (a.constant or 0) < 0 or (b.constant or 0) < 0 or b.constant == 0 else a // b
+
+
+def _rounded_down(s: Known, node: ir.Node) -> Numbers | None:
+    """``Floor``, which makes of a quotient what an integer division gives."""
+    inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return _binary(_whole)(s, inner) if inner is not None and inner.op_type == "Div" else _pass_on(s, node)
 
 
 def _gather_numbers(s: Known, node: ir.Node) -> Numbers | None:
@@ -30,8 +71,8 @@ def _gather_numbers(s: Known, node: ir.Node) -> Numbers | None:
 
 def _slice_numbers(s: Known, node: ir.Node) -> Numbers | None:
     data, starts, ends = (s.numbers(node.inputs[0]), s.integers(input_at(node, 1)), s.integers(input_at(node, 2)))
-    steps = s.integers(input_at(node, 4)) or [1]
-    if data is None or starts is None or ends is None:
+    steps = [1] if input_at(node, 4) is None else s.integers(input_at(node, 4))
+    if data is None or starts is None or ends is None or steps is None:
         return None
     return data[slice(starts[0], ends[0], steps[0])]
 
@@ -124,9 +165,11 @@ NUMBER_RULES: dict[str, Callable[[Known, ir.Node], Numbers | None]] = {
     "Add": _binary(lambda a, b: a + b),
     "Sub": _binary(lambda a, b: a - b),
     "Mul": _binary(lambda a, b: a * b),
-    "Div": _binary(lambda a, b: a // b),
+    "Div": _quotient,
+    "Floor": _rounded_down,
+    "Cast": _cast_numbers,
     "Equal": _binary(_equal),
     "Min": _binary(_extreme("min")),
     "Max": _binary(_extreme("max")),
-    **dict.fromkeys(("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Floor"), _pass_on),
+    **dict.fromkeys(("Identity", "Squeeze", "Unsqueeze", "Reshape"), _pass_on),
 }

@@ -212,7 +212,7 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
 
 def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:
     """A 4-D Attention, when the operands are 4-D tensors and nothing more is known about them."""
-    if len(site.axes) != 4 or any(len(merged(row)) > 1 for row in site.axes):
+    if len(site.axes) != 4 or any(len(merged(row)) > 1 for row in site.axes) or not _straight(site):
         raise NotAttentionError("head-layout")
     report.refuse("attention-3d", site.anchor.name, "head-layout")
     if is_op(site.anchor, "Attention"):
@@ -230,6 +230,18 @@ def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeR
     y = _attention(site, [q or site.q, k, site.v], mask, _attributes(site, mask, site.scale * q_scale * k_scale))
     _visit(symbols, y)
     replace_uses(site.output, y)
+
+
+def _straight(site: Site) -> bool:
+    """Whether the softmax's axes are in their places in all operands: the products were not turned in between."""
+    if is_op(site.anchor, "Attention"):
+        return True
+    batch, heads, query, key = site.axes
+    if (site.q_axes[-2], site.k_axes[-1], site.v_axes[-2]) != (query, key, key):
+        return False
+    operands = [axes[:2] for axes in (site.q_axes, site.k_axes, site.v_axes)]
+    in_place = all(row in ((), wanted) for rows in operands for row, wanted in zip(rows, (batch, heads)))
+    return in_place and site.output_axes[:3] == (batch, heads, query)
 
 
 def _source(symbols: Symbols, value: ir.Value, axes: Axes, wanted: Axes) -> tuple[ir.Value | None, float]:
