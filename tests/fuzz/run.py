@@ -137,7 +137,7 @@ def main() -> int:
                 )
             if count % 500 == 0:
                 print(f"{count} cases, {(time.monotonic() - started) / count:.2f} s each", flush=True)
-    found = summary(known)
+    found = {"stage": arguments.stage, "seed": arguments.seed, **summary(known)}
     log.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return int(found["failures"] > 0)
