@@ -133,11 +133,11 @@ def _options() -> argparse.Namespace:
 
 def _call(run: Runner, threads: int) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
     """A runner, whose operands are its own, as `latency.Local` calls it; on TVM's threads."""
-    from xopt.runtime.threads import settled
+    from xopt.runtime.threads import configure_tvm
 
     def call(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        with settled(threads):
-            run()
+        configure_tvm(threads)
+        run()
         return feeds
 
     return call

@@ -60,6 +60,15 @@ def minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+def albert_small(path: Path) -> None:
+    """ALBERT, 312 wide: 4 layers that share their weights, 12 heads; dynamic batch and sequence."""
+    from transformers import AlbertConfig, AlbertModel
+
+    torch.manual_seed(0)
+    config = AlbertConfig(hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1248)
+    _export_encoder(AlbertModel(config).eval(), path)
+
+
 def gpt2_prefill(path: Path) -> None:
     """GPT-2 small reading a prompt: logits of the next token, and the keys and values of every layer."""
     tokens = torch.ones(2, 8, dtype=torch.int64)
@@ -108,6 +117,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "deit-s": partial(vision_transformer, width=384, heads=6),
     "deit-ti": partial(vision_transformer, width=192, heads=3),
     "bert-base": bert_base,
+    "albert-small": albert_small,
     "minilm": minilm,
     "gpt2-prefill": gpt2_prefill,
     "gpt2-decode": gpt2_decode,

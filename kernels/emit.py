@@ -6,7 +6,8 @@ registers.  All index arithmetic is int64, as the symbolic dimensions are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +17,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from xopt.kernels import COMPILE_OPTIONS
+
+TASKS = 128
+"""Of a parallel loop: what the pool hands out to threads (`targets/pool.cc`), 16 to each of up to 8; an empty one costs
+a nanosecond. (TVM cuts a loop into pieces of one size: 50 iterations in 32 tasks are 25 of two, and 7 without any.)"""
 
 # TVM ships no types: an expression, a buffer or a function is Any to mypy, and named for the reader.
 Expr: TypeAlias = Any
@@ -97,8 +102,17 @@ def serial(extent: int | Expr) -> Any:
     return T.serial(i64(0), i64(extent))
 
 
-def parallel(extent: int | Expr) -> Any:
-    return T.parallel(i64(0), i64(extent))
+@contextmanager
+def parallel(extent: int | Expr) -> Iterator[Expr]:
+    """A loop whose iterations threads share: `TASKS` tasks of nearly the same length.
+
+    for i in range(extent)  ->  for task in parallel(TASKS):
+                                    for i in range(task * extent // TASKS, (task + 1) * extent // TASKS)
+    """
+    with T.parallel(i64(0), i64(TASKS)) as task:
+        first, end = (bind(tirx.floordiv(index * i64(extent), i64(TASKS))) for index in (task, task + 1))
+        with T.serial(first, end) as index:
+            yield index
 
 
 def let(value: Expr) -> Expr:

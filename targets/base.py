@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from xopt.kernels.isa import Isa
 
+POOL = Path(__file__).with_name("pool.cc")
+"""Threads for parallel loops; part of every artifact for a CPU."""
+
 
 class Target(ABC):
     """One machine that models are compiled for.
@@ -67,8 +70,10 @@ class Target(ABC):
         from tvm.support import cc
 
         try:
-            linker = cc.cross_compiler(self.linker)
-            executable.export_library(str(path), fcompile=linker, workspace_dir=str(path.parent))
+            linker = cc.cross_compiler(self.linker, options=["-O2"])
+            executable.export_library(
+                str(path), fcompile=linker, addons=[str(POOL)] if self.device == 1 else [], workspace_dir=str(path.parent)
+            )
         except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
             raise InputError(
                 "E-TOOLCHAIN",

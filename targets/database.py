@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_origin, get_type_hints
 
 from xopt.ir.io import output_errors
-from xopt.runtime.session import physical_cores
+from xopt.runtime.threads import physical_cores
 
 if TYPE_CHECKING:
     from xopt.kernels.isa import Isa

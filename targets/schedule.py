@@ -11,11 +11,14 @@ Loops that are too short to pay for a fork stay on one thread. A function of ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
+
+from xopt.kernels.emit import TASKS
 
 LANES = 16
 """Elements in a vectorized loop: one AVX-512 register of float32, or several narrower ones."""
@@ -32,27 +35,50 @@ def schedule_leftovers(module: tvm.IRModule, _context: tvm.transform.PassContext
     result = tvm.IRModule(module.functions, attrs=module.attrs)
     for variable, function in module.functions.items():
         if isinstance(function, tirx.PrimFunc) and not function.attrs.get("xopt.kernel", False):
-            result[variable] = unscoped(scheduled(function))
+            result[variable] = divided(unscoped(scheduled(function)))
     return result
 
 
 def unscoped(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """Without the pragma by which TVM's scatters group statements: its code generator warns of it."""
-    return function.with_body(_unscoped(function.body))
+
+    def rule(part: Any) -> Any:
+        is_scope = isinstance(part, tirx.AttrStmt) and part.attr_key == "pragma_scope"
+        return _rewritten(part.body, rule) if is_scope else None
+
+    return function.with_body(_rewritten(function.body, rule))
 
 
-def _unscoped(part: Any) -> Any:
+def divided(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """With parallel loops in tasks of nearly the same length, as `xopt.kernels.emit.parallel` makes them."""
+
+    def rule(part: Any) -> Any:
+        return _in_tasks(part) if isinstance(part, tirx.For) and part.kind == tirx.ForKind.PARALLEL else None
+
+    return function.with_body(_rewritten(function.body, rule))
+
+
+def _in_tasks(loop: Any) -> Any:
+    dtype = loop.extent.ty.dtype
+    tasks, task = tirx.const(TASKS, dtype), tirx.Var("task", dtype)
+    first, end = (tirx.floordiv(index * loop.extent, tasks) for index in (task, task + 1))
+    inner = tirx.For(loop.loop_var, first, end - first, tirx.ForKind.SERIAL, loop.body)
+    return tirx.For(task, tirx.const(0, dtype), tasks, tirx.ForKind.PARALLEL, inner)
+
+
+def _rewritten(part: Any, rule: Callable[[Any], Any]) -> Any:
+    """A function's statements, down to its blocks' own, each replaced by what the rule makes of it unless that is None."""
+    if (replaced := rule(part)) is not None:
+        return replaced
     match part:
-        case tirx.AttrStmt(attr_key="pragma_scope"):
-            return _unscoped(part.body)
         case tirx.SeqStmt():
-            return tirx.SeqStmt([_unscoped(statement) for statement in part.seq])
+            return tirx.SeqStmt([_rewritten(statement, rule) for statement in part.seq])
         case s_tir.SBlockRealize():
-            return s_tir.SBlockRealize(part.iter_values, part.predicate, _unscoped(part.block), part.span)
+            return s_tir.SBlockRealize(part.iter_values, part.predicate, _rewritten(part.block, rule), part.span)
         case s_tir.SBlock():
             regions = (part.iter_vars, part.reads, part.writes, part.name_hint)
             rest = (part.init, part.alloc_buffers, part.match_buffers, part.annotations, part.span)
-            return s_tir.SBlock(*regions, _unscoped(part.body), *rest)
+            return s_tir.SBlock(*regions, _rewritten(part.body, rule), *rest)
     return part
 
 

@@ -101,7 +101,7 @@ def plan(
         precision: as for :func:`compile`.
     """
     from xopt import targets
-    from xopt.runtime.session import physical_cores
+    from xopt.runtime.threads import physical_cores
     from xopt.search import job
 
     path = Path(model) if isinstance(model, (str, Path)) else None
@@ -245,7 +245,7 @@ def tune(
         InputError: the model, an option or the target is at fault, or the file cannot be written.
     """
     from xopt import targets
-    from xopt.runtime.session import physical_cores
+    from xopt.runtime.threads import physical_cores
     from xopt.search.job import evaluation_batch, timed_feeds
     from xopt.targets.database import Database, default_path
     from xopt.tuning.run import Tuner

@@ -168,7 +168,7 @@ def bench(
     from xopt.measure.isolated import isolated
     from xopt.measure.latency import Contender, Local, in_turns, pinned
     from xopt.measure.peers import NAMES
-    from xopt.runtime.session import physical_cores
+    from xopt.runtime.threads import physical_cores
 
     names = tuple(dict.fromkeys((*(NAMES if peers else ()), *chosen)))
     count = threads or physical_cores()

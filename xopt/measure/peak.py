@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xopt.runtime.threads import settled
+from xopt.runtime.threads import configure_tvm
 
 READ_BYTES = 256 << 20
 """Bytes of the array that is read: many times the last-level cache."""
@@ -151,8 +151,8 @@ class Probe:
 
     def measure(self) -> Peak:
         """The best of some calls, on which disturbances of a shared machine show least."""
-        with settled(self._threads):
-            return Peak(self._flops / _best(self._arithmetic) * 1e-9, READ_BYTES / _best(self._reads) * 1e-9)
+        configure_tvm(self._threads)
+        return Peak(self._flops / _best(self._arithmetic) * 1e-9, READ_BYTES / _best(self._reads) * 1e-9)
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xopt.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 ALIGNMENT = 64
+LARGEST_MANIFEST = 1 << 26
+"""Bytes."""
+LARGEST_NUMBER = 1 << 48
+DEVICES = (1, 2)
+"""Kinds of memory as DLPack numbers them: the CPU's, a CUDA device's."""
+DTYPES = frozenset(
+    ["bool", "float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))]
+)
 
 
 @dataclass(frozen=True)
@@ -79,50 +90,117 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
-        """Parse a stored manifest.
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Parse a stored manifest, and check that it can be one.
 
         Raises:
             InputError: E-ARTIFACT, not a manifest, or of another format version.
         """
         try:
-            content = json.loads(text)
-            if content["format"] != FORMAT:
-                raise InputError(
-                    "E-ARTIFACT",
-                    f"the artifact has format {content['format']}, this version reads {FORMAT}",
-                    where=where,
-                    cure="compile the model again",
-                )
-            return cls(
-                target=str(content["target"]),
-                device=int(content["device"]),
-                features=tuple(content["features"]),
-                versions=dict(content["versions"]),
-                digests=dict(content["digests"]),
-                pipeline=str(content["pipeline"]),
-                inputs=tuple(_tensor(item) for item in content["inputs"]),
-                outputs=tuple(_tensor(item) for item in content["outputs"]),
-                weights=tuple(_weight(item) for item in content["weights"]),
-                limits={str(name): int(most) for name, most in content["limits"].items()},
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                "E-ARTIFACT", "the manifest cannot be read", where=where, cure="compile the model again"
-            ) from error
+            content = _parsed(text)
+            if content["format"] == FORMAT:
+                return cls(**{name: read(content[name]) for name, read in _FIELDS.items()})
+            version = str(content["format"])[:40]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
+            what = f"the manifest cannot be read ({reason or type(error).__name__})"
+            raise InputError("E-ARTIFACT", what, where=where, cure="compile the model again") from error
+        what = f"the artifact has format {version}, this version reads {FORMAT}"
+        raise InputError("E-ARTIFACT", what, where=where, cure="compile the model again")
 
 
-def _tensor(item: Mapping[str, Any]) -> TensorInfo:
-    values = item.get("values")
-    return TensorInfo(
-        str(item["name"]), str(item["dtype"]), tuple(item["shape"]), None if values is None else (values[0], values[1])
+def _parsed(text: str | bytes) -> Mapping[str, Any]:
+    if len(text) > LARGEST_MANIFEST:
+        raise ValueError(f"it has more than {LARGEST_MANIFEST >> 20} MB")
+    return _of(json.loads(text), dict)
+
+
+def _of(value: Any, kind: type) -> Any:
+    """The value, which has exactly this type."""
+    if type(value) is not kind:
+        raise ValueError(f"{str(value)[:60]!r} is no {kind.__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    return str(_of(value, str))
+
+
+def _natural(value: Any) -> int:
+    """A number of bytes, of elements, or a size of an axis."""
+    if not 0 <= _of(value, int) <= LARGEST_NUMBER:
+        raise ValueError(f"{str(value)[:60]} is out of range")
+    return int(value)
+
+
+def _device(value: Any) -> int:
+    if value not in DEVICES:
+        raise ValueError(f"device {str(value)[:60]} is unknown")
+    return int(value)
+
+
+def _dtype(value: Any) -> str:
+    if _text(value) not in DTYPES | {"bfloat16"}:
+        raise ValueError(f"dtype {str(value)[:60]!r} is unknown")
+    return str(value)
+
+
+def _axis(value: Any) -> int | str:
+    return _text(value) if isinstance(value, str) else _natural(value)
+
+
+def _range(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    low, high = (int(_of(one, int)) for one in _of(value, list))
+    return low, high
+
+
+def _tensors(items: Any) -> tuple[TensorInfo, ...]:
+    found = tuple(
+        TensorInfo(
+            _text(item["name"]),
+            _dtype(item["dtype"]),
+            tuple(_axis(size) for size in _of(item["shape"], list)),
+            _range(item.get("values")),
+        )
+        for item in _of(items, list)
     )
+    if len({info.name for info in found}) < len(found):
+        raise ValueError("two tensors have one name")
+    return found
 
 
-def _weight(item: Mapping[str, Any]) -> WeightInfo:
-    return WeightInfo(
-        str(item["name"]), str(item["dtype"]), tuple(item["shape"]), int(item["offset"]), int(item["bytes"])
-    )
+def _weights(items: Any) -> tuple[WeightInfo, ...]:
+    return tuple(_weight(item) for item in _of(items, list))
+
+
+def _weight(item: Any) -> WeightInfo:
+    shape = tuple(_natural(size) for size in _of(item["shape"], list))
+    info = WeightInfo(_text(item["name"]), _dtype(item["dtype"]), shape, _natural(item["offset"]), _natural(item["bytes"]))
+    if info.dtype not in DTYPES or prod(shape) * np.dtype(info.dtype).itemsize != info.bytes:
+        raise ValueError(f"{info.bytes} bytes do not make weight {info.name[:60]}, {list(shape)} of {info.dtype}")
+    if info.offset % ALIGNMENT:
+        raise ValueError(f"weight {info.name[:60]} does not lie at a multiple of {ALIGNMENT} bytes")
+    return info
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {name: _text(text) for name, text in _of(value, dict).items()}
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "target": _text,
+    "device": _device,
+    "features": lambda value: tuple(_text(name) for name in _of(value, list)),
+    "versions": _texts,
+    "digests": _texts,
+    "pipeline": _text,
+    "inputs": _tensors,
+    "outputs": _tensors,
+    "weights": _weights,
+    "limits": lambda value: {name: _natural(most) for name, most in _of(value, dict).items()},
+}
 
 
 def weights_path(library: Path) -> Path:

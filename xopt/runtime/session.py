@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import mmap
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
 from xopt.errors import InputError
+from xopt.runtime import artifact
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
-from xopt.runtime.lean import without_torch
-from xopt.runtime.manifest import (
-    ALIGNMENT,
-    Manifest,
-    TensorInfo,
-    digest,
-    machine_features,
-    manifest_path,
-    weights_path,
-)
-from xopt.runtime.threads import configure, settled
+from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo
+from xopt.runtime.threads import count, running
 
 _POOLED_ALLOCATOR = 2
 
 
 class Session:
-    """A loaded artifact.
+    """A loaded artifact. It owns what it runs on: its files may change or go.
 
     Attributes:
         inputs: what ``run`` takes, in order.
         outputs: what ``run`` returns, in order.
         manifest: everything recorded at compile time.
 
-    ``run`` is not safe to call from several threads at once; load one session per thread.
+    Threads may share a session: their runs come one after the other; load one for each of them to run at once. A forked
+    child may use it too, unless it works on a GPU.
     """
 
     def __init__(
@@ -60,6 +50,9 @@ class Session:
         self.manifest = manifest
         self._main = machine["main"]
         self._weights = weights
+        self._lock = threading.RLock()  # a fork within a run takes it again
+        self._inherited = False
+        _sessions.add(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, threads: int | None = None) -> Session:
@@ -67,23 +60,28 @@ class Session:
 
         Args:
             path: the library; its weights and manifest lie beside it.
-            threads: threads that kernels run on, the caller's and others, each on a core of its own; physical cores
-                by default.
+            threads: threads that kernels run on, the caller's and others; by default as many as there are physical
+                cores for this process.
 
         Raises:
             InputError: E-ARTIFACT, a file is missing, changed since it was written, or of another format; E-CPU,
-                the code is for another machine.
+                the code is for another machine; E-OPTION, so many threads cannot be.
         """
-        library = Path(path).resolve()
+        threads = count(threads)
+        try:
+            library = Path(path).resolve()
+        except (TypeError, ValueError, OSError, RuntimeError) as error:
+            raise InputError(
+                "E-ARTIFACT", f"this is no path ({error})", cure="give the path of model.so, or of its folder"
+            ) from error
         library = library / "model.so" if library.is_dir() else library
-        manifest, code = _checked(library)
-        runtime = _runtime()
-        threads = threads or physical_cores()
-        configure(threads)
+        manifest = artifact.read_manifest(library)
+        runtime = artifact.runtime()
+        code = artifact.read_code(library, manifest)
         if manifest.device == CUDA:
-            load_cuda_runtime(_tvm_libraries())
-        machine = _load_code(runtime, code)["vm_load_executable"]()
-        weights = _map_weights(runtime, library, manifest)
+            load_cuda_runtime(artifact.tvm_libraries())
+        weights = artifact.read_weights(runtime, library, manifest)
+        machine = artifact.load_code(runtime, code)["vm_load_executable"]()
         if manifest.device == CPU:
             machine["vm_initialization"](CPU, 0, _POOLED_ALLOCATOR)
             return cls(machine, runtime.convert(weights), manifest, threads)
@@ -104,8 +102,26 @@ class Session:
             The outputs by name: torch tensors when an input was one, else numpy arrays. They own their memory.
 
         Raises:
-            InputError: E-DATA, a name, dtype, rank, dimension or index does not fit the model.
+            InputError: E-DATA, a name, dtype, rank, dimension or index does not fit the model; E-FORK, the session
+                works on a GPU, and was loaded before this process was forked.
         """
+        arrays = self._arguments(feeds)
+        if self._inherited and self._transfer is not None:
+            what = "a session on a GPU does not survive a fork"
+            raise InputError("E-FORK", what, cure="load the artifact again in the child process")
+        with self._lock, running(self._threads):
+            results = self._call(arrays)
+        if any(type(value).__module__ == "torch" for value in feeds.values()):
+            import torch
+
+            return {info.name: torch.from_dlpack(result) for info, result in zip(self.outputs, results)}
+        return {info.name: np.from_dlpack(result) for info, result in zip(self.outputs, results)}
+
+    def _arguments(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """The inputs in order, checked."""
+        if not isinstance(feeds, Mapping):
+            what = f"the inputs are {type(feeds).__name__}, not a dict"
+            raise InputError("E-DATA", what, cure="give a dict of an array for each input")
         sizes: dict[str, int] = {}
         if feeds.keys() != {info.name for info in self.inputs}:
             _refuse_names(feeds, self.inputs)
@@ -113,17 +129,19 @@ class Session:
         for name, most in self.manifest.limits.items():
             if sizes.get(name, 0) > most:
                 raise InputError("E-DATA", f"dimension {name} is {sizes[name]}", cure=f"give at most {most}")
-        if self._transfer is None:
-            with settled(self._threads):
-                results = self._main(*arrays, self._weights)
-        else:
-            moved = [self._transfer.to_device(array) for array in arrays]
-            results = [self._transfer.to_host(result) for result in self._main(*moved, self._weights)]
-        if any(type(value).__module__ == "torch" for value in feeds.values()):
-            import torch
+        return arrays
 
-            return {info.name: torch.from_dlpack(result) for info, result in zip(self.outputs, results)}
-        return {info.name: np.from_dlpack(result) for info, result in zip(self.outputs, results)}
+    def _call(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        if self._transfer is None:
+            return self._outputs(self._main(*arrays, self._weights))
+        moved = [self._transfer.to_device(array) for array in arrays]
+        return [self._transfer.to_host(result) for result in self._outputs(self._main(*moved, self._weights))]
+
+    def _outputs(self, results: Sequence[Any]) -> Sequence[Any]:
+        if len(results) == len(self.outputs):
+            return results
+        what = f"the code has {len(results)} outputs, the manifest {len(self.outputs)}"
+        raise InputError("E-ARTIFACT", what, cure="compile the model again")
 
     @contextmanager
     def watched(self, callback: Callable[..., int]) -> Iterator[None]:
@@ -135,102 +153,33 @@ class Session:
             self.machine["set_instrument"](None)
 
 
-def _checked(library: Path) -> tuple[Manifest, bytes]:
-    """The manifest and the code, after the files were compared with their digests and the CPU with the code's needs."""
-    where = str(library)
-    for file in (library, manifest_path(library), weights_path(library)):
-        if not file.is_file():
-            raise InputError(
-                "E-ARTIFACT", f"{file.name} is missing", where=where, cure="keep the artifact's files together"
-            )
-    manifest = Manifest.from_json(manifest_path(library).read_text(), str(manifest_path(library)))
-    code = library.read_bytes()
-    found = {library.name: hashlib.sha256(code).hexdigest(), weights_path(library).name: digest(weights_path(library))}
-    for name, value in found.items():
-        if manifest.digests.get(name) != value:
-            raise InputError(
-                "E-ARTIFACT",
-                f"{name} is not the file that was compiled",
-                where=where,
-                cure="compile the model again, and do not load artifacts from untrusted places",
-            )
-    missing = [name for name in manifest.features if name not in machine_features()]
-    if missing:
-        raise InputError(
-            "E-CPU",
-            f"the code is for {manifest.target} and needs {', '.join(missing)}",
-            where=where,
-            cure="compile it on this machine, or for a target that this machine has",
-        )
-    return manifest, code
+_sessions: WeakSet[Session] = WeakSet()
+_forking = threading.Lock()
+_held: list[Session] = []
 
 
-def _load_code(runtime: Any, code: bytes) -> Any:
-    """Load a shared library from memory: exactly the bytes that were checked, under a name that was never used before.
-
-    (The dynamic linker takes a library of the same name for the same library, even after the file was replaced.)
-    """
-    descriptor = os.memfd_create("xopt-model")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(code)
-        with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
-            link = Path(folder) / "model.so"
-            link.symlink_to(f"/proc/self/fd/{descriptor}")
-            return runtime.load_module(str(link), keep_module_alive=False)
-    finally:
-        os.close(descriptor)
+def _before_fork() -> None:
+    """Wait until no other thread is within a run: a child would inherit its locks, and never see them released."""
+    _forking.acquire()
+    _held.extend(_sessions)
+    for session in _held:
+        session._lock.acquire()
 
 
-_LIBRARY: ctypes.CDLL | None = None
+def _after_fork() -> None:
+    for session in _held:
+        session._lock.release()
+    _held.clear()
+    _forking.release()
 
 
-def _runtime() -> Any:
-    """``tvm_ffi`` with TVM's runtime library loaded."""
-    global _LIBRARY
-    with without_torch():
-        import tvm_ffi
-    if _LIBRARY is None:
-        _LIBRARY = ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(_tvm_libraries() / "libtvm_runtime_extra.so"), ctypes.RTLD_GLOBAL)  # sorting: TopK
-    return tvm_ffi
+def _after_fork_in_child() -> None:
+    for session in _held:
+        session._inherited = True
+    _after_fork()
 
 
-def _tvm_libraries() -> Path:
-    spec = find_spec("tvm")
-    if spec is None or spec.origin is None:
-        raise InputError("E-TOOLCHAIN", "TVM's runtime is missing", cure="install the package apache-tvm")
-    return Path(spec.origin).parent / "lib"
-
-
-def physical_cores() -> int:
-    """The physical cores that this process may run on."""
-    allowed = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(topology.read_text().strip() if topology.exists() else str(cpu))
-    return max(len(siblings), 1)
-
-
-def _map_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
-    """The weights as tensors over the mapped file; pages are shared until somebody writes to them."""
-    path = weights_path(library)
-    size = path.stat().st_size
-    if not manifest.weights:
-        return []
-    with path.open("rb") as file:
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b"")
-    tensors = []
-    for info in manifest.weights:
-        part = content[info.offset : info.offset + info.bytes] if info.offset >= 0 else content[:0]
-        try:
-            array = np.frombuffer(part, np.dtype(info.dtype)).reshape(info.shape)
-        except (TypeError, ValueError) as error:
-            what = f"the manifest describes weight {info.name} wrongly: it lies outside the file or has another size"
-            raise InputError("E-ARTIFACT", what, where=str(path), cure="compile the model again") from error
-        tensors.append(runtime.from_dlpack(array))
-    return tensors
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
@@ -245,8 +194,10 @@ def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
             raise _data_error(info, f"is empty: its shape is {list(array.shape)}")
         if given != (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, given)):
             raise _data_error(info, f"has shape {list(array.shape)}, the model takes {_shape(info)}")
-    if info.values is not None and (array.min() < info.values[0] or array.max() > info.values[1]):
-        raise _data_error(info, f"holds values outside {info.values[0]} to {info.values[1]}")
+    if info.values is not None:
+        array = aligned_copy(array)  # the caller's could be changed after it was checked
+        if array.min() < info.values[0] or array.max() > info.values[1]:
+            raise _data_error(info, f"holds values outside {info.values[0]} to {info.values[1]}")
     return _aligned(array)
 
 

@@ -1,76 +1,175 @@
-"""Where the threads of a run are: one on each core.
+"""The threads of a run.
 
-TVM's pool pins its threads, but not the calling thread, which does its share of the work: on the core of a pool thread
-it makes every kernel take twice as long. After a run the pool's threads look for more work a while before they sleep.
+Every artifact for a CPU brings the threads that its loops run on (``targets/pool.cc``). The pool of the artifact that is
+loaded first serves all sessions of a process: those that run one after the other share its threads, those that run at
+once have some each.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from xopt.errors import InputError
+
+SPIN = "XOPT_SPIN_MICROSECONDS"
+"""Environment variable: how long a thread looks for work before it sleeps."""
+_SPIN_DEFAULT = 100
+MOST = 1024
+"""Threads of a session."""
 SPINS = 3000
-"""Rounds of looking for work, 2 ms in all; TVM's own choice is 150 ms, which takes a core from whatever runs next."""
+"""Rounds in which TVM's threads look for work, 2 ms in all; TVM's own choice is 150 ms."""
 _BIG_CORES = 1
 
 
 def before_loading() -> None:
-    """Set what TVM reads from the environment when its pools start, unless the user has set it.
+    """Set what TVM reads from the environment when its own pools start, unless the user has set it.
 
-    A pool never grows later, and TVM would start one for half of the CPUs, as soon as it folds a constant.
+    They run what is compiled and called in the same process: constants that are folded, candidates of the tuner. A pool
+    never grows later, and TVM would start one for half of the CPUs. Pinned to cores, its threads would wait for each
+    other where another process wants one of them.
     """
     os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
-class _Pool(threading.local):
-    """TVM's pool of the calling thread: how many threads it was given, and the CPUs that the caller is left."""
-
+class _TvmPool(threading.local):
     threads = 0
-    cpus: frozenset[int] = frozenset()
-    workers: frozenset[int] = frozenset()
 
 
-_pool = _Pool()
+_tvm_pool = _TvmPool()
 
 
-def configure(threads: int) -> None:
-    """Give the calling thread a pool of ``threads``, itself included, unless it has one."""
-    if _pool.threads == threads:
+def configure_tvm(threads: int) -> None:
+    """Give the calling thread a pool of TVM's with ``threads``, itself included, unless it has one."""
+    if _tvm_pool.threads != threads:
+        import tvm_ffi
+
+        tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+        _tvm_pool.threads = threads
+
+
+class _Pool:
+    """The pool of a library, as C declares it.
+
+    Calls hold Python's lock: they take less than a microsecond, and never wait.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.PyDLL(str(path))
+        self.enter = library.xopt_pool_enter
+        self.enter.argtypes = (ctypes.c_int, ctypes.c_int64)
+        self.enter.restype = None
+        self.leave = library.xopt_pool_leave
+        self.leave.argtypes = ()
+        self.leave.restype = None
+        self.launch = ctypes.cast(library.xopt_pool_launch, ctypes.c_void_p)
+
+
+_pool: _Pool | None = None
+_installing = threading.Lock()
+
+
+def install(path: Path) -> None:
+    """Let the parallel loops of a library that was loaded from ``path`` run on this process's pool."""
+    global _pool
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "xopt_pool_install"):  # code for a GPU
         return
-    import tvm_ffi
-
-    allowed = os.sched_getaffinity(0)
-    before = _tasks()
-    tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
-    _pool.workers = frozenset(_tasks() - before or _pool.workers)
-    pinned = [mask for mask in map(_affinity, _pool.workers) if len(mask) == 1]
-    taken = frozenset().union(*pinned) if threads > 1 else frozenset()
-    _pool.threads, _pool.cpus = threads, frozenset(allowed - taken or allowed)
+    with _installing:
+        _pool = _pool or _Pool(path)
+    library.xopt_pool_install.argtypes = (ctypes.c_void_p,)
+    library.xopt_pool_install(_pool.launch)
 
 
 @contextmanager
-def settled(threads: int) -> Iterator[None]:
-    """Meanwhile the calling thread has a pool of ``threads`` and stays away from that pool's cores."""
-    configure(threads)
-    thread = threading.get_native_id()
-    before = os.sched_getaffinity(thread)
-    os.sched_setaffinity(thread, _pool.cpus & before or before)
+def running(threads: int) -> Iterator[None]:
+    """Meanwhile the parallel loops of the calling thread run on ``threads`` threads, itself included."""
+    if _pool is None:
+        yield
+        return
+    _pool.enter(threads, _SPIN_NS)
     try:
         yield
     finally:
-        os.sched_setaffinity(thread, before)
+        _pool.leave()
 
 
-def _tasks() -> set[int]:
-    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+def _spin() -> int:
+    """Nanoseconds that threads look for work, as the environment has it."""
+    text = os.environ.get(SPIN, str(_SPIN_DEFAULT))
+    return int(text) * 1000 if text.isascii() and text.isdigit() and len(text) < 10 else _SPIN_DEFAULT * 1000
 
 
-def _affinity(task: int) -> set[int]:
+_SPIN_NS = _spin()
+
+
+def count(threads: object) -> int:
+    """A number of threads that was asked for; without one, as many as there are cores for this process.
+
+    Raises:
+        InputError: E-OPTION, it is no number from 1 to `MOST`.
+    """
+    if threads is None:
+        return physical_cores()
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MOST:
+        raise InputError("E-OPTION", f"{str(threads)[:40]!r} threads cannot be", cure=f"give a number from 1 to {MOST}")
+    return threads
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may use: by its affinity, and by the CPU quota of its container."""
+    allowed = os.sched_getaffinity(0)
+    siblings = set()
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(topology.read_text().strip() if topology.exists() else str(cpu))
+    return max(1, round(min(len(siblings), cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """CPUs' worth of time that control groups grant this process; infinite where none limits it.
+
+    Args:
+        root: where ``/proc`` and ``/sys`` are looked for.
+    """
     try:
-        return os.sched_getaffinity(task)
-    except ProcessLookupError:  # it has ended since
-        return set()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    quotas = [float("inf")]
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        mount = root / "sys/fs/cgroup"
+        if controllers == "":
+            read = _quota_v2
+        elif "cpu" in controllers.split(","):
+            read, mount = _quota_v1, next((p for p in (mount / controllers, mount / "cpu") if p.is_dir()), mount)
+        else:
+            continue
+        place = mount / group.lstrip("/")
+        # In a container the group is often named as the host sees it, and the mount is the group itself.
+        quotas += [read(folder) for folder in (place, *place.parents) if folder == mount or mount in folder.parents]
+    return min(quotas)
+
+
+def _quota_v2(folder: Path) -> float:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return float("inf") if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return float("inf")
+
+
+def _quota_v1(folder: Path) -> float:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+        return quota / period if quota > 0 else float("inf")
+    except (OSError, ValueError, ZeroDivisionError):
+        return float("inf")
