@@ -5,10 +5,10 @@
 //
 //   * a loop comes as many small tasks; each thread begins with a share of its own, in order, and takes half of what
 //     another has left when it is done: no loop waits for a thread that has not begun;
-//   * nobody is pinned; who finds nothing to do spins briefly, then sleeps, and a caller that sleeps gives its core to
-//     the thread that it waits for;
-//   * a thread that notices that it was kept from running (its clock jumped) spins less for a while, and gives its core
-//     away between tasks rather than be stopped within one.
+//   * a worker that finds itself on the core of another thread of its pool moves away: Linux would leave two of them on
+//     one core, and all of the other to the neighbour; nobody is pinned otherwise;
+//   * who finds nothing to do spins briefly, then sleeps;
+//   * where a thread was kept from running (its clock jumped, or the caller waited long for it) all spin less for a while.
 //
 // A pool belongs to one run at a time: runs at once have pools of their own, runs one after the other share one. A
 // forked child starts with none.
@@ -38,9 +38,9 @@ constexpr int kTasksPerThread = 16;
 constexpr int kMostTasks = 1 << 15;      // a share is two numbers of 16 bits
 constexpr int kPausesPerLook = 32;       // at the clock: about a microsecond
 constexpr int64_t kJump = 100'000;       // ns; a thread whose clock jumps so far was not running
+constexpr int64_t kLate = 200'000;       // ns; a caller who waits so long waits for a thread that is not running
 constexpr int64_t kMemory = 50'000'000;  // ns that a jump is remembered
 constexpr int64_t kCrowdedSpin = 5'000;  // ns of spinning where others want the core
-constexpr int64_t kTurn = 1'000'000;     // ns after which a worker lets others have the core, where they want it
 
 int64_t Now() {
   timespec now;
@@ -77,6 +77,7 @@ struct Range {
 
 struct alignas(64) Share {
   std::atomic<uint64_t> word{0};
+  std::atomic<int> cpu{-1};  // that the thread was seen on
 };
 
 class Pool {
@@ -84,6 +85,16 @@ class Pool {
   explicit Pool(int threads) : threads_(threads), shares_(new Share[threads]) {
     while (started_ < threads - 1 && StartWorker(started_ + 1)) ++started_;
     threads_ = started_ + 1;
+  }
+
+  // Before the runs of a caller: the workers may run where it may.
+  void Lease(int64_t spin_ns) {
+    cpu_set_t allowed;
+    CPU_ZERO(&allowed);
+    spin = spin_ns;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_EQUAL(&allowed, &allowed_)) return;
+    allowed_ = allowed;
+    places_.fetch_add(1, std::memory_order_relaxed);
   }
 
   int Run(Body body, void* closure) {
@@ -94,6 +105,7 @@ class Pool {
     tasks_ = tasks;
     failed_.store(false, std::memory_order_relaxed);
     pending_.store(tasks, std::memory_order_relaxed);
+    shares_[0].cpu.store(sched_getcpu(), std::memory_order_relaxed);
     uint32_t job = job_.load(std::memory_order_relaxed) + 1;
     for (int i = 0; i < threads_; ++i)
       shares_[i].word.store(Range(job, tasks * i / threads_, tasks * (i + 1) / threads_).Word(), std::memory_order_release);
@@ -132,30 +144,47 @@ class Pool {
   }
 
   [[noreturn]] void Serve(int thread) {
-    uint32_t seen = 0;
-    int64_t turn = Now();
+    uint32_t seen = 0, places = 0;
     for (;;) {
-      if (Await(seen)) turn = Now();
+      Await(seen);
       seen = job_.load(std::memory_order_seq_cst);
-      Work(thread, seen, &turn);
+      KeepApart(thread, &places);
+      Work(thread, seen);
     }
   }
 
-  // Until there is another job than `seen`; whether the thread slept.
-  bool Await(uint32_t seen) {
+  // Until there is another job than `seen`.
+  void Await(uint32_t seen) {
     Spin idle(*this);
     while (job_.load(std::memory_order_acquire) == seen) {
       if (idle.Once()) continue;
       asleep_.fetch_add(1, std::memory_order_seq_cst);
       while (job_.load(std::memory_order_seq_cst) == seen) Sleep(job_, seen);
       asleep_.fetch_sub(1, std::memory_order_seq_cst);
-      return true;
     }
-    return false;
+  }
+
+  // Leave a CPU on which another thread of the pool was seen, for any that none was, if there is one.
+  void KeepApart(int thread, uint32_t* places) {
+    int here = sched_getcpu();
+    bool shared = places_.load(std::memory_order_relaxed) != *places;
+    for (int i = 0; i < thread; ++i) shared |= shares_[i].cpu.load(std::memory_order_relaxed) == here;
+    if (shared) {
+      *places = places_.load(std::memory_order_relaxed);
+      cpu_set_t free = allowed_;
+      for (int i = 0; i < threads_; ++i) {
+        int cpu = i == thread ? -1 : shares_[i].cpu.load(std::memory_order_relaxed);
+        if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &free);
+      }
+      sched_setaffinity(0, sizeof free, CPU_COUNT(&free) ? &free : &allowed_);
+      here = sched_getcpu();
+    }
+    if (shares_[thread].cpu.load(std::memory_order_relaxed) != here)
+      shares_[thread].cpu.store(here, std::memory_order_relaxed);
   }
 
   // Tasks of a job until none can be had.
-  void Work(int thread, uint32_t job, int64_t* turn = nullptr) {
+  void Work(int thread, uint32_t job) {
     int begin, end;
     while (Take(thread, job, &begin, &end) || (Steal(thread, job) && Take(thread, job, &begin, &end))) {
       Environment environment{nullptr, tasks_};
@@ -164,7 +193,6 @@ class Pool {
       uint32_t count = end - begin;
       if (pending_.fetch_sub(count, std::memory_order_seq_cst) == count && caller_sleeps_.load(std::memory_order_seq_cst))
         Wake(pending_, 1);
-      if (turn != nullptr && crowded_until_.load(std::memory_order_relaxed)) GiveWay(turn);
     }
   }
 
@@ -203,7 +231,9 @@ class Pool {
   }
 
   void WaitForOthers(uint32_t job) {
+    if (pending_.load(std::memory_order_seq_cst) == 0) return;
     Spin patience(*this);
+    int64_t start = Now();
     for (uint32_t left; (left = pending_.load(std::memory_order_seq_cst)) != 0;) {
       if (patience.Once()) {
         if (patience.looked) Work(0, job);  // a thread may have taken a share and not begun
@@ -213,17 +243,8 @@ class Pool {
       Sleep(pending_, left);
       caller_sleeps_.store(false, std::memory_order_seq_cst);
     }
-  }
-
-  // Where others want the core: let them have it now, between two tasks.
-  void GiveWay(int64_t* turn) {
     int64_t now = Now();
-    if (now > crowded_until_.load(std::memory_order_relaxed)) {
-      crowded_until_.store(0, std::memory_order_relaxed);
-    } else if (now - *turn > kTurn) {
-      sched_yield();
-      *turn = Now();
-    }
+    if (now - start > kLate) crowded_until_.store(now + kMemory, std::memory_order_relaxed);
   }
 
   // A limited wait, which notices when the thread is kept from running.
@@ -259,6 +280,8 @@ class Pool {
   int threads_;
   int started_ = 0;
   Share* shares_;
+  cpu_set_t allowed_{};             // where the caller may run
+  std::atomic<uint32_t> places_{0};  // counts its changes
   alignas(64) std::atomic<uint32_t> job_{0};
   std::atomic<uint32_t> asleep_{0};
   std::atomic<int64_t> crowded_until_{0};
@@ -307,7 +330,7 @@ void xopt_pool_enter(int threads, int64_t spin) {
     pool = new Pool(threads);
     pool->wanted = threads;
   }
-  pool->spin = spin;
+  pool->Lease(spin);
   held = pool;
 }
 
