@@ -10,12 +10,12 @@ import pytest
 import tvm_ffi
 
 from xopt.errors import InputError
-from xopt.runtime import session
+from xopt.runtime import artifact, session
 from xopt.runtime.device import CPU, Transfer, load_cuda_runtime
 
 
 def test_a_tensor_comes_back_as_it_went() -> None:
-    session._runtime()
+    artifact.runtime()
     transfer = Transfer(CPU)
     for dtype in (np.float32, np.int64, np.bool_):
         array = np.arange(24).reshape(2, 3, 4).astype(dtype)

@@ -143,8 +143,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
     except OSError:
         return float("inf")
     quotas = [float("inf")]
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
+    for controllers, group in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
         mount = root / "sys/fs/cgroup"
         if controllers == "":
             read = _quota_v2
