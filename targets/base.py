@@ -72,7 +72,10 @@ class Target(ABC):
         try:
             linker = cc.cross_compiler(self.linker, options=["-O2"])
             executable.export_library(
-                str(path), fcompile=linker, addons=[str(POOL)] if self.device == 1 else [], workspace_dir=str(path.parent)
+                str(path),
+                fcompile=linker,
+                addons=[str(POOL)] if self.device == 1 else [],
+                workspace_dir=str(path.parent),
             )
         except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
             raise InputError(

@@ -67,7 +67,7 @@ def _in_tasks(loop: Any) -> Any:
 
 
 def _rewritten(part: Any, rule: Callable[[Any], Any]) -> Any:
-    """A function's statements, down to its blocks' own, each replaced by what the rule makes of it unless that is None."""
+    """The statements of a function, down to those of its blocks, with what the rule makes of those it knows."""
     if (replaced := rule(part)) is not None:
         return replaced
     match part:

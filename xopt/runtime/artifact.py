@@ -9,7 +9,6 @@ import os
 import struct
 import tempfile
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from xopt.errors import InputError
 from xopt.runtime import threads
 from xopt.runtime.lean import without_torch
 from xopt.runtime.manifest import (
-    ALIGNMENT,
     LARGEST_MANIFEST,
     Manifest,
     WeightInfo,
@@ -92,7 +90,11 @@ def _incomplete(code: bytes) -> str | None:
         return "is no 64-bit library"
     if machine != _MACHINES.get(os.uname().machine):
         return "is for another kind of machine"
-    if width != _SEGMENT.size or segments + width * count > len(code) or sections + section_width * section_count > len(code):
+    if (
+        width != _SEGMENT.size
+        or segments + width * count > len(code)
+        or sections + section_width * section_count > len(code)
+    ):
         return "is cut off"
     for index in range(count):
         kind, _, offset, _, _, in_file, _, _ = _SEGMENT.unpack_from(code, segments + index * width)

@@ -112,7 +112,8 @@ class Manifest:
 def _parsed(text: str | bytes) -> Mapping[str, Any]:
     if len(text) > LARGEST_MANIFEST:
         raise ValueError(f"it has more than {LARGEST_MANIFEST >> 20} MB")
-    return _of(json.loads(text), dict)
+    content: Mapping[str, Any] = _of(json.loads(text), dict)
+    return content
 
 
 def _of(value: Any, kind: type) -> Any:
@@ -134,7 +135,7 @@ def _natural(value: Any) -> int:
 
 
 def _device(value: Any) -> int:
-    if value not in DEVICES:
+    if _of(value, int) not in DEVICES:
         raise ValueError(f"device {str(value)[:60]} is unknown")
     return int(value)
 
@@ -177,7 +178,9 @@ def _weights(items: Any) -> tuple[WeightInfo, ...]:
 
 def _weight(item: Any) -> WeightInfo:
     shape = tuple(_natural(size) for size in _of(item["shape"], list))
-    info = WeightInfo(_text(item["name"]), _dtype(item["dtype"]), shape, _natural(item["offset"]), _natural(item["bytes"]))
+    info = WeightInfo(
+        _text(item["name"]), _dtype(item["dtype"]), shape, _natural(item["offset"]), _natural(item["bytes"])
+    )
     if info.dtype not in DTYPES or prod(shape) * np.dtype(info.dtype).itemsize != info.bytes:
         raise ValueError(f"{info.bytes} bytes do not make weight {info.name[:60]}, {list(shape)} of {info.dtype}")
     if info.offset % ALIGNMENT:

@@ -19,6 +19,9 @@ from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo
 from xopt.runtime.threads import count, running
 
+REFUSAL = "xopt refuses: "
+"""What the message of an assertion in compiled code starts with."""
+
 _POOLED_ALLOCATOR = 2
 
 
@@ -70,11 +73,10 @@ class Session:
         threads = count(threads)
         try:
             library = Path(path).resolve()
+            library = library / "model.so" if library.is_dir() else library
         except (TypeError, ValueError, OSError, RuntimeError) as error:
-            raise InputError(
-                "E-ARTIFACT", f"this is no path ({error})", cure="give the path of model.so, or of its folder"
-            ) from error
-        library = library / "model.so" if library.is_dir() else library
+            cure = "give the path of model.so, or of its folder"
+            raise InputError("E-ARTIFACT", f"this is no path ({str(error)[:200]})", cure=cure) from error
         manifest = artifact.read_manifest(library)
         runtime = artifact.runtime()
         code = artifact.read_code(library, manifest)
@@ -109,8 +111,14 @@ class Session:
         if self._inherited and self._transfer is not None:
             what = "a session on a GPU does not survive a fork"
             raise InputError("E-FORK", what, cure="load the artifact again in the child process")
-        with self._lock, running(self._threads):
-            results = self._call(arrays)
+        try:
+            with self._lock, running(self._threads):
+                results = self._computed(arrays)
+        except Exception as error:
+            raise _refusal(error) from error
+        if len(results) != len(self.outputs):
+            what = f"the code has {len(results)} outputs, the manifest {len(self.outputs)}"
+            raise InputError("E-ARTIFACT", what, cure="compile the model again")
         if any(type(value).__module__ == "torch" for value in feeds.values()):
             import torch
 
@@ -131,17 +139,12 @@ class Session:
                 raise InputError("E-DATA", f"dimension {name} is {sizes[name]}", cure=f"give at most {most}")
         return arrays
 
-    def _call(self, arrays: Sequence[Any]) -> Sequence[Any]:
+    def _computed(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """The outputs as the runtime's tensors in this process's memory."""
         if self._transfer is None:
-            return self._outputs(self._main(*arrays, self._weights))
+            return list(self._main(*arrays, self._weights))
         moved = [self._transfer.to_device(array) for array in arrays]
-        return [self._transfer.to_host(result) for result in self._outputs(self._main(*moved, self._weights))]
-
-    def _outputs(self, results: Sequence[Any]) -> Sequence[Any]:
-        if len(results) == len(self.outputs):
-            return results
-        what = f"the code has {len(results)} outputs, the manifest {len(self.outputs)}"
-        raise InputError("E-ARTIFACT", what, cure="compile the model again")
+        return [self._transfer.to_host(result) for result in self._main(*moved, self._weights)]
 
     @contextmanager
     def watched(self, callback: Callable[..., int]) -> Iterator[None]:
@@ -232,6 +235,16 @@ def _shape(info: TensorInfo) -> str:
 
 def _data_error(info: TensorInfo, what: str) -> InputError:
     return InputError("E-DATA", f"input {info.name} {what}", cure="give inputs as the manifest lists them")
+
+
+def _refusal(error: Exception) -> InputError:
+    """What made compiled code end a run: an assertion of ours, or a size that the runtime found not to fit."""
+    message = " ".join(str(error).split())
+    if REFUSAL in message:
+        what = message.split(REFUSAL, 1)[1]
+        return InputError("E-DATA", what, cure="check the values and shapes of the inputs")
+    what = f"the model does not run on this data: {message[:300] or type(error).__name__}"
+    return InputError("E-DATA", what, cure="check the shapes of the inputs")
 
 
 def _refuse_names(feeds: Mapping[str, Any], inputs: Sequence[TensorInfo]) -> None:

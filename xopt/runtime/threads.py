@@ -1,8 +1,8 @@
 """The threads of a run.
 
-Every artifact for a CPU brings the threads that its loops run on (``targets/pool.cc``). The pool of the artifact that is
-loaded first serves all sessions of a process: those that run one after the other share its threads, those that run at
-once have some each.
+Every artifact for a CPU brings the threads that its loops run on (``targets/pool.cc``). The pool of the artifact that
+is loaded first serves all sessions of a process: those that run one after the other share its threads, those that run
+at once have some each.
 """
 
 from __future__ import annotations
