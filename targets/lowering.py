@@ -20,7 +20,6 @@ from tvm import relax, te, tirx
 from tvm.tirx.analysis import undefined_vars
 
 from xopt.errors import InputError
-from xopt.ir.mapped import give_back
 from xopt.ir.names import identifier
 from xopt.ir.shapes import infer_shapes, symbolic_dims
 from xopt.ir.tied import tied_tables
@@ -132,9 +131,7 @@ class Lowering:
             assert isinstance(array, np.ndarray)
             return pack(array)
 
-        variable = self.weights.variable((value, layout), value.name or "", content)
-        give_back(value.const_value)
-        return variable
+        return self.weights.variable((value, layout), value.name or "", content)
 
     def materialized(self, ints: Ints) -> relax.Expr:
         """A run-time tensor that holds known integers which depend on the dimensions."""

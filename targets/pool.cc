@@ -87,13 +87,15 @@ class Pool {
     threads_ = started_ + 1;
   }
 
-  // Before the runs of a caller: the workers may run where it may.
-  void Lease(int64_t spin_ns) {
+  // Before the runs of a caller: the workers may run where it may, and look for work for so many nanoseconds.
+  void Lease(int64_t spin) {
     cpu_set_t allowed;
     CPU_ZERO(&allowed);
-    spin = spin_ns;
+    spin_.store(spin, std::memory_order_relaxed);
     if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_EQUAL(&allowed, &allowed_)) return;
+    pthread_mutex_lock(&places_mutex_);
     allowed_ = allowed;
+    pthread_mutex_unlock(&places_mutex_);
     places_.fetch_add(1, std::memory_order_relaxed);
   }
 
@@ -117,8 +119,7 @@ class Pool {
   }
 
   Pool* next = nullptr;
-  int wanted = 0;     // threads that were asked for
-  int64_t spin = 0;   // ns that a thread looks for work before it sleeps
+  int wanted = 0;  // threads that were asked for
 
  private:
   struct Start {
@@ -171,12 +172,14 @@ class Pool {
     for (int i = 0; i < thread; ++i) shared |= shares_[i].cpu.load(std::memory_order_relaxed) == here;
     if (shared) {
       *places = places_.load(std::memory_order_relaxed);
-      cpu_set_t free = allowed_;
+      pthread_mutex_lock(&places_mutex_);
+      cpu_set_t allowed = allowed_, free = allowed_;
+      pthread_mutex_unlock(&places_mutex_);
       for (int i = 0; i < threads_; ++i) {
         int cpu = i == thread ? -1 : shares_[i].cpu.load(std::memory_order_relaxed);
         if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &free);
       }
-      sched_setaffinity(0, sizeof free, CPU_COUNT(&free) ? &free : &allowed_);
+      sched_setaffinity(0, sizeof free, CPU_COUNT(&free) ? &free : &allowed);
       here = sched_getcpu();
     }
     if (shares_[thread].cpu.load(std::memory_order_relaxed) != here)
@@ -263,8 +266,9 @@ class Pool {
         pool.crowded_until_.store(now + kMemory, std::memory_order_relaxed);
       }
       last = now;
-      int64_t until = pool.crowded_until_.load(std::memory_order_relaxed);
-      return now - start < (now < until && kCrowdedSpin < pool.spin ? kCrowdedSpin : pool.spin);
+      int64_t most = pool.spin_.load(std::memory_order_relaxed);
+      if (now < pool.crowded_until_.load(std::memory_order_relaxed) && most > kCrowdedSpin) most = kCrowdedSpin;
+      return now - start < most;
     }
 
     Pool& pool;
@@ -280,8 +284,10 @@ class Pool {
   int threads_;
   int started_ = 0;
   Share* shares_;
-  cpu_set_t allowed_{};             // where the caller may run
+  cpu_set_t allowed_{};              // where the caller may run
   std::atomic<uint32_t> places_{0};  // counts its changes
+  pthread_mutex_t places_mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  std::atomic<int64_t> spin_{0};
   alignas(64) std::atomic<uint32_t> job_{0};
   std::atomic<uint32_t> asleep_{0};
   std::atomic<int64_t> crowded_until_{0};

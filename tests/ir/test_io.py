@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -93,11 +94,39 @@ def refused(path: Path, code: str) -> InputError:
 # Good files
 
 
-def test_external_data_is_lazy_and_equal(path: Path, external: Path) -> None:
+def test_external_data_is_equal(path: Path, external: Path) -> None:
     a, b = load(path), load(external)
-    assert isinstance(b.graph.initializers["table"].const_value, ir.ExternalTensor)
     for name, value in outputs(a).items():
         np.testing.assert_array_equal(value, outputs(b)[name])
+
+
+@pytest.mark.parametrize("change", [lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"\1" * 1000)])
+def test_a_loaded_model_is_its_own(external: Path, change: Callable[[Path], object]) -> None:
+    model = load(external)
+    before = outputs(model)
+    change(external.parent / "small.data")
+    for name, value in outputs(model).items():
+        np.testing.assert_array_equal(value, before[name])
+    assert not any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+
+
+def test_external_constants_of_nodes_are_read_too(external: Path) -> None:
+    def constant(model: onnx.ModelProto) -> None:
+        table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["table"], value=table))
+        model.graph.initializer.remove(table)
+
+    before = outputs(load(external))
+    edited(external, constant)
+    model = load(external)
+    (external.parent / "small.data").write_bytes(b"")
+    for name, value in outputs(model).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_weights_that_memory_does_not_hold(external: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3))
+    refused(external, "E-MEMORY")
 
 
 def test_canonical_form_means_the_same(path: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import google.protobuf.message  # type: ignore[import-untyped]
+import numpy as np
 import onnx
 import onnx_ir as ir
+import psutil
 
 from xopt.errors import InputError
 from xopt.ir.references import check_references
@@ -44,7 +46,7 @@ logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # its warnings about a bad
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file, opsets 13 to 25, with external data beside it (which is mapped, and read when used).
+    """Read an ONNX file, opsets 13 to 25, with external data beside it. The model is its own: the files may change.
 
     The graph is as it was exported, except that the exporter's notes about intermediate values are dropped.
 
@@ -60,6 +62,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         check_proto(proto, folder)
         drop_value_info(proto)
         model = _deserialize(proto, folder)
+        _read_external(model)
         check_graph(model)
     except InputError as error:
         where = f"{error.where} of {path}" if error.where else f"file {path}"
@@ -108,19 +111,52 @@ def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:
             model: ir.Model = ir.from_proto(proto)
             for graph in model.graphs():
                 ir.external_data.set_base_dir(graph, folder)
-                _read_small(graph)
     except Exception as error:
         raise _malformed(error) from error
     return model
 
 
-def _read_small(graph: ir.Graph) -> None:
-    """Bring small external tensors into memory: they may be shapes, which shape inference and runtimes must see."""
-    for value in graph.initializers.values():
+def _read_external(model: ir.Model) -> None:
+    """Bring external data into this process's memory: a mapped file may change or end while it is used.
+
+    Raises:
+        InputError: ``E-EXTERNAL-DATA``: shorter than when it was checked, not readable; ``E-MEMORY``.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    external = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+    size, free = sum(tensor.nbytes for tensor in external), psutil.virtual_memory().available
+    if size > free:
+        what = f"the weights take {size >> 20} MB, and {free >> 20} MB of memory are free"
+        raise InputError("E-MEMORY", what, cure="use a machine with more memory")
+    read: dict[tuple[str, int], ir.Tensor] = {}
+    for value in values:
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= LARGEST_CONSTANT:
-            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
-            tensor.release()
+        if isinstance(tensor, ir.ExternalTensor):
+            place = str(tensor.path), tensor.offset or 0
+            known = read.get(place)
+            same = known is not None and known.dtype == tensor.dtype and known.shape == tensor.shape
+            value.const_value = read[place] = known if known is not None and same else _own(tensor)
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _own(attribute.value))
+
+
+def _own(tensor: ir.ExternalTensor) -> ir.Tensor:
+    """The tensor with its bytes in memory; numbers of less than a byte are unpacked by onnx_ir."""
+    if tensor.dtype.bitwidth < 8:
+        return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+    try:
+        content = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset or 0)
+    except OSError as error:
+        content, reason = np.empty(0, np.uint8), str(error.strerror)
+    else:
+        reason = "the file has become shorter"
+    if content.size != tensor.nbytes:
+        cure = "leave the data as it is while the model is loaded"
+        raise InputError("E-EXTERNAL-DATA", f"{tensor.path} cannot be read: {reason}", cure=cure)
+    array = content.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+    return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def _malformed(error: Exception) -> InputError:

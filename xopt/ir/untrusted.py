@@ -18,7 +18,6 @@ import onnx
 import onnx_ir as ir
 
 from xopt.errors import InputError
-from xopt.ir.mapped import give_back
 
 NATIVE_MEMORY = 1 << 30
 """Bytes that native code may allocate on the word of a model file (shape inference, constant folding)."""
@@ -226,7 +225,6 @@ def check_weights(model: ir.Model) -> None:
             if tensor is None or not tensor.dtype.is_floating_point() or tensor.size == 0:
                 continue
             low, high = _extremes(tensor)
-            give_back(tensor)
             weight = any(use.node.op_type in WEIGHT_OPS for use in value.uses())
             if math.isnan(low) or (weight and (math.isinf(low) or math.isinf(high))):
                 raise InputError(
