@@ -111,32 +111,35 @@ def run(
     lack = missing()
     if lack:
         raise InputError("E-TARGET", "an aarch64 artifact cannot run here", where=str(artifact), cure=lack)
-    libraries = runtime_folder()
+    libraries = runtime_folder().resolve()
     runner = _build_runner(libraries)
     with tempfile.TemporaryDirectory() as scratch:
-        plan = Path(scratch) / "plan.txt"
-        plan.write_text(_plan(artifact, manifest, feeds, Path(scratch), repeat))
-        command = [str(runner), str(plan)]
+        (Path(scratch) / "plan.txt").write_text(_plan(artifact, manifest, feeds, Path(scratch), repeat))
+        command = [str(runner), "plan.txt"]
         environment = dict(os.environ, LD_LIBRARY_PATH=str(libraries))
         if platform.machine() != "aarch64":
             command = [EMULATOR, "-cpu", cpu, "-L", str(SYSROOT), "-E", f"LD_LIBRARY_PATH={libraries}", *command]
             environment.pop("LD_LIBRARY_PATH")
-        printed = _call(command, "running the aarch64 artifact", environment)
+        printed = _call(command, "running the aarch64 artifact", environment, scratch)
         outputs = [_read_output(Path(scratch), i) for i in range(len(list(Path(scratch).glob("output*.bin"))))]
     return outputs, [float(line) for line in printed.split()]
 
 
 def _plan(artifact: Path, manifest: Manifest, feeds: Mapping[str, np.ndarray], folder: Path, n: int) -> str:
-    """The runner's plan (see runner.cc); writes the inputs as raw files into ``folder``."""
-    lines = [f"module {artifact.resolve()}", f"weights {weights_path(artifact.resolve())}"]
+    """The runner's plan (see runner.cc); all files that it names are in ``folder``, where no path of a user's is said.
+
+    The inputs are written there as raw files.
+    """
+    (folder / "model.so").symlink_to(artifact.resolve())
+    (folder / "model.weights").symlink_to(weights_path(artifact.resolve()))
+    lines = ["module ./model.so", "weights model.weights"]
     for weight in manifest.weights:
         lines.append(f"param {weight.offset} {weight.dtype} {_shape_words(weight.shape)}")
     for index, declared in enumerate(manifest.inputs):
         array = np.ascontiguousarray(feeds[declared.name], dtype=declared.dtype)
-        path = folder / f"input{index}.bin"
-        array.tofile(path)
-        lines.append(f"input {array.dtype} {_shape_words(array.shape)} {path}")
-    return "\n".join([*lines, f"outputs {folder / 'output'}", f"repeat {n}", ""])
+        array.tofile(folder / f"input{index}.bin")
+        lines.append(f"input {array.dtype} {_shape_words(array.shape)} input{index}.bin")
+    return "\n".join([*lines, "outputs output", f"repeat {n}", ""])
 
 
 def _shape_words(shape: tuple[int, ...] | list[int]) -> str:
@@ -148,10 +151,12 @@ def _read_output(folder: Path, index: int) -> np.ndarray:
     return np.fromfile(folder / f"output{index}.bin", dtype=_DTYPE_NAMES[code, bits]).reshape(shape)
 
 
-def _call(command: list[str], doing: str, environment: Mapping[str, str] | None = None) -> str:
-    """Standard output of a command, or InputError E-TOOLCHAIN with the last line it printed as an error."""
+def _call(
+    command: list[str], doing: str, environment: Mapping[str, str] | None = None, folder: str | None = None
+) -> str:
+    """What a command run in ``folder`` prints, or InputError E-TOOLCHAIN with the last line it printed as an error."""
     try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=folder)
     except FileNotFoundError as error:
         raise InputError("E-TOOLCHAIN", f"{doing} failed", where=command[0], cure="install it") from error
     except subprocess.CalledProcessError as error:

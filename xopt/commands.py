@@ -432,12 +432,11 @@ def _rerun(folder: Path, as_json: bool) -> None:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    import numpy as np
-
+    from xopt.data.archive import write_arrays
     from xopt.ir.io import output_errors, replacing
 
     with output_errors(path), replacing(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        write_arrays(file, arrays)
 
 
 def _describe_pass(cls: type[Pass]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.ir import builders
+from tests.ir.renaming import Renaming
 from xopt import cli, commands
 from xopt.data.dataset import Dataset
 from xopt.ir.io import save
@@ -72,6 +73,61 @@ def data(model: Path, tmp_path: Path) -> Path:
     samples = Dataset.random(builders.vit(layers=1), 6, 0)
     np.savez(tmp_path / "data.npz", labels=np.arange(6) % 10, **samples.inputs)  # type: ignore[arg-type]
     return tmp_path / "data.npz"
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+ESCAPES = "\x1b]0;t\x07\r\x9b\u202e"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a terminal's commands in every name, its own and its folder's too."""
+    folder = tmp_path_factory.mktemp("hostile") / f"{ESCAPES}folder"
+    folder.mkdir()
+    path = folder / f"{ESCAPES}vit.onnx"
+    save(Renaming(lambda kind, name: f"{name}{ESCAPES}").model(builders.vit(layers=1)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["inspect", "{model}"], 0),
+        (["inspect", "{model}", "--dim", "batch{escapes}=3"], 0),
+        (["inspect", "{model}", "--dim", "b{escapes}=3"], 2),
+        (["inspect", "{model}{escapes}"], 2),
+        (["diff", "{model}", "{model}"], 0),
+        (["optimize", "{model}", "--dry-run"], 0),
+        (["optimize", "{model}", "--passes", "nothing{escapes}"], 2),
+        (["optimize", "{model}", "--data", "{here}/x.npz", "-o", "o{escapes}"], 2),
+        (["bisect", "{model}", "--passes", "deduplicate"], 0),
+        (["compile", "{model}", "-o", "m{escapes}.so"], 0),
+        (["bench", "{model}", "--peer", "torch", "--rounds", "5"], 0),
+        (["run", "m{escapes}.so"], 2),
+        (["{escapes}"], 2),
+        (["report", "{escapes}"], 2),
+    ],
+)
+def test_names_are_shown_and_not_obeyed(
+    xopt: Run, hostile: Path, tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    np.savez(tmp_path / "x.npz", **{f"y{ESCAPES}": np.ones(3)})  # type: ignore[arg-type]
+    filled = [one.format(model=hostile, escapes=ESCAPES, here=tmp_path) for one in arguments]
+    answer = xopt(*filled)
+    assert answer.status == status, answer.err
+    assert not set("\x1b\x07\r\x9b\u202e") & set(answer.out + answer.err)
+    assert "E-INTERNAL" not in answer.err
+    if status:
+        assert r"\x1b]0;t\x07" in answer.err
+
+
+def test_outputs_are_saved_by_their_names(xopt: Run, hostile: Path, tmp_path: Path) -> None:
+    commands.compile_model(hostile, "cpu", (), tmp_path / "model.so", as_json=True)
+    answer = xopt("run", tmp_path / "model.so", "-o", tmp_path / "outputs.npz")
+    assert answer.status == 0, answer.err
+    with np.load(tmp_path / "outputs.npz") as outputs:
+        assert outputs[f"logits{ESCAPES}"].shape == (1, 10)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.ir.renaming import Renaming
 from xopt.errors import InputError
 from xopt.ir import canonicalize, export, io, load, save
 from xopt.runtime.reference import ReferenceSession
@@ -138,6 +139,52 @@ def test_canonical_form_means_the_same(path: Path) -> None:
     assert not model.functions
     for value, array in zip(outputs(model).values(), want):
         np.testing.assert_allclose(value, array, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6), min_size=1, max_size=9, unique=True))
+def test_any_names_mean_the_same(tmp_path: Path, names: list[str]) -> None:
+    """Of values, nodes, axes, graphs, functions, domains and attributes, in branches and bodies too."""
+    taken: dict[str, int] = {}
+
+    def choose(kind: str, name: str) -> str:
+        index = taken[kind] = taken.get(kind, -1) + 1
+        return f"{names[index % len(names)]}{name if index >= len(names) else ''}"
+
+    called = Renaming(choose)
+    plain = ir.from_proto(proto())
+    (tmp_path / "renamed.onnx").write_bytes(ir.to_proto(called.model(plain)).SerializeToString())
+    model = load(tmp_path / "renamed.onnx")
+    canonicalize(model)
+    save(model, tmp_path / "saved.onnx")
+    given_ = {called("value", name): array for name, array in FEEDS.items()}
+    got = ReferenceSession(load(tmp_path / "saved.onnx")).run(given_)
+    assert list(got) == [called("value", name) for name in ("y", "z")]
+    for one, other in zip(got.values(), outputs(plain).values()):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)  # a few float32 operations in another order
+
+
+def test_an_axis_without_a_name_has_none(path: Path) -> None:
+    def unname(model: onnx.ModelProto) -> None:
+        for value in [*model.graph.input, *model.graph.output]:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = ""
+
+    model = load(edited(path, unname))
+    assert {dim.value for value in model.graph.inputs for dim in value.shape if isinstance(dim, ir.SymbolicDim)} == {
+        None
+    }
+    canonicalize(model)
+    assert outputs(model)["y"].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("what", [b"extra", b"small", b"batch", b"Shift", b"total"])
+def test_names_that_are_no_text_are_refused(path: Path, what: bytes) -> None:
+    content = path.read_bytes()
+    assert what in content
+    path.write_bytes(content.replace(what, b"\xff" * len(what)))
+    refused(path, "E-FORMAT")
 
 
 def test_stale_value_info_is_dropped(path: Path) -> None:

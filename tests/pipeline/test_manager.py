@@ -14,6 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.ir import builders
+from tests.ir.renaming import Renaming
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError, InternalError, VerificationError
 from xopt.passes import Canonicalize
@@ -263,6 +264,42 @@ def test_dump_writes_numbered_files_and_spares_foreign_ones(model: ir.Model, tmp
     with pytest.raises(InputError, match=r"E-OUTPUT.*holds other files"):
         PassManager([Scale()], instruments=[DumpIR(foreign)]).run(model, PassContext())
     assert (foreign / "000_input.onnx").read_text() == "not ours"
+
+
+def test_the_name_of_a_pass_is_no_path(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scale, "name", "../../out/\x1b\0" + "x" * 300)
+    inner = tmp_path / "a" / "b" / "c"
+    PassManager([Scale()], instruments=[DumpIR(inner / "dump")]).run(model, PassContext())
+    with pytest.raises(VerificationError):
+        PassManager([Scale(fault=0)], instruments=[VerifyEach(), Reproducer(inner / "failed")]).run(
+            model, PassContext()
+        )
+    assert [file.name for file in sorted((inner / "dump").glob("*.onnx"))] == [
+        "000_input.onnx",
+        f"001_after__out_{'x' * 35}.onnx",
+    ]
+    (folder,) = (inner / "failed").iterdir()
+    assert (folder / "model.onnx").is_file()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == [
+        "a",
+        "b",
+        "c",
+        "dump",
+        "failed",
+        folder.name,
+    ]
+
+
+def test_an_input_may_be_called_anything_in_a_reproducer(model: ir.Model, tmp_path: Path) -> None:
+    samples = Dataset.random(model, 3, seed=9).inputs
+    model = Renaming(lambda kind, name: "file" if name in samples else name).model(model)
+    data = Dataset({"file": next(iter(samples.values()))})
+    instruments = [VerifyEach(), Reproducer(tmp_path)]
+    with pytest.raises(VerificationError) as caught:
+        PassManager([Scale(fault=0)], instruments=instruments).run(model, PassContext(calibration=data))
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(VerificationError, match=re.escape(caught.value.what)):
+        rerun(folder)
 
 
 def test_time_and_progress(model: ir.Model) -> None:

@@ -111,6 +111,19 @@ def test_text_from_a_model_cannot_become_markup() -> None:
     assert evil not in page.render(report)
 
 
+def test_what_a_page_says_is_what_it_shows(tmp_path: Path) -> None:
+    """Not in another direction, and without characters that no file holds, as they are in paths that are not UTF-8."""
+    report = sample.report()
+    evil = "a\u202eb\x1b\0\udcff"
+    report["model"] = report["command"] = evil
+    report["steps"][-1] |= {"reason": evil, "pass": evil, "refused": [{"what": evil, "reason": evil}]}
+    page.write_page(report, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = text[: text.index("<script")] + text[text.rindex("</script>") :]
+    assert not set("\u202e\x1b\0") & set(text)
+    assert text.count(r"a\u202eb\x1b\x00\udcff") >= 5
+
+
 def test_exact_passes_in_a_row_are_one_point() -> None:
     points = chart.points(sample.report())
     kept = [point.name for point in points if point.kind == chart.KEPT]

@@ -19,3 +19,8 @@ def identifier(stem: str, number: int, name: str | None = "") -> str:
     """
     resemblance = re.sub(r"[^A-Za-z0-9]+", "_", (name or "")[: 4 * _KEPT]).strip("_")[:_KEPT]
     return f"{stem}_{number}_{resemblance}" if resemblance else f"{stem}_{number}"
+
+
+def file_stem(name: str) -> str:
+    """``name`` as a part of a file's name: ASCII letters, digits, dashes and underscores, at most 40 of them."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name[: 4 * _KEPT])[:_KEPT]

@@ -96,7 +96,14 @@ def check_opset(version: int) -> None:
 
 
 def drop_value_info(proto: onnx.ModelProto) -> None:
-    """Forget what the exporter noted about intermediate values: it is often stale, and is inferred afresh."""
+    """Forget what the exporter noted about intermediate values: it is often stale, and is inferred afresh.
+
+    Axes of inputs and outputs that are named by an empty text have no name.
+    """
+    for value in [*proto.graph.input, *proto.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param") and not dim.dim_param:
+                dim.ClearField("dim_param")
     for _, graphs in _scopes(proto):
         for graph in graphs:
             del graph.value_info[:]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import xopt.ir
 from xopt.errors import InputError
+from xopt.ir.names import file_stem
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -79,7 +80,7 @@ class DumpIR(Instrument):
             xopt.ir.save(model, self.folder / "000_input.onnx")
 
     def after(self, step: StepResult, before: ir.Model, model: ir.Model, context: PassContext) -> None:
-        xopt.ir.save(model, self.folder / f"{step.index:03d}_after_{step.pass_.name}.onnx")
+        xopt.ir.save(model, self.folder / f"{step.index:03d}_after_{file_stem(step.pass_.name)}.onnx")
 
     def _prepare(self) -> None:
         marker = self.folder / self.MARKER

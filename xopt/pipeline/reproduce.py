@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import xopt.ir
+from xopt.data.archive import write_arrays
 from xopt.errors import InputError, XoptError
+from xopt.ir.names import file_stem
 from xopt.pipeline import text
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.instruments import Instrument
@@ -53,13 +53,14 @@ def write(step: StepResult, model: ir.Model, context: PassContext, error: Except
     """Write the reproducer of a failed step into a new folder below ``parent``."""
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"xopt-{step.index:03d}-{step.pass_.name}-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"xopt-{step.index:03d}-{file_stem(step.pass_.name)}-", dir=parent))
     xopt.ir.save(model, folder / "model.onnx")
     (folder / "pipeline.yaml").write_text(text.to_yaml([step.pass_, *step.remaining]), encoding="utf-8")
     samples = context.samples
     if not samples.synthetic:
         labels = {} if samples.labels is None else {"labels": samples.labels}
-        np.savez(folder / "samples.npz", allow_pickle=False, **samples.inputs, **labels)
+        with (folder / "samples.npz").open("wb") as file:
+            write_arrays(file, {**samples.inputs, **labels})
     record = {
         "format": FORMAT,
         "seed": context.seed,

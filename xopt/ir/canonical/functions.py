@@ -1,7 +1,7 @@
 """Inline model-local functions, and give every value and node a name of its own.
 
     before   y = pkg::Layer(x)          after   y = Add(MatMul(x, w), b)
-Calls of xopt's own ops stay: passes and kernels know them by name.
+Calls of xopt's own ops stay: passes and kernels know them by name, when the body is the one that xopt gives them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedFunctionsPass
 
 from xopt.errors import InputError
-from xopt.ir import ops
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.io import check_nodes
+from xopt.ir.ops.meaning import is_own
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -26,7 +26,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
 
 def _inline(model: ir.Model, report: CanonicalizeReport) -> None:
     try:
-        result = InlinePass(criteria=lambda body: body.domain != ops.DOMAIN or body.name not in ops.FUNCTIONS)(model)
+        result = InlinePass(criteria=lambda body: not is_own(body))(model)
     except Exception as error:
         raise InputError(
             "E-FORMAT", f"local functions cannot be inlined: {error}", cure="export the model without them"
