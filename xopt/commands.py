@@ -26,12 +26,9 @@ def pipeline(passes: str | None, recipe: Path | None) -> list[Pass] | None:
 
     if passes is not None and recipe is not None:
         raise InputError("E-OPTION", "--passes and --recipe exclude each other", cure="give one of them")
-    if recipe is None:
-        return None if passes is None else text.parse(passes)
-    try:
-        return text.from_yaml(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("E-FILE", f"the recipe cannot be read ({error})", where=str(recipe)) from error
+    if recipe is not None:
+        return text.load(recipe)
+    return None if passes is None else text.parse(passes)
 
 
 def optimize(

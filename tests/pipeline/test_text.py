@@ -150,3 +150,40 @@ def test_third_party_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _fail() -> None:
     raise ImportError("no module named no_such_module")
+
+
+BOMB = "- a: &a [x, x]\n" + "".join(
+    f"- {chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (BOMB, "aliases are not allowed"),
+        ("- &a every-kind\n- *a", "aliases are not allowed"),
+        ("[" * 5000, "nested too deeply"),
+        ("- every-kind: {schedule: " + "[" * 50 + "]" * 50 + "}", "nested too deeply"),
+        ("- every-kind: {count: " + "9" * 6000 + "}", "digits"),
+        ("- every-kind: {count: 0x" + "f" * 6000 + "}", "digits"),
+        ("- every-kind: {count: 1, count: 2}", "given twice"),
+        ("- every-kind: {label: 2001-99-99}", "plain YAML"),
+        ("- !!python/object/apply:os.system ['true']", "plain YAML"),
+        ("- every-kind: {count: !!int x}", "plain YAML"),
+        ("- every-kind: {count: !!float x}", "plain YAML"),
+        ("- every-kind: {count: !!timestamp x}", "plain YAML"),
+        ("- every-kind: {? [a] : 1}", "plain YAML"),
+        ("x" * 300_000, "300000 characters"),
+        ("\0", "plain YAML"),
+    ],
+)
+def test_yaml_that_grows_or_lies(written: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        text.from_yaml(written)
+    assert says in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 6000, "-" + "9" * 6000, '"' + "\\ud800" * 3, "1e999"])
+def test_text_that_grows(value: str) -> None:
+    with pytest.raises(InputError):
+        text.parse(f"every-kind{{count={value}}}")

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xopt.data import npz
 from xopt.errors import InputError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 LABELS = "labels"
+FAILURES = (Exception, SystemExit)
+"""What a user's own function may end with, and must not end us with."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,7 @@ class Dataset:
     def load(cls, path: str | Path) -> Dataset:
         """Read an ``.npz`` file; InputError E-FILE or E-DATA."""
         path = Path(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                _check_size(sum(item.file_size for item in archive.infolist()), path)
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except FileNotFoundError as error:
-            raise InputError("E-FILE", "the data file is not there", where=str(path)) from error
-        except OSError as error:
-            raise InputError("E-FILE", f"the data file cannot be read ({error})", where=str(path)) from error
-        except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
-            cure = "write it with numpy.savez(path, input_name=array, ...)"
-            raise InputError(
-                "E-DATA", f"this is not an .npz of plain arrays ({error})", where=str(path), cure=cure
-            ) from error
+        arrays = npz.read(path)
         labels = arrays.pop(LABELS, None)
         return cls(arrays, labels, path.name)
 
@@ -129,7 +118,7 @@ class Dataset:
         function = resolve(reference, "--data")
         try:
             answer = function()
-        except Exception as error:  # the user's function may fail in any way
+        except FAILURES as error:
             what = f"the callable fails ({type(error).__name__}: {error})"
             raise InputError("E-DATA", what, where=reference) from error
         if isinstance(answer, Dataset):
@@ -140,9 +129,7 @@ class Dataset:
         if not isinstance(answer, Mapping):
             cure = "return a dict of arrays, (dict, labels) or an xopt.Dataset"
             raise InputError("E-DATA", f"the callable returned {type(answer).__name__}", where=reference, cure=cure)
-        arrays = {str(name): np.asarray(array) for name, array in answer.items()}
-        given = arrays.pop(LABELS, None) if labels is None else np.asarray(labels)
-        return cls(arrays, given, reference)
+        return cls._of_arrays(answer, labels, reference)
 
     @classmethod
     def of(cls, source: str | Path | Dataset | Mapping[str, np.ndarray]) -> Dataset:
@@ -150,12 +137,20 @@ class Dataset:
         if isinstance(source, Dataset):
             return source
         if isinstance(source, Mapping):
-            arrays = {name: np.asarray(array) for name, array in source.items()}
-            labels = arrays.pop(LABELS, None)
-            return cls(arrays, labels)
-        if ":" in str(source) and not Path(source).exists():
+            return cls._of_arrays(source, None, "data")
+        if not isinstance(source, (str, os.PathLike)):
+            cure = "give a Dataset, a dict of arrays, the path of an .npz file, or module:function"
+            raise InputError("E-DATA", f"{type(source).__name__} is no data", cure=cure)
+        if ":" in str(source) and not os.path.exists(source):
             return cls.call(str(source))
         return cls.load(source)
+
+    @classmethod
+    def _of_arrays(cls, arrays: Mapping[Any, Any], labels: Any, name: str) -> Dataset:
+        """Data from whatever numpy takes for arrays."""
+        found = {str(key): _as_array(str(key), value, name) for key, value in arrays.items()}
+        given = found.pop(LABELS, None) if labels is None else _as_array(LABELS, labels, name)
+        return cls(found, given, name)
 
     @classmethod
     def random(cls, model: ir.Model, count: int, seed: int, dims: Mapping[str, int] | None = None) -> Dataset:
@@ -192,7 +187,7 @@ def resolve(reference: str, option: str) -> Callable[..., Any]:
         raise InputError("E-OPTION", f"{reference!r} names no function", where=option, cure="write module:function")
     try:
         found = getattr(_import(module_name), attribute)
-    except Exception as error:  # the user's module may fail in any way
+    except FAILURES as error:
         raise InputError(
             "E-OPTION", f"cannot import {reference} ({type(error).__name__}: {error})", where=option
         ) from error
@@ -214,22 +209,18 @@ def _import(name: str) -> object:
     return importlib.import_module(name)
 
 
-def _check_size(needed: int, path: Path) -> None:
-    """Refuse what does not fit into memory before it is unpacked."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise InputError(
-            "E-DATA", f"the arrays take {needed >> 20} MiB, {available >> 20} MiB of memory are free", where=str(path)
-        )
+def _as_array(name: str, value: Any, where: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # such as rows of different lengths
+        raise InputError("E-DATA", f"array {name!r} is no array ({error})", where=where) from error
 
 
 def _check_numbers(name: str, array: np.ndarray, where: str) -> None:
     if array.ndim == 0 or array.size == 0:
         cure = "the first axis is samples, and no axis may be empty"
         raise InputError("E-DATA", f"array {name!r} has shape {list(array.shape)}", where=where, cure=cure)
-    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+    if array.dtype.kind not in npz.NUMBERS and array.dtype.name != "bfloat16":
         raise InputError("E-DATA", f"array {name!r} holds {array.dtype}, expected numbers", where=where)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
@@ -286,7 +277,12 @@ def _as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:
     if not same_kind:
         what = f"array {str(value.name)!r}: expected {wanted}, got {array.dtype}"
         raise InputError("E-DATA", what, where=where)
-    return array.astype(wanted)
+    with np.errstate(over="ignore"):
+        converted = array.astype(wanted)
+    if _kind(wanted) == "f" and not np.isfinite(converted).all():
+        what = f"array {str(value.name)!r} holds numbers that {wanted} does not"
+        raise InputError("E-DATA", what, where=where)
+    return converted
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

@@ -28,7 +28,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from xopt.data.dataset import Dataset, resolve
+from xopt.data.dataset import FAILURES, Dataset, resolve
 from xopt.errors import InputError
 
 Outputs = Mapping[str, np.ndarray]
@@ -158,7 +158,7 @@ class Custom(Metric):
         labels = [b.labels for b in kept if b.labels is not None]
         try:
             return float(self.function(outputs, np.concatenate(labels) if labels else None))
-        except Exception as error:  # the user's function may fail in any way
+        except FAILURES as error:
             raise InputError(
                 "E-DATA", f"the metric fails ({type(error).__name__}: {error})", where=self.name
             ) from error
@@ -171,9 +171,9 @@ def get(name: str | Metric | Callable[..., float]) -> Metric:
     """The metric of this name, or the caller's function (``module:function``); InputError E-OPTION."""
     if isinstance(name, Metric):
         return name
-    if callable(name) or ":" in name:
+    if callable(name) or (isinstance(name, str) and ":" in name):
         return Custom(name)
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         cure = f"known are {', '.join(METRICS)}, or give module:function"
         raise InputError("E-OPTION", f"unknown metric {name!r}", where="--metric", cure=cure)
     return METRICS[name]()

@@ -1,12 +1,15 @@
 """The few graph edits that passes and canonical rewrites share.
 
-All of them work on ``onnx_ir`` objects directly; none of them keeps state. A *site* is the node before which something
+All of them work on ``onnx_ir`` objects directly; none of them keeps state, except that a sweep looks for the names of a
+graph once. A *site* is the node before which something
 new is put: new nodes are inserted right before it, so that a graph that was sorted stays sorted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,17 +90,47 @@ def set_attributes(node: ir.Node, **attributes: AttributeValue) -> None:
         node.attributes[attr.name] = attr
 
 
+class _Names:
+    """The names of a graph's values and nodes, and how far the numbers after each stem have come."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._taken = set(graph.initializers) | {value.name for value in graph.inputs}
+        for node in graph.all_nodes():
+            self._taken.add(node.name)
+            self._taken.update(output.name for output in node.outputs)
+        self._counts: dict[str, int] = {}
+
+    def free(self, stem: str) -> str:
+        name, count = stem, self._counts.get(stem, 0)
+        while name in self._taken:
+            count += 1
+            name = f"{stem}_{count}"
+        self._taken.add(name)
+        self._counts[stem] = count
+        return name
+
+
+_NAMES: ContextVar[dict[ir.Graph, _Names] | None] = ContextVar("names of the graphs that are being rewritten")
+
+
+@contextmanager
+def names_remembered() -> Iterator[None]:
+    """Look through a graph for its names once, not for every new one: where all new names are from `unique_name`."""
+    token = _NAMES.set({})
+    try:
+        yield
+    finally:
+        _NAMES.reset(token)
+
+
 def unique_name(graph: ir.Graph, stem: str) -> str:
-    """``stem``, or ``stem_1``, ``stem_2``… : the first that no value and no node of ``graph`` carries."""
-    taken = set(graph.initializers) | {value.name for value in graph.inputs}
-    for node in graph.all_nodes():
-        taken.add(node.name)
-        taken.update(output.name for output in node.outputs)
-    name, count = stem, 0
-    while name in taken:
-        count += 1
-        name = f"{stem}_{count}"
-    return name
+    """``stem``, or ``stem_1``, ``stem_2``… : one that no value and no node of ``graph`` carries."""
+    remembered = _NAMES.get(None)
+    if remembered is None:
+        return _Names(graph).free(stem)
+    if graph not in remembered:
+        remembered[graph] = _Names(graph)
+    return remembered[graph].free(stem)
 
 
 def initializer(graph: ir.Graph, stem: str, array: npt.ArrayLike | ir.TensorProtocol) -> ir.Value:
@@ -225,8 +258,9 @@ def sweep(model: ir.Model, op_types: Sequence[str], rewrite_node: Callable[[ir.N
     """
     nodes = [node for node in model.graph.all_nodes() if is_op(node, *op_types)]
     count = 0
-    for node in nodes:
-        if node.graph is None or not any(v.uses() or v.is_graph_output() for v in node.outputs):
-            continue
-        count += rewrite_node(node)
+    with names_remembered():
+        for node in nodes:
+            if node.graph is None or not any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            count += rewrite_node(node)
     return count

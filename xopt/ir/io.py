@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 import psutil
 
+from xopt import files
 from xopt.errors import InputError
 from xopt.ir.references import check_references
 from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
@@ -55,8 +56,12 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             ``E-EXTERNAL-DATA`` (missing, outside of the model's folder, wrong size), ``E-NAN-WEIGHTS``,
             ``E-UNSUPPORTED-OP`` (an op that ai.onnx does not have).
     """
+    if not isinstance(path, (str, os.PathLike)):
+        cure = "give the path of an ONNX file"
+        raise InputError("E-FILE", f"a model cannot be loaded from {type(path).__name__}", cure=cure)
     path = Path(path)
-    proto = _parse(_read(path), path)
+    cure = "name an .onnx file, of at most 2 GB: larger models have external data"
+    proto = _parse(files.read_bytes(path, "the model", LARGEST_MESSAGE, cure), path)
     folder = path.parent
     try:
         check_proto(proto, folder)
@@ -168,25 +173,6 @@ def _malformed(error: Exception) -> InputError:
     if "No Op registered" in text or "No schema registered" in text or "Unrecognized" in text:
         return InputError("E-UNSUPPORTED-OP", text, cure="export the model with standard ONNX ops")
     return InputError("E-FORMAT", f"the graph is malformed: {text}", cure="export or download the model again")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise InputError("E-FILE", "the model is a folder", where=str(path), cure="name the .onnx file in it")
-        if path.stat().st_size > LARGEST_MESSAGE:
-            raise InputError(
-                "E-FORMAT",
-                "the file is larger than 2 GB, which ONNX does not allow",
-                where=str(path),
-                cure="save the model with external data",
-            )
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(
-            "E-FILE", f"the model cannot be read: {reason}", where=str(path), cure="check the path"
-        ) from error
 
 
 def _parse(data: bytes, path: Path) -> onnx.ModelProto:

@@ -16,6 +16,12 @@ from hashlib import sha256
 
 Monomial = tuple[str, ...]
 
+MOST_TERMS = 64
+MOST_FACTORS = 12
+LONGEST_NAME = 200
+LARGEST_COEFFICIENT = 1 << 63
+"""A result beyond one of these is lost: products and quotients of sums double with every step."""
+
 _fresh = itertools.count()
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,63}")
 
@@ -31,7 +37,9 @@ class Poly:
         """The polynomial of a number or of one symbol."""
         if isinstance(value, Poly):
             return value
-        return _build({(value,): 1}) if isinstance(value, str) else _build({(): int(value)})
+        if isinstance(value, str):
+            return _build({(value,): 1}) if len(value) <= LONGEST_NAME else Poly.lost()
+        return _build({(): int(value)})
 
     @staticmethod
     def axis(name: str) -> Poly:
@@ -44,6 +52,11 @@ class Poly:
     def unknown() -> Poly:
         """A number about which nothing is known, equal to no other."""
         return Poly.of(f"?{next(_fresh)}")
+
+    @staticmethod
+    def lost() -> Poly:
+        """A number that is too long to write down: equal to no other, and of any sign."""
+        return Poly((((f"!{next(_fresh)}",), 1),))
 
     @property
     def constant(self) -> int | None:
@@ -75,6 +88,8 @@ class Poly:
         return self + Poly.of(other) * -1
 
     def __mul__(self, other: Poly | int) -> Poly:
+        if len(self.terms) * len(Poly.of(other).terms) > MOST_TERMS**2:
+            return Poly.lost()
         products = ((tuple(sorted(a + b)), m * n) for a, m in self.terms for b, n in Poly.of(other).terms)
         return _build({}, products)
 
@@ -105,7 +120,7 @@ class Poly:
 
     def at_least(self, bound: int, symbols: int = 0) -> bool:
         """Whether this is surely ``>= bound`` when every symbol is ``>= symbols``: 0 for indices, 1 for dimensions."""
-        if any(coefficient < 0 for monomial, coefficient in self.terms if monomial):
+        if any(coefficient < 0 or monomial[0].startswith("!") for monomial, coefficient in self.terms if monomial):
             return False
         least = sum(coefficient * int(symbols > 0 or not monomial) for monomial, coefficient in self.terms)
         return least >= bound
@@ -138,6 +153,8 @@ def _build(start: Mapping[Monomial, int], more: Iterable[tuple[Monomial, int]] =
     total = dict(start)
     for monomial, coefficient in more:
         total[monomial] = total.get(monomial, 0) + coefficient
+    if len(total) > MOST_TERMS or any(len(m) > MOST_FACTORS or abs(c) > LARGEST_COEFFICIENT for m, c in total.items()):
+        return Poly.lost()
     return Poly(tuple(sorted((m, c) for m, c in total.items() if c)))
 
 

@@ -8,8 +8,9 @@ import onnx
 import onnx_ir as ir
 
 from xopt.errors import InputError
+from xopt.ir.bounds import check_rank
 from xopt.ir.symbolic import name_dims
-from xopt.ir.untrusted import bounded_memory
+from xopt.ir.untrusted import NATIVE_MEMORY, bounded_memory
 
 LARGEST_CONSTANT = 1024
 """Bytes up to which a constant may matter to shapes; weights are larger."""
@@ -33,9 +34,7 @@ def infer_shapes(model: ir.Model) -> None:
     except Exception as error:
         for value, shape in declared.items():
             value.shape = shape
-        raise InputError(
-            "E-FORMAT", f"shapes do not fit together: {_brief(error)}", cure="check how the model was exported"
-        ) from error
+        raise _unfit(error) from error
     _merge(model, ir.from_proto(proto))
     name_dims(model.graph)
     for value, shape in declared.items():
@@ -122,6 +121,7 @@ def _merge(model: ir.Model, inferred: ir.Model) -> None:
             for value in node.outputs:
                 other = found.get(value.name)
                 if other is not None:
+                    check_rank(len(other.shape or ()), f"node {node.name!r}")
                     value.shape, value.type = other.shape, other.type or value.type
 
 
@@ -134,6 +134,14 @@ def _named(shape: ir.Shape | None, declared: ir.Shape | None) -> ir.Shape | None
 
 def _anonymous(dim: int | ir.SymbolicDim) -> bool:
     return isinstance(dim, ir.SymbolicDim) and (dim.value is None or dim.value.startswith("unk__"))
+
+
+def _unfit(error: Exception) -> InputError:
+    if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+        what = f"its shapes ask for more than {NATIVE_MEMORY >> 30} GiB to be inferred"
+    else:
+        what = f"shapes do not fit together: {_brief(error)}"
+    return InputError("E-FORMAT", what, cure="check how the model was exported")
 
 
 def _brief(error: Exception) -> str:

@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from xopt.errors import InputError
+from xopt.ir.bounds import check_bounds, check_rank
 
 NATIVE_MEMORY = 1 << 30
 """Bytes that native code may allocate on the word of a model file (shape inference, constant folding)."""
@@ -66,6 +67,7 @@ def check_proto(proto: onnx.ModelProto, folder: Path) -> None:
     Raises:
         InputError: ``E-FORMAT``, ``E-EXTERNAL-DATA`` or ``E-UNSUPPORTED-OP`` (sparse tensors).
     """
+    check_bounds(proto)
     for opset in proto.opset_import:
         if opset.domain in ("", "ai.onnx"):
             check_opset(opset.version)
@@ -133,6 +135,7 @@ def _check_value(value: onnx.ValueInfoProto) -> None:
             where=f"value {value.name!r}",
             cure="export the model again",
         )
+    check_rank(len(value.type.tensor_type.shape.dim), f"value {value.name!r}")
     for dim in value.type.tensor_type.shape.dim:
         if dim.HasField("dim_value") and not 0 <= dim.dim_value <= LARGEST_DIMENSION:
             raise InputError(
@@ -152,6 +155,7 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path, where: str = "") -> Non
         dtype = ir.DataType.UNDEFINED
     if dtype == ir.DataType.UNDEFINED:
         raise _bad_tensor(f"element type {tensor.data_type} is unknown", where)
+    check_rank(len(tensor.dims), where)
     if any(not 0 <= dim <= LARGEST_DIMENSION for dim in tensor.dims):
         raise _bad_tensor(f"dimensions {list(tensor.dims)} cannot be", where)
     count = math.prod(tensor.dims)
@@ -186,7 +190,9 @@ def _check_external(tensor: onnx.TensorProto, size: int, folder: Path, where: st
         real = path.resolve()
     except (OSError, RuntimeError) as error:
         raise _bad_external(f"external data at {location!r} cannot be reached: {error}", where) from error
-    if root not in real.parents or Path(*Path(location).parts).as_posix().startswith(".."):
+    if ".." in Path(location).parts:  # onnx refuses it as well, wherever it leads
+        raise _bad_external(f"external data at {location!r} goes through a folder above", where)
+    if root not in real.parents:
         raise _bad_external(f"external data at {location!r} lies outside of the model's folder", where)
     try:
         status = real.stat()

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
 
+from xopt import files
 from xopt.errors import InputError
 from xopt.pipeline import registry
 from xopt.pipeline.base import OptionValue, Pass
@@ -32,6 +35,10 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _WORD = re.compile(r"[^\W\d][\w./-]*")
+LARGEST_TEXT = 1 << 18
+"""Characters of a pipeline; one with every option of thirty passes has three thousand."""
+_DEEPEST = 8
+"""Lists in each other; no option takes more than one."""
 _CONSTANTS: dict[str, OptionValue] = {"true": True, "false": False, "none": None, "inf": float("inf")}
 
 
@@ -41,6 +48,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.position = 0
+        self.depth = 0
         self.advance()
 
     def advance(self) -> tuple[str, str]:
@@ -115,11 +123,15 @@ class _Parser:
     def list(self) -> tuple[OptionValue, ...]:
         if self.mark("]"):
             return ()
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise self.error("lists are nested too deeply")
         items = [self.value()]
         while self.mark(","):
             items.append(self.value())
         if not self.mark("]"):
             raise self.error("a closing bracket is expected")
+        self.depth -= 1
         return tuple(items)
 
 
@@ -131,12 +143,27 @@ def _string(text: str) -> str:
 
 
 def _number(text: str) -> int | float:
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if not re.fullmatch(r"[+-]?\d+", text):
+        return float(text)
+    try:
+        return int(text)
+    except ValueError as error:  # Python refuses to read thousands of digits
+        raise InputError(
+            "E-PASS", f"a number of {len(text)} digits", where=f"{text[:20]}...", cure="give fewer"
+        ) from error
 
 
 def parse(text: str) -> list[Pass]:
     """Passes of a textual pipeline; InputError E-PASS or E-OPTION."""
+    _check_length(text)
     return _Parser(text).pipeline()
+
+
+def _check_length(text: str) -> None:
+    if len(text) > LARGEST_TEXT:
+        raise InputError(
+            "E-PASS", f"the pipeline has {len(text)} characters", cure=f"at most {LARGEST_TEXT} make sense"
+        )
 
 
 def render(passes: Iterable[Pass]) -> str:
@@ -175,18 +202,23 @@ def _plain(values: dict[str, OptionValue]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def load(path: str | Path) -> list[Pass]:
+    """Passes of a YAML file; InputError E-FILE, E-PASS or E-OPTION."""
+    return from_yaml(files.read_text(path, "the recipe", LARGEST_TEXT, "name a YAML file with passes"))
+
+
 def from_yaml(text: str) -> list[Pass]:
     """Passes of a YAML pipeline; InputError E-PASS or E-OPTION."""
-    import yaml
+    from xopt.pipeline import plain_yaml
 
+    cure = "write one pass a line, with - before it"
+    _check_length(text)
     try:
-        steps = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError("E-PASS", f"the pipeline is not YAML ({_first_line(error)})") from error
-    if not isinstance(steps, Sequence | None) or isinstance(steps, str):
-        raise InputError(
-            "E-PASS", "the pipeline is not a list of passes", cure="write one pass a line, with - before it"
-        )
+        steps = plain_yaml.load(text)
+    except ValueError as error:
+        raise InputError("E-PASS", f"the pipeline is not plain YAML ({error})", cure=cure) from error
+    if steps is not None and not isinstance(steps, list):
+        raise InputError("E-PASS", "the pipeline is not a list of passes", cure=cure)
     return [_from_step(step) for step in steps or ()]
 
 
@@ -198,8 +230,5 @@ def _from_step(step: object) -> Pass:
             ((name, options),) = step.items()
             if isinstance(name, str) and isinstance(options or {}, dict):
                 return registry.create(name, {str(key): value for key, value in (options or {}).items()})
-    raise InputError("E-PASS", f"{step!r} is not a pass", cure="write - name or - name: {option: value}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
+    cure = "write - name or - name: {option: value}"
+    raise InputError("E-PASS", f"{reprlib.repr(step)} is not a pass", cure=cure)

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import onnx_ir as ir
 
+from xopt.ir.canonical.foreign import rare_collection
 from xopt.ir.canonical.report import CanonicalizeReport, Refused
 from xopt.ir.shapes import infer_shapes
 
@@ -41,8 +42,9 @@ def canonicalize(model: ir.Model) -> CanonicalizeReport:
             ``E-FORMAT`` (the graph contradicts itself).
     """
     report = CanonicalizeReport()
-    for step in STEPS:
-        import_module(f"xopt.ir.canonical.{step}").rewrite(model, report)
-    infer_shapes(model)
+    with rare_collection():
+        for step in STEPS:
+            import_module(f"xopt.ir.canonical.{step}").rewrite(model, report)
+        infer_shapes(model)
     report.attention = [node.name or "" for node in model.graph if node.op_type == "Attention" and not node.domain]
     return report

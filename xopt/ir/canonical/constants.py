@@ -18,16 +18,25 @@ from onnx_ir.passes.common import (
 )
 
 from xopt.errors import InputError
+from xopt.ir.canonical.foreign import no_origins
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.shapes import infer_shapes
-from xopt.ir.untrusted import bounded_memory
+from xopt.ir.untrusted import NATIVE_MEMORY, bounded_memory
 
 LARGEST_INPUT = 1 << 12
 """Elements of an operand beyond which a node is not folded (weights are no business of this step)."""
 LARGEST_OUTPUT = 1 << 22
 """Elements of a result beyond which a node is not folded: a causal mask over 2048 tokens still is."""
-GROWING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike")
+GROWING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike", "Pad")
 """Ops whose small operands can ask for a result of any size."""
+_COSTLY_NAMES = """
+    Conv ConvTranspose ConvInteger QLinearConv DeformConv Einsum Loop Scan If SequenceMap RNN GRU LSTM Attention
+    MaxPool AveragePool LpPool MaxUnpool RoiAlign MaxRoiPool GridSample Resize Upsample AffineGrid Col2Im ImageDecoder
+    CenterCropPad DFT STFT MelWeightMatrix HannWindow HammingWindow BlackmanWindow NonMaxSuppression Det LRN
+    TfIdfVectorizer StringNormalizer RegexFullMatch StringSplit StringConcat SplitToSequence
+"""
+COSTLY = frozenset(_COSTLY_NAMES.split())
+"""Ops that can work much longer than it takes to read their operands and write their result; none computes shapes."""
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -56,7 +65,7 @@ def _fold(model: ir.Model) -> None:
     functions = dict(model.functions)
     model.functions.clear()  # bodies of xopt ops stay as their authors wrote them
     try:
-        with bounded_memory():
+        with bounded_memory(), no_origins():
             fold_constants(
                 model,
                 onnx_shape_inference=True,
@@ -65,11 +74,20 @@ def _fold(model: ir.Model) -> None:
                 should_fold=_may_fold,
             )
     except Exception as error:
-        raise InputError("E-FORMAT", f"a constant expression cannot be computed: {error.__cause__ or error}") from error
+        raise _uncomputable(error) from error
     finally:
         model.functions.update(functions)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _uncomputable(error: Exception) -> InputError:
+    cause = error.__cause__ or error
+    if isinstance(cause, MemoryError) or "bad_alloc" in str(cause):
+        what = f"its constant expressions come to more than {NATIVE_MEMORY >> 30} GiB"
+    else:
+        what = f"a constant expression cannot be computed: {cause}"
+    return InputError("E-FORMAT", what, cure="check how the model was exported")
 
 
 def _may_fold(node: ir.Node) -> bool | None:
@@ -78,6 +96,8 @@ def _may_fold(node: ir.Node) -> bool | None:
         return _is_vector(node)
     if node.op_type == "QuantizeLinear":
         return True
+    if node.op_type in COSTLY:
+        return False
     if node.op_type not in GROWING:
         return None
     shape = node.outputs[0].shape

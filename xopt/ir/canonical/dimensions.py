@@ -12,7 +12,17 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.edit import attribute, constant, initializer, insert, is_op, remove_dead, replace_uses
+from xopt.ir.edit import (
+    attribute,
+    constant,
+    initializer,
+    insert,
+    is_op,
+    names_remembered,
+    remove_dead,
+    replace_uses,
+    unique_name,
+)
 from xopt.ir.poly import ONE, Poly
 from xopt.ir.shape_rules import Dims, Numbers
 from xopt.ir.symbolic import Symbols
@@ -22,15 +32,16 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Simplify targets first, then whatever numbers are still computed."""
     symbols = Symbols(model.graph)
     nodes = list(model.graph)
-    for node in nodes:
-        if is_op(node, "Reshape", "Expand"):
-            report.rewrote("constant-target", _constant_target(symbols, node))
     sources = _sources(model.graph)
     known: dict[object, ir.Value] = {}
-    for node in nodes:
-        for value in node.outputs:
-            if value.uses() and not value.is_graph_output() and not _is_read_off(node):
-                report.rewrote("constant-number", _simplified(symbols, node, value, sources, known))
+    with names_remembered():
+        for node in nodes:
+            if is_op(node, "Reshape", "Expand"):
+                report.rewrote("constant-target", _constant_target(symbols, node))
+        for node in nodes:
+            for value in node.outputs:
+                if value.uses() and not value.is_graph_output() and not _is_read_off(node):
+                    report.rewrote("constant-number", _simplified(symbols, node, value, sources, known))
     remove_dead(model)
 
 
@@ -124,7 +135,7 @@ def _read_off(
         vector = known[place, source, 1]
         squeeze = ir.node("Squeeze", [vector])
         graph.insert_after(vector.producer(), squeeze)  # type: ignore[arg-type]
-        squeeze.outputs[0].name = f"{vector.name}/scalar"
+        squeeze.outputs[0].name = unique_name(graph, f"{vector.name}/scalar")
         squeeze.outputs[0].type, squeeze.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([])
         known[place, source, 0] = squeeze.outputs[0]
     return known[place, source, rank]

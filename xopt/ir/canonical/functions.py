@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedFunctionsPass
 
 from xopt.errors import InputError
+from xopt.ir.canonical.foreign import counted_names
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.io import check_nodes
 from xopt.ir.ops.meaning import is_own
@@ -25,8 +26,10 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
 
 
 def _inline(model: ir.Model, report: CanonicalizeReport) -> None:
+    inline = InlinePass(criteria=lambda body: not is_own(body))
     try:
-        result = InlinePass(criteria=lambda body: not is_own(body))(model)
+        with counted_names():
+            result = inline(model)
     except Exception as error:
         raise InputError(
             "E-FORMAT", f"local functions cannot be inlined: {error}", cure="export the model without them"
