@@ -39,7 +39,7 @@ from xopt.kernels.fixed import heuristic as heuristic
 from xopt.kernels.fixed import space as space
 from xopt.kernels.isa import Isa
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,17 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         y = argument("y", (batch, sequence, w.heads * w.head_dim))
         with parallel(let(batch * sequence)) as task:
             b, s = bind(task // sequence), bind(task % sequence)
-            # Positions may come from the data: no value of them reads outside the tables.
-            angle = (bind(tirx.max(tirx.min(ids[b, s], lead[0] - 1), i64(0))),) if ids is not None else (b, s)
+            angle = (_row(ids[b, s], lead[0]),) if ids is not None else (b, s)
             with serial(w.heads) as head:
                 _rotate(w, isa.lanes, x, y, cos, sin, (b, s), angle, bind(head * w.head_dim))
 
     return prim_func(name(w, config, isa), body)
+
+
+def _row(position: Expr, rows: Expr) -> Expr:
+    """The row of the tables: negative positions count from the end, and none reads outside, whatever the data says."""
+    position = bind(tirx.Select(position < i64(0), position + rows, position))
+    return bind(tirx.max(tirx.min(position, rows - 1), i64(0)))
 
 
 def _rotate(

@@ -43,6 +43,10 @@ class Target(ABC):
     def tvm_target(self) -> tvm.target.Target:
         """The machine as TVM's code generator takes it."""
 
+    def host(self) -> tvm.target.Target | None:
+        """The machine that calls the code, None where that is the machine itself."""
+        return None
+
     @abstractmethod
     def features(self) -> tuple[str, ...]:
         """CPU features that the code needs, by their names in ``/proc/cpuinfo``; recorded in the manifest."""

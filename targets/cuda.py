@@ -41,8 +41,13 @@ class CudaTarget(Target):
         import tvm
 
         cuda_toolkit.enable()
-        host = {"kind": "llvm", "mcpu": "x86-64-v3"}
-        return tvm.target.Target({"kind": "cuda", "arch": self.arch}, host=host)
+        return tvm.target.Target({"kind": "cuda", "arch": self.arch}, host=self.host())
+
+    def host(self) -> tvm.target.Target:
+        """An x86-64-v3 server."""
+        import tvm
+
+        return tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
 
     def features(self) -> tuple[str, ...]:
         """What the host code needs of the CPU."""

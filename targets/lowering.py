@@ -24,6 +24,7 @@ from xopt.ir.names import identifier
 from xopt.ir.shapes import infer_shapes, symbolic_dims
 from xopt.ir.tied import tied_tables
 from xopt.runtime.manifest import TensorInfo
+from xopt.targets import checks
 from xopt.targets.formats import (
     FLOAT32,
     Format,
@@ -70,6 +71,8 @@ class Lowering:
     ranges: dict[ir.Value, tuple[int, int]] = field(default_factory=dict)
     layouts: dict[ir.Value, Layout] = field(default_factory=dict)
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
+    outside: list[tuple[relax.Var, str]] = field(default_factory=list)
+    node: str = ""
     tied: dict[ir.Value, ir.Value] = field(default_factory=dict)
     attentions: dict[ir.Node, tuple[Part, Part, Part]] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
@@ -186,7 +189,10 @@ class Lowering:
     # -- emitting --------------------------------------------------------------------------------------------------
     def emit(self, expression: relax.Expr) -> relax.Var:
         """Bind an expression to a new variable."""
-        return self.builder.emit(expression)
+        variable = self.builder.emit(expression)
+        if isinstance(variable.ty, relax.TensorType) and variable.ty.shape is not None:
+            self.dims.require_sizes(variable.ty.shape, f"{self.node}: a result")
+        return variable
 
     def reshape(self, tensor: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
         """``tensor`` seen with another shape, without copying; views of one tensor are shared."""
@@ -348,16 +354,16 @@ class Lowering:
             return tensor
         if any(self.dims.related(old, new) for old, new in differing):
             # TVM takes a match of an expression with a variable inside it for a definition, and recurses without end.
-            bounded = [(axis, old) for axis, old in enumerate(given)]
-            return self.compute(
-                "resized", shape, lambda x, *i: x(*[tirx.min(i[a], old - 1) for a, old in bounded]), tensor
-            )
+            for old, new in differing:
+                self.dims.require(self.dims.same(old, new), f"{self.node}: two sizes differ")
+            return self.compute("resized", shape, lambda x, *i: x(*i), tensor)
         return self.builder.match_cast(tensor, relax.TensorType(list(shape), tensor.ty.dtype))
 
     # -- the walk --------------------------------------------------------------------------------------------------
     def walk(self, graph: ir.Graph) -> None:
         """Lower every node of a graph in order."""
         from xopt.targets.ops import emit_node
+        from xopt.targets.ops.call import label
         from xopt.targets.ops.fusion import emit_chain, plan_fusion
 
         plan = plan_fusion(graph, quantized=self.target.isa() is not None)
@@ -370,6 +376,7 @@ class Lowering:
             if self.target.precision == "fp32":  # rows of a table are read as they are, not rounded like a matrix
                 self.tied = tied_tables(graph)
         for node in graph:
+            self.node = label(node)
             if node in absorbed or dequantized(node.outputs[0]) is not None:
                 continue
             if node in plan:
@@ -396,8 +403,8 @@ class Lowering:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         try:
             return [known(evaluate(node.op_type, inputs, attributes, self.dims), dtype)]
-        except UndecidedError:
-            return None
+        except (UndecidedError, ArithmeticError, LookupError, TypeError, ValueError):
+            return None  # the emitter computes it, or says what is wrong with it
 
     def _shape_tensor(self, node: ir.Node) -> Array:
         value = node.inputs[0]
@@ -431,11 +438,14 @@ class Lowering:
         return TensorInfo(value.name or "", str(tensor.ty.dtype), shape, self.ranges.get(value))
 
     def finish(self, parameters: list[relax.Var]) -> tvm.IRModule:
-        """The module, with the weights bound from the tuple before everything else."""
+        """The module; before everything else the sizes are checked and the weights bound from their tuple."""
         function = self.builder.get()["main"]
-        body = relax.SeqExpr([self.weights.bindings(parameters[-1]), *function.body.blocks], function.body.body)
+        checked = checks.check_sizes(self.builder, self.dims.requirements, parameters[:-1], self.target)
+        blocks = [*checked, self.weights.bindings(parameters[-1]), *function.body.blocks]
+        body = relax.SeqExpr(blocks, function.body.body)
         module = self.builder.get()
-        module["main"] = relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+        pure = not checked and not self.outside
+        module["main"] = relax.Function(function.params, body, function.ret_ty, pure, function.attrs)
         return module
 
 
@@ -479,6 +489,8 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
             lowering.walk(model.graph)
             results = [lowering.tensor(value) for value in model.graph.outputs]
             output = lowering.builder.emit_output(relax.Tuple(results))
+            counts = [(lowering.builder.emit_output(count), what) for count, what in lowering.outside]
+        checks.check_indices(lowering.builder, counts, target)
         lowering.builder.emit_func_output(output)
     return Lowered(
         lowering.finish([*parameters, bundle]),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,9 @@ import tvm
 from tvm import tirx
 from tvm.sym import Analyzer
 from tvm.tirx.analysis import undefined_vars
+from tvm_ffi import StructuralKey
+
+from xopt.errors import InputError
 
 from xopt.ir.names import identifier
 
@@ -56,14 +60,18 @@ class Dimensions:
 
     Attributes:
         variables: by their own names.
+        requirements: what must hold for the model to make sense and only the sizes of the inputs decide: conditions,
+            by what is wrong when one does not hold.
     """
 
     def __init__(self) -> None:
         self.variables: dict[str, tirx.Var] = {}
+        self.requirements: dict[str, list[Any]] = {}
         self._called: dict[str, str] = {}
         self._by_name: dict[str, tirx.Var] = {}
         self._limits: dict[str, int] = {}
         self._analyzer = Analyzer()
+        self._not_negative: set[StructuralKey] = set()
 
     def variable(self, name: str) -> tirx.Var:
         """The int64 variable shared by every dimension that the model calls ``name``."""
@@ -132,6 +140,39 @@ class Dimensions:
         """Whether a comparison holds for all values of the dimensions."""
         return condition if isinstance(condition, bool) else bool(self._analyzer.can_prove(condition))
 
+    def require(self, condition: Any, otherwise: str) -> None:
+        """Demand that a comparison holds: proved now, or checked when the model runs, before it computes anything.
+
+        Args:
+            condition: the comparison.
+            otherwise: what is wrong when it does not hold.
+
+        Raises:
+            InputError: E-UNSUPPORTED-OP, it holds for no sizes of the dimensions.
+        """
+        if isinstance(condition, (bool, np.bool_)):
+            holds = bool(condition)
+        else:
+            condition = self._analyzer.simplify(condition)
+            holds = self.proves(condition)
+            if not holds and not self.proves(tirx.Not(condition)):
+                self.requirements.setdefault(otherwise, []).append(condition)
+                return
+        if not holds:
+            raise InputError("E-UNSUPPORTED-OP", otherwise, cure="correct the model")
+
+    def require_sizes(self, shape: Sequence[Dim], what: str) -> None:
+        """Demand that no dimension of a shape is negative."""
+        for dim in shape:
+            if isinstance(dim, tirx.Var):
+                continue
+            if not isinstance(dim, int):
+                key = StructuralKey(dim)
+                if key in self._not_negative:
+                    continue
+                self._not_negative.add(key)
+            self.require(dim >= 0, f"{what} would have a negative size")
+
     def truth(self, condition: Any) -> bool:
         """The outcome of a comparison.
 
@@ -145,6 +186,12 @@ class Dimensions:
         if self.proves(tirx.Not(condition)):
             return False
         raise UndecidedError
+
+    def same(self, a: Dim, b: Dim) -> Any:
+        """Whether ``a`` and ``b`` are the same number: True, False, or the condition on the dimensions."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b
+        return self.equal(a, b) or tirx.EQ(_expression(a), _expression(b))
 
     def product(self, dims: Sequence[Dim]) -> Dim:
         """The number of elements of a shape."""
@@ -166,6 +213,8 @@ class Dimensions:
         total, divisor = self.product(rest), self.product(left)
         if isinstance(total, int) and isinstance(divisor, int):
             return total // divisor
+        if not self.proves(divisor >= 1):
+            divisor = tirx.max(_expression(divisor), _expression(1))  # sizes are computed before any is checked
         return self.simplify(tirx.floordiv(_expression(total), _expression(divisor)))
 
     def broadcast(self, *shapes: Sequence[Dim]) -> list[Dim]:
@@ -199,12 +248,17 @@ def _elementwise(function: Callable[..., Any], *arrays: Array) -> Array:
     return np.asarray(result, dtype=object)
 
 
-def _truncated_quotient(a: Any, b: Any) -> Any:
-    if isinstance(a, float) or isinstance(b, float):
-        return a / b
-    if _is_number(a) and _is_number(b):
-        return int(a / b) if b else 0
-    return tirx.floordiv(_expression(a), _expression(b))
+def _truncated_quotient(dims: Dimensions) -> Callable[[Any, Any], Any]:
+    def divide(a: Any, b: Any) -> Any:
+        if isinstance(a, float) or isinstance(b, float):
+            return a / b
+        if _is_number(a) and _is_number(b):
+            return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+        if not dims.proves(b > 0) or not dims.proves(a >= 0):
+            raise UndecidedError
+        return tirx.floordiv(_expression(a), _expression(b))
+
+    return divide
 
 
 def _choose(compare: Callable[[Any, Any], Any], dims: Dimensions) -> Callable[[Any, Any], Any]:
@@ -220,8 +274,17 @@ def _choose(compare: Callable[[Any, Any], Any], dims: Dimensions) -> Callable[[A
     return choose
 
 
-def _remainder(a: Any, b: Any) -> Any:
-    return a % b if _is_number(a) and _is_number(b) else tirx.floormod(_expression(a), _expression(b))
+def _remainder(dims: Dimensions, truncated: bool) -> Callable[[Any, Any], Any]:
+    def rest(a: Any, b: Any) -> Any:
+        if truncated:
+            raise UndecidedError
+        if _is_number(a) and _is_number(b):
+            return a % b
+        if not dims.proves(b > 0):
+            raise UndecidedError
+        return tirx.floormod(_expression(a), _expression(b))
+
+    return rest
 
 
 def evaluate(op: str, inputs: Sequence[Any], attributes: dict[str, Any], dims: Dimensions) -> Array:
@@ -237,8 +300,9 @@ def evaluate(op: str, inputs: Sequence[Any], attributes: dict[str, Any], dims: D
         UndecidedError: the result depends on the dimensions in a way that only run time can tell.
     """
     arithmetic: dict[str, Callable[..., Any]] = {
-        "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": _truncated_quotient,
-        "Mod": _remainder, "Neg": operator.neg, "Min": _choose(operator.le, dims), "Max": _choose(operator.ge, dims),
+        "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": _truncated_quotient(dims),
+        "Mod": _remainder(dims, bool(attributes.get("fmod", 0))), "Neg": operator.neg,
+        "Min": _choose(operator.le, dims), "Max": _choose(operator.ge, dims),
     }  # fmt: skip
     comparison: dict[str, Callable[..., Any]] = {
         "Equal": lambda a, b: dims.truth(a == b) if _is_number(a) and _is_number(b) else _same(a, b, dims),
@@ -308,32 +372,35 @@ def _slice(inputs: list[Array], _: dict[str, Any]) -> Array:
     axes = _numbers(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else list(range(len(starts)))
     steps = _numbers(inputs[4]) if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
     index = [slice(None)] * inputs[0].ndim
-    for axis, start, end, step in zip(axes, starts, ends, steps):
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         index[axis] = slice(start, None if step < 0 and end < -(1 << 31) else end, step)
     return inputs[0][tuple(index)]
 
 
 def _range(inputs: list[Array], _: dict[str, Any]) -> Array:
     start, limit, delta = (_numbers(x)[0] for x in inputs)
-    if abs((limit - start) // delta) > MAX_ELEMENTS:
+    if any(isinstance(x.reshape(-1)[0], float) for x in inputs) or abs((limit - start) // delta) > MAX_ELEMENTS:
         raise UndecidedError
     return np.arange(start, limit, delta).astype(object)
 
 
-def _reshape(inputs: list[Array], _: dict[str, Any]) -> Array:
-    return inputs[0].reshape(_numbers(inputs[1]))
+def _reshape(inputs: list[Array], attributes: dict[str, Any]) -> Array:
+    shape = _numbers(inputs[1])
+    if not attributes.get("allowzero", 0):
+        shape = [dim or inputs[0].shape[axis] for axis, dim in enumerate(shape)]
+    return inputs[0].reshape(shape)
 
 
 def _constant_of_shape(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     shape, value = _numbers(inputs[0]), attributes.get("value")
-    if np.prod(shape) > MAX_ELEMENTS:
+    if prod(shape) > MAX_ELEMENTS:
         raise UndecidedError
     return np.full(shape, 0.0 if value is None else value.numpy().reshape(-1)[0].item(), dtype=object)
 
 
 def _expand(inputs: list[Array], _: dict[str, Any]) -> Array:
     shape = np.broadcast_shapes(inputs[0].shape, tuple(_numbers(inputs[1])))
-    if np.prod(shape) > MAX_ELEMENTS:
+    if prod(shape) > MAX_ELEMENTS:
         raise UndecidedError
     return np.broadcast_to(inputs[0], shape)
 

@@ -61,8 +61,9 @@ def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
         if (emitter := OPERATORS.get(key)) is not None:
             result = emitter(call)
             return result if isinstance(result, list) else [result]
-    except (tvm.error.InternalError, ValueError, TypeError) as error:
-        raise call.unsupported(str(error).strip().splitlines()[-1][:200]) from error
+    except (tvm.error.InternalError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise call.unsupported(reason[-1][:200] if reason else type(error).__name__) from error
     if key[0] == "" and fallback.supports(node.op_type):
         return fallback.convert(call)
     raise call.unsupported(f"there is no operator {':'.join(filter(None, key))}")

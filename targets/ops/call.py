@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,25 @@ class Call:
         return self.node.attributes[name].value if name in self.node.attributes else default
 
     def axis(self, default: int, rank: int) -> int:
-        """Attribute ``axis``, not negative."""
-        return int(self.attr("axis", default)) % max(rank, 1)
+        """Attribute ``axis``, not negative. Raises InputError E-UNSUPPORTED-OP when there is no such axis."""
+        return self.axes([int(self.attr("axis", default))], max(rank, 1))[0]
+
+    def axes(self, given: Iterable[int], rank: int) -> list[int]:
+        """Axes of a tensor of ``rank`` dimensions, not negative.
+
+        Raises:
+            InputError: E-UNSUPPORTED-OP, there is no such axis, or one is given twice.
+        """
+        axes = [axis + rank if axis < 0 else axis for axis in given]
+        if wrong := [axis for axis in axes if not 0 <= axis < rank]:
+            raise self.unsupported(f"axis {wrong[0]} is not one of its {rank}")
+        if len(set(axes)) != len(axes):
+            raise self.unsupported("an axis is given twice")
+        return axes
+
+    def require(self, condition: Any, otherwise: str) -> None:
+        """Demand that a comparison of sizes holds: `Dimensions.require` in the name of the node."""
+        self.dims.require(condition, f"{label(self.node)}: {otherwise}")
 
     def emit(self, expression: relax.Expr) -> relax.Var:
         """Bind a Relax expression."""
@@ -104,6 +122,17 @@ class Call:
         """The error for a node that cannot be compiled."""
         where = f"node {self.node.name or self.node.outputs[0].name}"
         return InputError("E-UNSUPPORTED-OP", f"{self.node.op_type} cannot be compiled: {reason}", where=where)
+
+
+def label(node: ir.Node) -> str:
+    """A node as messages of compiled code name it: its operator, and its name."""
+    name = harmless(node.name or node.outputs[0].name or "")
+    return f"{harmless(node.op_type)} ({name})" if name else harmless(node.op_type)
+
+
+def harmless(text: str) -> str:
+    """What a file calls something, in letters that are safe in generated code and on a terminal."""
+    return re.sub(r"[^A-Za-z0-9_./:+*-]", "_", text)[:80]
 
 
 Emitter = Callable[[Call], "Value | Sequence[Value]"]

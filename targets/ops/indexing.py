@@ -8,19 +8,16 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax, tirx
 
+from xopt.kernels import scatter
+from xopt.runtime.device import CPU
+from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.ops.fusion import static
+from xopt.targets.ops.layout import FAR
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
-
-
-def valid(index: Any, dim: Dim) -> Any:
-    """An ONNX index as a position: negative ones count from the end, and no index leaves the tensor."""
-    extent = tirx.const(dim, "int64") if isinstance(dim, int) else dim
-    index = index.astype("int64")
-    index = tirx.Select(index < 0, index + extent, index)
-    return tirx.max(tirx.min(index, extent - 1), tirx.const(0, "int64"))
 
 
 def _gather(call: Call) -> Value:
@@ -29,8 +26,7 @@ def _gather(call: Call) -> Value:
     known = call.known(1)
     if known is not None and known.size == 1:
         return _one_slice(call, axis, known.reshape(-1)[0], known.ndim)
-    note_range(call, call.input(1), shape[axis])
-    note_positions(call, call.input(1), shape[axis])
+    check_indices(call, 1, [shape[axis]])
     indices = call.shape(1)
     result = [*shape[:axis], *indices, *shape[axis + 1 :]]
 
@@ -44,8 +40,11 @@ def _gather(call: Call) -> Value:
 def _one_slice(call: Call, axis: int, position: Dim, rank: int) -> Value:
     """Gather at one known index: a part of the tensor, read in place of an index tensor."""
     shape = call.shape()
-    if isinstance(position, int) and position < 0:
+    check_indices(call, 1, [shape[axis]])
+    if call.dims.proves(position < 0):
         position = call.dims.simplify(shape[axis] + position)
+    else:
+        call.require(position >= 0, "an index is negative")
     result = [*shape[:axis], *([1] * rank), *shape[axis + 1 :]]
 
     def element(data: Any, *index: Any) -> Any:
@@ -54,57 +53,61 @@ def _one_slice(call: Call, axis: int, position: Dim, rank: int) -> Value:
     return call.lowering.compute("gather_one", result, element, call.x(0))
 
 
-def note_range(call: Call, indices: ir.Value, dim: Dim) -> None:
-    """Remember that a model input indexes ``dim`` rows, so that the session can refuse values outside."""
-    producer = indices.producer()
-    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
-        indices = producer.inputs[0]
-    if indices.is_graph_input() and isinstance(dim, int):
-        low, high = call.lowering.ranges.get(indices, (-dim, dim - 1))
-        call.lowering.ranges[indices] = (max(low, -dim), min(high, dim - 1))
-
-
-def note_positions(call: Call, indices: ir.Value, dim: Dim) -> None:
-    """Positions 0, 1, ... up to a dynamic length, read from a table of ``dim`` rows, limit that length."""
-    producer = indices.producer()
-    while producer is not None and producer.op_type in ("Unsqueeze", "Reshape", "Expand", "Cast", "Identity"):
-        source = producer.inputs[0]
-        producer = None if source is None else source.producer()
-    if producer is not None and producer.op_type == "Range" and isinstance(dim, int):
-        limit = call.lowering.known(producer.inputs[1])
-        if limit is not None:
-            call.dims.limit(limit.reshape(-1)[0], dim)
-
-
 def _gather_elements(call: Call) -> Value:
-    shape = call.shape()
+    shape, result = call.shape(), call.shape(1)
     axis = call.axis(0, len(shape))
+    _require_within(call, result, shape, axis)
+    check_indices(call, 1, [shape[axis]])
 
     def element(data: Any, where: Any, *index: Any) -> Any:
         return data(*index[:axis], valid(where(*index), shape[axis]), *index[axis + 1 :])
 
-    return call.lowering.compute("gather_elements", call.shape(1), element, call.x(0), call.x(1))
+    return call.lowering.compute("gather_elements", result, element, call.x(0), call.x(1))
+
+
+def _require_within(call: Call, indices: list[Dim], data: list[Dim], axis: int) -> None:
+    """Indices of elements have the rank of the data, and but for the axis that they choose from no larger dimension."""
+    if len(indices) != len(data):
+        raise call.unsupported(f"its indices have rank {len(indices)}, its data rank {len(data)}")
+    for other, (size, most) in enumerate(zip(indices, data)):
+        if other != axis:
+            call.require(size <= most, f"dimension {other} of the indices is larger than that of the data")
 
 
 def _gather_nd(call: Call) -> Value:
     shape, indices = call.shape(0), call.shape(1)
-    batch, depth = int(call.attr("batch_dims", 0)), int(indices[-1])
+    batch, depth = int(call.attr("batch_dims", 0)), _depth(call, indices)
+    if not 0 <= batch < len(indices) or batch + depth > len(shape):
+        raise call.unsupported(f"{batch} batch dimensions and indices of {depth} do not fit data of rank {len(shape)}")
+    check_indices(call, 1, shape[batch : batch + depth])
+    where = call.lowering.recast(call.x(1), [*shape[:batch], *indices[batch:]])
     outer = len(indices) - 1
-    result = [*indices[:-1], *shape[batch + depth :]]
+    result = [*shape[:batch], *indices[batch:-1], *shape[batch + depth :]]
 
     def element(data: Any, where: Any, *index: Any) -> Any:
         at = [valid(where(*index[:outer], tirx.const(i, "int64")), shape[batch + i]) for i in range(depth)]
         return data(*index[:batch], *at, *index[outer:])
 
-    return call.lowering.compute("gather_nd", result, element, call.x(0), call.x(1))
+    return call.lowering.compute("gather_nd", result, element, call.x(0), where)
+
+
+def _depth(call: Call, indices: list[Dim]) -> int:
+    """How many axes each row of indices chooses from."""
+    if not indices or not isinstance(indices[-1], int) or indices[-1] < 1:
+        raise call.unsupported("the last dimension of its indices is no positive number")
+    return indices[-1]
 
 
 def _one_hot(call: Call) -> Value:
     depth = call.ints(1)
+    if depth is None or len(depth) != 1:
+        raise call.unsupported("its depth is no single number")
+    call.require(depth[0] >= 1, "its depth is not positive")
     indices, values = call.x(0), call.x(2)
+    if not call.dims.same_shape(call.shape(2), [2]):
+        raise call.unsupported("its values are not two")
     shape = call.shape(0)
-    axis = int(call.attr("axis", -1)) % (len(shape) + 1)
-    assert depth is not None
+    axis = call.axis(-1, len(shape) + 1)
     result = [*shape[:axis], depth[0], *shape[axis:]]
 
     def element(where: Any, choice: Any, *index: Any) -> Any:
@@ -117,14 +120,65 @@ def _one_hot(call: Call) -> Value:
 
 
 def _scatter_nd(call: Call) -> Value:
-    reduction = {"none": "update"}.get(call.attr("reduction", "none"), call.attr("reduction", "none"))
-    return call.emit(relax.op.scatter_nd(call.x(0), call.x(1), call.x(2), reduction))
+    """Rows of updates into rows of data: the indices of each row become the number of a row of the flat data."""
+    shape, indices = call.shape(0), call.shape(1)
+    depth = _depth(call, indices)
+    if depth > len(shape):
+        raise call.unsupported(f"indices of {depth} do not fit data of rank {len(shape)}")
+    check_indices(call, 1, shape[:depth])
+    rows, width = call.dims.product(shape[:depth]), call.dims.product(shape[depth:])
+    count = call.dims.product(indices[:-1])
+    updates = call.lowering.recast(call.x(2), [*indices[:-1], *shape[depth:]])
+
+    def row(where: Any, index: Any) -> Any:
+        number: Any = tirx.const(0, "int64")
+        for k, dim in enumerate(shape[:depth]):
+            number = number * dim + valid(where(index, tirx.const(k, "int64")), dim)
+        return number
+
+    where = call.lowering.compute("rows", [count], row, call.lowering.reshape(call.x(1), [count, depth]))
+    return _scattered(call, where, updates, (rows, width))
 
 
 def _scatter_elements(call: Call) -> Value:
-    reduction = {"none": "update"}.get(call.attr("reduction", "none"), call.attr("reduction", "none"))
-    axis = call.axis(0, len(call.shape()))
-    return call.emit(relax.op.scatter_elements(call.x(0), call.x(1), call.x(2), axis, reduction))
+    """Elements of updates into elements of the flat data."""
+    shape, indices = call.shape(0), call.shape(1)
+    axis = call.axis(0, len(shape))
+    _require_within(call, indices, shape, axis)
+    check_indices(call, 1, [shape[axis]])
+    updates = call.lowering.recast(call.x(2), indices)
+
+    def position(where: Any, *index: Any) -> Any:
+        number: Any = tirx.const(0, "int64")
+        for k, dim in enumerate(shape):
+            number = number * dim + (valid(where(*index), dim) if k == axis else index[k])
+        return number
+
+    where = call.lowering.compute("positions", indices, position, call.x(1))
+    where = call.lowering.reshape(where, [call.dims.product(indices)])
+    return _scattered(call, where, updates, (call.dims.product(shape), 1))
+
+
+def _scattered(call: Call, where: relax.Expr, updates: relax.Expr, flat: tuple[Dim, Dim]) -> Value:
+    """The data with updates [N, width] in, or combined with, rows ``where`` [N] of its flat form [rows, width]."""
+    reduction = str(call.attr("reduction", "none"))
+    shape, lowering = call.shape(), call.lowering
+    count = lowering.shape_of(where)[0]
+    data = lowering.reshape(call.x(0), flat)
+    updates = lowering.reshape(updates, [count, flat[1]])
+    if str(updates.ty.dtype) != str(data.ty.dtype):
+        raise call.unsupported("its updates have another type than its data")
+    if reduction not in scatter.REDUCTIONS:
+        raise call.unsupported("there is no such reduction")
+    if lowering.target.device != CPU:
+        mode = "update" if reduction == "none" else reduction
+        return lowering.reshape(
+            call.emit(relax.op.scatter_nd(data, lowering.reshape(where, [count, 1]), updates, mode)), shape
+        )
+    workload = scatter.Workload(static([flat[1]])[0], str(data.ty.dtype), reduction)
+    name = scatter.name(workload)
+    result = lowering.call(name, lambda: scatter.build(workload), [data, where, updates], flat, workload.dtype)
+    return lowering.reshape(result, shape)
 
 
 def _arg(largest: bool) -> Emitter:
@@ -151,9 +205,13 @@ def _arg(largest: bool) -> Emitter:
 
 def _top_k(call: Call) -> list[Value]:
     count = call.numbers(1)
-    if count is None:
-        raise call.unsupported("k is missing")
-    axis = call.axis(-1, len(call.shape()))
+    if count is None or len(count) != 1:
+        raise call.unsupported("k is no single number")
+    shape = call.shape()
+    axis = call.axis(-1, len(shape))
+    if count[0] < 1:
+        raise call.unsupported(f"k is {count[0]}")
+    call.require(shape[axis] >= count[0], f"there are fewer than k = {count[0]} elements")
     largest = bool(call.attr("largest", 1))
     pair = call.emit(relax.op.topk(call.x(), count[0], axis, "both", largest, "int64"))
     return [call.emit(relax.TupleGetItem(pair, index)) for index in range(2)]
@@ -161,16 +219,16 @@ def _top_k(call: Call) -> list[Value]:
 
 def _cumulative_sum(call: Call) -> Value:
     axis = call.numbers(1)
-    if axis is None or call.attr("reverse", 0):
+    if axis is None or len(axis) != 1 or call.attr("reverse", 0):
         raise call.unsupported("reverse cumulative sums are not compiled")
     x = call.x()
     exclusive = bool(call.attr("exclusive", 0))
-    return call.emit(relax.op.cumsum(x, axis[0] % len(call.shape()), str(x.ty.dtype), exclusive))
+    return call.emit(relax.op.cumsum(x, call.axes(axis, len(call.shape()))[0], str(x.ty.dtype), exclusive))
 
 
 def _eye_like(call: Call) -> Value:
     rows, columns = call.shape()
-    offset = int(call.attr("k", 0))
+    offset = tirx.const(max(min(int(call.attr("k", 0)), FAR), -FAR), "int64")
     kind = call.attr("dtype")
     dtype = str(call.x().ty.dtype) if kind is None else ir.DataType(kind).numpy().name
     one, zero = tirx.const(np.array(1, dtype).item(), dtype), tirx.const(np.array(0, dtype).item(), dtype)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tvm import relax, tirx
 
-from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.ops.call import Call, Emitter, label
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
+
+
+FAR = 1 << 40
+"""Beyond every dimension: bounds and steps of slices up to the ends of int64 mean no more than this one."""
 
 
 def _reshape(call: Call) -> Value:
@@ -20,19 +25,25 @@ def _reshape(call: Call) -> Value:
     shape: list[Dim] = []
     for axis, dim in enumerate(wanted):
         copies = isinstance(dim, int) and dim == 0 and not call.attr("allowzero", 0)
+        if copies and axis >= len(old):
+            raise call.unsupported(f"it copies axis {axis} of a tensor of rank {len(old)}")
         shape.append(old[axis] if copies else dim)
-    if (free := _free_axis(shape)) is not None:
-        shape[free] = call.dims.quotient(old, shape[:free] + shape[free + 1 :])
+    free = [axis for axis, dim in enumerate(shape) if isinstance(dim, int) and dim == -1]
+    if len(free) > 1:
+        raise call.unsupported("more than one axis is -1")
+    for axis in free:
+        rest = shape[:axis] + shape[axis + 1 :]
+        call.require(call.dims.product(rest) >= 1, "an axis of -1 beside one of 0")
+        shape[axis] = call.dims.quotient(old, rest)
     return _view(call, shape)
 
 
-def _free_axis(shape: Sequence[Dim]) -> int | None:
-    """The axis given as -1."""
-    return next((axis for axis, dim in enumerate(shape) if isinstance(dim, int) and dim == -1), None)
-
-
 def _view(call: Call, shape: Sequence[Dim]) -> Value:
+    """Input 0 with another shape of as many elements."""
     value = call.lowering.value(call.input(0))
+    call.dims.require_sizes(shape, f"{label(call.node)}: its result")
+    before, after = call.dims.product(call.shape()), call.dims.product(shape)
+    call.require(call.dims.same(before, after), "its result would have another number of elements")
     if isinstance(value, np.ndarray) and all(isinstance(dim, int) for dim in shape):
         return value.reshape([int(dim) for dim in shape])
     return call.lowering.reshape(call.x(), shape)
@@ -42,6 +53,8 @@ def _flatten(call: Call) -> Value:
     shape = call.shape()
     axis = int(call.attr("axis", 1))
     axis = axis + len(shape) if axis < 0 else axis
+    if not 0 <= axis <= len(shape):
+        raise call.unsupported(f"axis {axis} is not one of its {len(shape)}")
     return _view(call, [call.dims.product(shape[:axis]), call.dims.product(shape[axis:])])
 
 
@@ -50,14 +63,16 @@ def _squeeze(call: Call) -> Value:
     axes = call.numbers(1, "axes")
     if axes is None:
         axes = [axis for axis, dim in enumerate(shape) if call.dims.equal(dim, 1)]
-    dropped = {axis % len(shape) for axis in axes}
+    dropped = call.axes(axes, len(shape))
+    for axis in dropped:
+        call.require(call.dims.same(shape[axis], 1), f"axis {axis} is not of size 1")
     return _view(call, [dim for axis, dim in enumerate(shape) if axis not in dropped])
 
 
 def _unsqueeze(call: Call) -> Value:
-    axes = call.numbers(1, "axes") or []
-    rank = len(call.shape()) + len(axes)
-    inserted = {axis % rank for axis in axes}
+    given = call.numbers(1, "axes") or []
+    rank = len(call.shape()) + len(given)
+    inserted = call.axes(given, rank)
     rest = iter(call.shape())
     return _view(call, [1 if axis in inserted else next(rest) for axis in range(rank)])
 
@@ -97,13 +112,18 @@ def _same_but(call: Call, tensors: list[relax.Expr], axis: int) -> list[relax.Ex
 def _split(call: Call) -> list[Value]:
     shape = call.shape()
     axis = call.axis(0, len(shape))
-    sizes = call.ints(1, "split")
+    sizes, count = call.ints(1, "split"), len(call.node.outputs)
     if sizes is None:
-        count = len(call.node.outputs)
         if not isinstance(shape[axis], int):
             raise call.unsupported("it splits a dynamic dimension into equal parts")
         chunk = -(-shape[axis] // count)
-        sizes = [min(chunk, shape[axis] - i * chunk) for i in range(count)]
+        sizes = [max(min(chunk, shape[axis] - i * chunk), 0) for i in range(count)]
+    if len(sizes) != count:
+        raise call.unsupported(f"it has {count} outputs and {len(sizes)} sizes")
+    for size in sizes:
+        call.require(size >= 0, "a part has a negative size")
+    total = call.dims.simplify(sum(sizes))
+    call.require(call.dims.same(total, shape[axis]), f"its parts do not add up to axis {axis}")
     starts: list[Dim] = [0]
     for size in sizes[:-1]:
         starts.append(call.dims.simplify(starts[-1] + size))
@@ -128,12 +148,17 @@ def strided(call: Call, x: relax.Expr, parts: dict[int, tuple[Dim, Dim, int]]) -
 def _slice(call: Call) -> Value:
     shape = call.shape()
     starts, ends = call.ints(1, "starts") or [], call.ints(2, "ends") or []
-    axes = call.numbers(3, "axes") or list(range(len(starts)))
+    given = call.numbers(3, "axes")
+    axes = call.axes(range(len(starts)) if given is None else given, len(shape))
     steps = call.numbers(4) or [1] * len(starts)
-    parts = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps):
-        axis %= len(shape)
-        parts[axis] = _part(call, shape[axis], start, end, step)
+    if not len(starts) == len(ends) == len(axes) == len(steps):
+        raise call.unsupported("its starts, ends, axes and steps are not of one length")
+    if 0 in steps:
+        raise call.unsupported("a step is 0")
+    parts = {
+        axis: _part(call, shape[axis], start, end, max(min(step, FAR), -FAR))
+        for axis, start, end, step in zip(axes, starts, ends, steps)
+    }
     return strided(call, call.x(), parts)
 
 
@@ -147,32 +172,33 @@ def _part(call: Call, dim: Dim, start: Dim, end: Dim, step: int) -> tuple[Dim, D
         call.dims.limit(end, dim)
     low, high = (0, dim) if step > 0 else (-1, dim - 1)
     first = _clamp(call, _from_end(call, start, dim), 0, dim if step > 0 else dim - 1)
-    last = _clamp(call, _from_end(call, end, dim) if not _is_below(end, dim, step) else -1, low, high)
+    last = _clamp(call, _from_end(call, end, dim), low, high)
     span = call.dims.simplify(last - first if step > 0 else first - last)
-    count = span if abs(step) == 1 else _ceil_quotient(call, span, abs(step))
-    return first, count if not isinstance(count, int) else max(count, 0), step
-
-
-def _is_below(end: Dim, dim: Dim, step: int) -> bool:
-    """Whether a backward slice runs past element 0 (ends at or below ``-dim - 1``)."""
-    if step > 0 or not isinstance(end, int) or end >= 0:
-        return False
-    return end < -(1 << 31) or (isinstance(dim, int) and end < -dim)
+    return first, _ceil_quotient(call, span, abs(step)), step
 
 
 def _ceil_quotient(call: Call, span: Dim, step: int) -> Dim:
-    return -(-span // step) if isinstance(span, int) else call.dims.simplify(tirx.floordiv(span + step - 1, step))
+    """How many steps begin inside a span, none when it is negative."""
+    if isinstance(span, int):
+        return max(-(-span // step), 0)
+    count = span if step == 1 else call.dims.simplify(tirx.floordiv(span + step - 1, step))
+    return count if call.dims.proves(count >= 0) else tirx.max(count, tirx.const(0, "int64"))
 
 
 def _from_end(call: Call, index: Dim, dim: Dim) -> Dim:
+    """An index with negative ones counted from the end; still negative when it lies before the first element."""
     if isinstance(index, int):
+        index = max(min(index, FAR), -FAR)
         return call.dims.simplify(dim + index) if index < 0 else index
-    return call.dims.simplify(dim + index) if call.dims.proves(index < 0) else index
+    if call.dims.proves(index < 0):
+        return call.dims.simplify(dim + index)
+    call.require(index >= 0, "a bound is negative")
+    return index
 
 
 def _clamp(call: Call, index: Dim, low: Dim, high: Dim) -> Dim:
     """``min(max(index, low), high)``, as simple as it can be proved."""
-    if isinstance(index, int) and index >= 1 << 31:
+    if isinstance(index, int) and index >= FAR:
         return call.dims.simplify(high)
     for bound, build, beyond in ((low, tirx.max, -1), (high, tirx.min, 1)):
         excess = call.dims.simplify(index - bound)
@@ -186,11 +212,35 @@ def _clamp(call: Call, index: Dim, low: Dim, high: Dim) -> Dim:
 
 
 def expand(call: Call, x: relax.Expr, wanted: Sequence[Dim]) -> relax.Expr:
-    """``x`` broadcast against a shape, in both directions as ONNX's Expand does."""
-    shape = call.dims.broadcast(call.lowering.shape_of(x), wanted)
-    if call.dims.same_shape(shape, call.lowering.shape_of(x)):
+    """``x`` broadcast against a shape, in both directions as ONNX's Expand does.
+
+    A dimension that cannot be told apart from 1 may turn out to be it: its one element is then repeated.
+    """
+    call.dims.require_sizes(wanted, f"{label(call.node)}: its result")
+    given = call.lowering.shape_of(x)
+    shape = call.dims.broadcast(wanted, given)
+    if call.dims.same_shape(shape, given):
         return x
-    return call.emit(relax.op.broadcast_to(x, shape))
+    first = len(shape) - len(given)
+    unsure = {}
+    for axis, dim in enumerate(given):
+        one, same = (call.dims.same(dim, other) for other in (1, shape[first + axis]))
+        if one is not True and same is not True:
+            call.require(tirx.Or(_condition(one), _condition(same)), f"axis {axis} does not broadcast")
+            unsure[axis] = one
+    if not unsure:
+        return call.emit(relax.op.broadcast_to(x, shape))
+
+    def element(tensor: Any, *index: Any) -> Any:
+        zero = tirx.const(0, "int64")
+        at = [zero if call.dims.equal(dim, 1) else index[first + axis] for axis, dim in enumerate(given)]
+        return tensor(*[tirx.Select(_condition(unsure[a]), zero, i) if a in unsure else i for a, i in enumerate(at)])
+
+    return call.lowering.compute("expand", shape, element, x)
+
+
+def _condition(truth: Any) -> Any:
+    return tirx.const(truth, "bool") if isinstance(truth, bool) else truth
 
 
 def _expand(call: Call) -> Value:
@@ -199,7 +249,10 @@ def _expand(call: Call) -> Value:
 
 def _tile(call: Call) -> Value:
     shape, repeats = call.shape(), call.ints(1) or []
+    if len(repeats) != len(shape):
+        raise call.unsupported(f"{len(repeats)} repeats do not fit rank {len(shape)}")
     result = [call.dims.simplify(dim * count) for dim, count in zip(shape, repeats)]
+    call.dims.require_sizes([*repeats, *result], f"{label(call.node)}: its result")
 
     def element(tensor: Any, *index: Any) -> Any:
         return tensor(*[tirx.floormod(i, dim) for i, dim in zip(index, shape)])
@@ -209,16 +262,20 @@ def _tile(call: Call) -> Value:
 
 def _pad(call: Call) -> Value:
     x, shape = call.x(), call.shape()
-    pads = call.ints(1, "pads") or []
-    axes = [axis % len(shape) for axis in call.numbers(3) or range(len(shape))]
-    before: list[Dim] = [0] * len(shape)
-    after: list[Dim] = [0] * len(shape)
-    for position, axis in enumerate(axes):
-        before[axis], after[axis] = pads[position], pads[position + len(axes)]
+    before, after = _pads(call, len(shape))
     value = call.const(2)
+    if value is None and call.has(2):
+        raise call.unsupported("the value that it fills with depends on the data")
     fill = tirx.const(0 if value is None else value.reshape(-1)[0].item(), str(x.ty.dtype))
     result = [call.dims.simplify(dim + a + b) for dim, a, b in zip(shape, before, after)]
-    mode = call.attr("mode", "constant")
+    call.dims.require_sizes(result, f"{label(call.node)}: its result")
+    mode = str(call.attr("mode", "constant"))
+    if mode not in ("constant", "reflect", "edge", "wrap"):
+        raise call.unsupported("there is no such mode")
+    for axis, dim in enumerate(shape) if mode != "constant" else ():
+        call.require(dim >= 1, f"axis {axis} has no element to repeat")
+        for pad in (before[axis], after[axis]) if mode == "reflect" else ():
+            call.require(pad < dim, f"axis {axis} is shorter than what is to be reflected of it")
 
     def element(tensor: Any, *index: Any) -> Any:
         at = [i - b for i, b in zip(index, before)]
@@ -229,6 +286,19 @@ def _pad(call: Call) -> Value:
         return tirx.if_then_else(tirx.all(*inside), tensor(*at), fill) if inside else tensor(*at)
 
     return call.lowering.compute("pad", result, element, x)
+
+
+def _pads(call: Call, rank: int) -> tuple[list[Dim], list[Dim]]:
+    """Elements to add before and after each axis; negative ones are taken away."""
+    pads, given = call.ints(1, "pads") or [], call.numbers(3)
+    axes = call.axes(range(rank) if given is None else given, rank)
+    if len(pads) != 2 * len(axes):
+        raise call.unsupported(f"{len(pads)} pads do not fit {len(axes)} axes")
+    before: list[Dim] = [0] * rank
+    after: list[Dim] = [0] * rank
+    for position, axis in enumerate(axes):
+        before[axis], after[axis] = pads[position], pads[position + len(axes)]
+    return before, after
 
 
 def _is_zero(value: Dim) -> bool:
@@ -246,22 +316,27 @@ def _mirrored(index: Any, dim: Dim, mode: str) -> Any:
 
 
 def _constant_of_shape(call: Call) -> Value:
-    value = call.attr("value")
+    value, shape = call.attr("value"), call.ints(0) or []
     array = np.zeros(1, np.float32) if value is None else value.numpy().reshape(-1)
-    fill = relax.const(array[0], str(array.dtype))
-    return call.emit(relax.op.full(call.ints(0) or [], fill, str(array.dtype)))
+    if array.size != 1:
+        raise call.unsupported("its value is no single number")
+    call.dims.require_sizes(shape, f"{label(call.node)}: its result")
+    return call.emit(relax.op.full(shape, relax.const(array[0], str(array.dtype)), str(array.dtype)))
 
 
 def _range(call: Call) -> Value:
     dtype = call.node.outputs[0].dtype
     name = "int64" if dtype is None else dtype.numpy().name
     start, limit, step = (_single(call, index) for index in range(3))
-    if isinstance(step, int) and step == 1 and isinstance(start, int):
-        count = call.dims.simplify(limit - start)
-    elif all(isinstance(x, (int, float)) for x in (start, limit, step)):
-        count = max(int(np.ceil((limit - start) / step)), 0)
+    if isinstance(step, int) and step == 0:
+        raise call.unsupported("its step is 0")
+    if any(isinstance(x, float) for x in (start, limit, step)):
+        count: Dim = max(math.ceil((limit - start) / step), 0)
+    elif isinstance(step, int):
+        span = call.dims.simplify(limit - start if step > 0 else start - limit)
+        count = _ceil_quotient(call, span, abs(step))
     else:
-        count = _ceil_quotient(call, call.dims.simplify(limit - start), step)
+        raise call.unsupported("its step depends on a dynamic dimension")
     return call.lowering.compute(
         "range", [count], lambda i: tirx.Cast(name, start + i * step) if name != "int64" else start + i * step
     )
@@ -269,15 +344,21 @@ def _range(call: Call) -> Value:
 
 def _single(call: Call, index: int) -> Dim:
     array = call.known(index)
-    if array is None:
+    if array is None or array.size != 1:
         raise call.unsupported("its bounds depend on the data")
     return array.reshape(-1)[0]
 
 
 def _triangle(call: Call) -> Value:
-    offset = call.numbers(1)
-    function = relax.op.triu if call.attr("upper", 1) else relax.op.tril
-    return call.emit(function(call.x(), offset[0] if offset else 0))
+    given, upper, shape = call.numbers(1), bool(call.attr("upper", 1)), call.shape()
+    offset = tirx.const(max(min(given[0], FAR), -FAR) if given else 0, "int64")
+
+    def element(x: Any, *index: Any) -> Any:
+        away = index[-1] - index[-2]
+        inside = away >= offset if upper else away <= offset
+        return tirx.Select(inside, x(*index), tirx.const(0, x.dtype))
+
+    return call.lowering.compute("triangle", shape, element, call.x())
 
 
 OPS: dict[str, Emitter] = {

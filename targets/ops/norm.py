@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from tvm import relax
 
+from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call, Emitter
-from xopt.targets.ops.indexing import note_positions, valid
 from xopt.targets.ops.layout import strided
 from xopt.targets.symbolic import Dim
 
@@ -71,7 +71,7 @@ def _angles(call: Call, index: int, tokens: list[Dim], half: int) -> relax.Expr:
     table, shape = call.x(index), call.shape(index)
     if call.has(3):
         positions, rows = call.x(3), shape[0]
-        note_positions(call, call.input(3), rows)
+        check_indices(call, 3, [rows])
         shape = [*call.shape(3), shape[-1]]
         table = call.lowering.compute(
             "angles", shape, lambda data, where, b, s, d: data(valid(where(b, s), rows), d), table, positions

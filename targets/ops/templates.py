@@ -12,9 +12,9 @@ from tvm import relax
 
 from xopt.targets.formats import BFLOAT16, FLOAT32
 from xopt.targets.integer_attention import Part
+from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import Layer, leading, linear, panels_of, static, tied_config
-from xopt.targets.ops.indexing import note_positions, note_range, valid
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _rotary(call: Call) -> Value | None:
     if str(inputs[0].ty.dtype) != "float32" or not call.dims.same_shape(given, shape[:2]):
         return None
     if call.has(3):
-        note_positions(call, call.input(3), table[0])
+        check_indices(call, 3, [table[0]])
     head_dim = shape[2] // heads
     batch, sequence, positions = static([*shape[:2], table[0] if call.has(3) else 0])
     workload = rotary.Workload(
@@ -116,7 +116,7 @@ def _attention(call: Call) -> Value | None:
     from xopt.kernels import attention
 
     isa = call.lowering.target.isa()
-    if isa is None or call.has(4) or any(output.uses() for output in call.node.outputs[1:]):
+    if isa is None or any(map(call.has, range(4, 7))) or any(output.uses() for output in call.node.outputs[1:]):
         return None
     form = _heads_first(call) if len(call.lowering.shape(_values(call)[0])) == 4 else _merged(call)
     mask = _mask(call)
@@ -299,7 +299,7 @@ def _tied_embedding(call: Call) -> Value | None:
     if isa is None or matrix is None:
         return None
     vocabulary, width = call.shape()
-    note_range(call, call.input(1), vocabulary)
+    check_indices(call, 1, [vocabulary])
     config = tied_config(call.lowering, matrix)
     packed = call.lowering.packed(
         matrix, panels_of("float32", config, isa), lambda array: gemm.pack_weight(array, config, isa)
@@ -323,6 +323,7 @@ def _merge_tokens(call: Call) -> list[Value]:
     r = int(call.attr("r")[0])
     if isinstance(tokens, int) and not 0 <= r <= (tokens + 1) // 2:
         raise call.unsupported(f"{r} of {tokens} tokens cannot be merged: only every second one is given away")
+    call.require(r * 2 <= tokens + 1, f"{r} tokens cannot be merged of fewer than {2 * r - 1}")
     # One kernel serves every layer: token counts are read at run time.
     sizes = dict(zip(("width", "metric"), static([width, metric[-1]])))
     protected = int(call.attr("protected", 0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.ir import builders
@@ -246,3 +247,28 @@ print(sorted({{"tvm", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_an_index_outside_ends_the_run_and_leaves_the_session_usable(tmp_path: Path) -> None:
+    model = node_model("GatherElements", {"x": ["b", 4], "i": ["b", 3]}, dtypes={"i": ir.DataType.INT64}, axis=1)
+    session = Session.load(targets.compile(model, "cpu:avx2", tmp_path / "model.so"), threads=2)
+    x, indices = np.arange(8, dtype=np.float32).reshape(2, 4), np.array([[0, -4, 3], [-1, 2, 1]])
+    for wrong in (4, -5, 2**62, -(2**63)):
+        with pytest.raises(InputError, match=r"E-DATA.*GatherElements \(tested\): an index is outside of the 4"):
+            session.run({"x": x, "i": np.full((2, 3), wrong)})
+        np.testing.assert_array_equal(session.run({"x": x, "i": indices})["y0"], [[0, 0, 3], [7, 6, 5]])
+
+
+def test_sizes_that_do_not_fit_end_the_run(tmp_path: Path) -> None:
+    session = Session.load(
+        targets.compile(
+            node_model("Reshape", {"x": ["b", 6], "s": np.array([4, -1])}), "cpu:avx2", tmp_path / "model.so"
+        )
+    )
+    with pytest.raises(InputError, match=r"E-DATA.*Reshape \(tested\): its result would have another number"):
+        session.run({"x": np.zeros((1, 6), np.float32)})
+    assert session.run({"x": np.zeros((2, 6), np.float32)})["y0"].shape == (4, 3)
+    model = node_model("Add", {"x": ["b", 6], "y": ["c", 6]})
+    session = Session.load(targets.compile(model, "cpu:avx2", tmp_path / "model.so"))
+    with pytest.raises(InputError, match="E-DATA.*does not run on this data"):
+        session.run({"x": np.zeros((2, 6), np.float32), "y": np.zeros((3, 6), np.float32)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,8 @@ def node_model(
     return ir.Model(graph, ir_version=10)
 
 
-def execute(lowered: Lowered, feeds: Mapping[str, np.ndarray], target: str = "cpu") -> list[np.ndarray]:
-    """Build a lowered model in memory and run it."""
+def built(lowered: Lowered, target: str = "cpu") -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+    """Build a lowered model in memory: a function from feeds to outputs."""
     import tvm
     from tvm import relax
 
@@ -53,9 +53,19 @@ def execute(lowered: Lowered, feeds: Mapping[str, np.ndarray], target: str = "cp
     with machine.tvm_target(), tvm.transform.PassContext(**COMPILE_OPTIONS):
         module = machine.pipeline()(lowered.module)
         executable = relax.build(module, machine.tvm_target(), relax_pipeline=None)
-    arrays = [tvm.runtime.tensor(np.ascontiguousarray(feeds[info.name])) for info in lowered.inputs]
+    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
     weights = [tvm.runtime.tensor(array) for _, array in lowered.weights]
-    return [result.numpy() for result in relax.VirtualMachine(executable, tvm.cpu())["main"](*arrays, weights)]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        arrays = [tvm.runtime.tensor(np.asarray(feeds[info.name], order="C")) for info in lowered.inputs]
+        return [result.numpy() for result in main(*arrays, weights)]
+
+    return run
+
+
+def execute(lowered: Lowered, feeds: Mapping[str, np.ndarray], target: str = "cpu") -> list[np.ndarray]:
+    """Build a lowered model in memory and run it."""
+    return built(lowered, target)(feeds)
 
 
 def run_node(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -68,6 +78,16 @@ def reference(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarr
     from onnx.reference import ReferenceEvaluator
 
     return [np.asarray(y) for y in ReferenceEvaluator(ir.to_proto(model)).run(None, dict(feeds))]
+
+
+def onnxruntime(model: ir.Model) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+    """The model in onnxruntime: a function from feeds to outputs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda feeds: [np.asarray(y) for y in session.run(None, dict(feeds))]
 
 
 def kernel_names(lowered: Lowered) -> list[str]:
