@@ -87,8 +87,8 @@ def _assertion(name: str, numbers: Sequence[tirx.Var], conditions: Sequence[Cond
     """A host function over int64 numbers that asserts conditions on them, in order."""
 
     def body() -> None:
-        for position, variable in enumerate(numbers):
-            T.arg(f"number{position}", variable)
+        for variable in numbers:
+            T.arg(variable.name, variable)
         for condition, otherwise in conditions:
             with T.Assert(condition, [REFUSAL + otherwise], "ValueError"):
                 T.evaluate(i64(0))

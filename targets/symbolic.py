@@ -25,7 +25,6 @@ from tvm.tirx.analysis import undefined_vars
 from tvm_ffi import StructuralKey
 
 from xopt.errors import InputError
-
 from xopt.ir.names import identifier
 
 Array = npt.NDArray[Any]
