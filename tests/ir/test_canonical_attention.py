@@ -50,6 +50,19 @@ def test_turned_scores_are_no_attention_of_these_operands(perm: str) -> None:
     check(build(f"u = Transpose <perm: ints = [{perm}]> (s)", "u", inputs=inputs))
 
 
+@pytest.mark.parametrize("number", ["0", "-0.7", "1e30", "1e-30", "inf"])
+@pytest.mark.parametrize("op", ["Mul", "Div"])
+def test_scales_of_any_size(op: str, number: str) -> None:
+    """A scale of 0 would be taken for a missing one, and what is divided by 0 has none."""
+    model = build(f"m = {op}(s, factor)", "m", constants=", float factor = {1}")
+    tensor = np.array(number, np.float32)
+    model.graph.initializers["factor"].const_value = ir.tensor(tensor, name="factor")
+    if not (op == "Div" and number in ("0", "1e-30")) and number not in ("1e30", "inf"):  # these give NaN
+        check(model)
+    else:
+        canonicalize(model)
+
+
 RANGE = "sh = Shape <start: int = 1, end: int = 2> (q) n = Squeeze(sh) r = Range(zero, n, one) "
 ROW_COLUMN = RANGE + "row = Unsqueeze(r, last) column = Unsqueeze(r, first) "
 NUMBERS = ", int64 zero = {0}, int64 one = {1}, int64[1] first = {0}, int64[1] last = {1}, float low = {-10000000.0}"

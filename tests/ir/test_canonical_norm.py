@@ -53,6 +53,27 @@ def test_no_affine_gets_ones() -> None:
     np.testing.assert_array_equal(model.graph[0].inputs[1].const_value.numpy(), np.ones(4))
 
 
+def test_a_bias_of_more_axes_is_none() -> None:
+    """What is added has four axes, and so has the sum."""
+    body = f"{MEAN} q = Mul(d, d) v = ReduceMean(q, last) u = Add(v, eps) r = Sqrt(u) n = Div(d, r) y = Add(n, tall)"
+    constants = CONSTANTS + ", float[1, 1, 1, 4] tall = {1, 2, 3, 4}"
+    check(model_of(f"(float[B, S, 4] x) => (float[1, B, S, 4] y) <{constants}>", body))
+
+
+@pytest.mark.parametrize("kind", [10, 16])
+@pytest.mark.parametrize("place", ["m", "d", "q", "r"])
+def test_what_is_rounded_inside_is_not_the_norm(place: str, kind: int) -> None:
+    """Half precision, or bfloat16, somewhere between: a norm in float32 gives other numbers."""
+    parts = {
+        "m": "m = ReduceMean(x, last)", "d": "d = Sub(x, m)", "q": "q = Mul(d, d)", "v": "v = ReduceMean(q, last)",
+        "u": "u = Add(v, eps)", "r": "r = Sqrt(u)", "y": "y = Div(d, r)",
+    }  # fmt: skip
+    rounded = parts[place].replace(f"{place} =", f"{place}0 =") + (
+        f" {place}1 = Cast <to: int = {kind}> ({place}0) {place} = Cast <to: int = 1> ({place}1)"
+    )
+    check(build(" ".join({**parts, place: rounded}.values())))
+
+
 def test_two_subtractions() -> None:
     """Old exports compute x - mean twice."""
     body = (

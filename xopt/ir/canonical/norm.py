@@ -155,9 +155,11 @@ def _square_of(value: ir.Value) -> ir.Value | None:
 
 
 def _uncast(value: ir.Value) -> ir.Value:
-    """``value`` before casts between floating-point types (double apart, which is no norm's working type)."""
+    """``value`` before casts to wider floating-point types (double apart, which is no norm's working type)."""
     node = producer(value, "Cast")
-    while node is not None and _is_float(operand(node, 0)) and _is_float(value):
+    while (
+        node is not None and _is_float(operand(node, 0)) and value.dtype in (ir.DataType.FLOAT, operand(node, 0).dtype)
+    ):
         value = operand(node, 0)
         node = producer(value, "Cast")
     return value
@@ -175,13 +177,13 @@ def _absorb_affine(node: ir.Node) -> bool:
     user = _only_consumer(result, "Mul")
     if user is not None and array is not None and np.all(array == 1) and input_at(node, 2) is None:
         factor = _other(user, result)
-        if _is_vector(factor, array.size):
+        if _is_vector(factor, array.size, result):
             result = _absorb(node, 1, factor, user)
             changed = True
     user = _only_consumer(result, "Add")
     if user is not None and node.op_type == "LayerNormalization" and input_at(node, 2) is None and array is not None:
         bias = _other(user, result)
-        if _is_vector(bias, array.size):
+        if _is_vector(bias, array.size, result):
             _absorb(node, 2, bias, user)
             changed = True
     return changed
@@ -197,10 +199,12 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value:
     return operand(node, 1) if operand(node, 0) is value else operand(node, 0)
 
 
-def _is_vector(value: ir.Value, size: int) -> bool:
-    """A constant that broadcasts over the last axis alone."""
+def _is_vector(value: ir.Value, size: int, result: ir.Value) -> bool:
+    """A constant that broadcasts over the last axis of ``result`` alone, and gives it no axis more."""
     array = constant(value)
-    return array is not None and array.size == size and (size == 1 or array.shape[-1] == size)
+    if array is None or array.size != size or (size != 1 and array.shape[-1] != size):
+        return False
+    return array.ndim <= 1 or (result.shape is not None and array.ndim <= len(result.shape))
 
 
 def _absorb(node: ir.Node, index: int, vector: ir.Value, user: ir.Node) -> ir.Value:

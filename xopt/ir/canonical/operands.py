@@ -75,15 +75,22 @@ def trace(symbols: Symbols, value: ir.Value, axes: Axes, sequence: Axis, depth: 
 
 
 def scaling(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """``(x, c)`` when the node computes ``x * c`` for a constant number c."""
+    """``(x, c)`` when the node computes ``x * c`` for a constant number c.
+
+    Numbers that scale nothing (0, infinities, NaN) or so much that a product of some overflows are none.
+    """
     if node.domain != "" or node.op_type not in ("Mul", "Div"):
         return None
     left, right = node.inputs[0], node.inputs[1]
     number = scalar(right)
     if number is not None and left is not None:
-        return left, number if node.op_type == "Mul" else 1.0 / number
+        return (left, number if node.op_type == "Mul" else 1.0 / number) if _scales(number) else None
     number = scalar(left) if node.op_type == "Mul" else None
-    return (right, number) if number is not None and right is not None else None
+    return (right, number) if number is not None and right is not None and _scales(number) else None
+
+
+def _scales(number: float) -> bool:
+    return 1e-12 < abs(number) < 1e12
 
 
 def _in_three_axes(

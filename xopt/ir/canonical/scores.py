@@ -109,7 +109,7 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
         if moved is not None:
             value, axes = moved
         elif scaled is not None and producer(scaled[0], "Tanh") is not None and softcap == 0:
-            if factor != 1:
+            if factor != 1 or scaled[1] < 0:
                 raise NotAttentionError("scaled-softcap")
             value, softcap = scaled[0].producer().inputs[0], scaled[1]  # type: ignore[union-attr, assignment]
             factor = softcap
