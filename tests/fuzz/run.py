@@ -14,7 +14,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import argparse  # noqa: E402
 import collections  # noqa: E402
+import contextlib  # noqa: E402
+import importlib  # noqa: E402
 import json  # noqa: E402
+import pkgutil  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
@@ -38,18 +41,17 @@ OUTPUT = ROOT / "out" / "fuzz"
 
 
 def preload() -> None:
-    """Import what a case needs, so that the children find it there."""
+    """Import what a case needs, so that the children find it there, and the same whatever is edited meanwhile."""
     import onnxruntime
     import onnxscript.version_converter  # noqa: F401
-    import tvm  # noqa: F401
 
-    import xopt.commands
-    import xopt.search.flow
-    import xopt.targets.build  # noqa: F401
+    import xopt
     from tests.fuzz.seeds import seeds
     from xopt import facts, ir
-    from xopt.targets import lowering  # noqa: F401
 
+    for module in pkgutil.walk_packages(xopt.__path__, "xopt."):
+        with contextlib.suppress(ImportError):  # what needs a package that is not there: CUDA's
+            importlib.import_module(module.name)
     onnxruntime.set_default_logger_severity(4)
     with tempfile.TemporaryDirectory() as folder:
         model = ir.load(Case("", "", seeds()[-1].model, b"").write(Path(folder)))

@@ -171,6 +171,17 @@ def test_rows_of_nan_become_zeros_where_the_model_says_so(form: str) -> None:
     np.testing.assert_allclose(ReferenceSession(model).run(feeds)["y"], before, atol=2e-6)
 
 
+def test_a_guard_stays_where_keys_are_infinite() -> None:
+    """The scores are infinities of both signs, whatever the masks."""
+    constants = ", float huge = {1}, float nothing = {0}"
+    scores = "far = Sub(kt, huge) " + SCORES.replace("kt", "far")
+    model = model_of(
+        f"({INPUTS}) => (float[B, L, 8] y) <{WEIGHTS}{constants}>", HEADS + scores + GUARDED.replace("(m)", "(s)")
+    )
+    model.graph.initializers["huge"].const_value = ir.tensor(np.array(np.inf, np.float32), name="huge")
+    check(model)
+
+
 def test_bias_keeps_its_heads() -> None:
     constants = ", float[2, 3, 3] table = {" + ", ".join(str(0.1 * i) for i in range(18)) + "}"
     model = check(build("m = Add(s, table)", "m", constants, inputs=INPUTS.replace("S", "3")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -142,3 +143,14 @@ def test_initializers_that_are_inputs_are_weights() -> None:
     model = model_of("(float[B, 4] x, float[4] w) => (float[B, 4] y) <float[4] w = {1, 2, 3, 4}>", "y = Add(x, w)")
     canonicalize(model)
     assert [value.name for value in model.graph.inputs] == ["x"]
+
+
+@pytest.mark.parametrize("number", ["1e30", "-1e30", "inf", "nan"])
+def test_what_no_integer_holds_is_left_to_the_runtime(number: str) -> None:
+    """numpy makes the least integer of each of these, a runtime the nearest."""
+    body = "q = QuantizeLinear(c, step, zero) d = DequantizeLinear(q, step, zero) y = Add(x, d)"
+    constants = "float[4] c = {1, 2, 3, 4}, float step = {0.5}, uint8 zero = {7}"
+    model = model_of(f"(float[B, S, 4] x) => (float[B, S, 4] y) <{constants}>", body)
+    content = np.array([0.5, float(number), 1e3, -1e3], np.float32)
+    model.graph.initializers["c"].const_value = ir.tensor(content, name="c")
+    check(model)

@@ -535,3 +535,17 @@ def test_mutated_external_data(key: str, value: str, external: Path) -> None:
         survives(edited(external, set_entry(key, value)))
     finally:
         external.write_bytes(original)
+
+
+@pytest.mark.parametrize(("scales", "zeros", "axis"), [(3, 3, 0), (4, 4, 1), (4, 3, 0), (4, 4, 2)])
+def test_scales_that_do_not_fit_the_integers(scales: int, zeros: int, axis: int, tmp_path: Path) -> None:
+    tensors = {"w": np.ones((4, 3), np.int8), "s": np.ones(scales, np.float32), "z": np.zeros(zeros, np.int8)}
+    node = onnx.helper.make_node("DequantizeLinear", list(tensors), ["m"], axis=axis)
+    product = onnx.helper.make_node("MatMul", ["x", "m"], ["y"])
+    ends = [onnx.helper.make_tensor_value_info(name, 1, ["b", width]) for name, width in (("x", 4), ("y", 3))]
+    stored = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = onnx.helper.make_graph([node, product], "g", ends[:1], ends[1:], stored)
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "q.onnx")
+    with pytest.raises(InputError, match="do not fit"):
+        load(tmp_path / "q.onnx")

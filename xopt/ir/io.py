@@ -22,7 +22,7 @@ from xopt import files
 from xopt.errors import InputError
 from xopt.ir.references import check_references
 from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
-from xopt.ir.untrusted import bounded_memory, check_proto, check_weights, drop_value_info
+from xopt.ir.untrusted import bounded_memory, check_grids, check_proto, check_weights, drop_value_info
 
 LARGEST_MESSAGE = (1 << 31) - 1
 """Bytes of a protobuf message; a larger model needs external data."""
@@ -82,6 +82,7 @@ def check_graph(model: ir.Model) -> None:
         InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``, ``E-NAN-WEIGHTS``.
     """
     check_nodes(model)
+    check_grids(model)
     check_weights(model)
 
 

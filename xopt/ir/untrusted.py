@@ -226,6 +226,30 @@ def _bad_external(what: str, where: str) -> InputError:
     return InputError("E-EXTERNAL-DATA", what, where=where, cure="keep the data as plain files beside the model file")
 
 
+def check_grids(model: ir.Model) -> None:
+    """The scales and zero points of stored integers must be as many as the axis that they are for.
+
+    Raises:
+        InputError: ``E-FORMAT``.
+    """
+    for node in model.graph.all_nodes():
+        if node.op_type != "DequantizeLinear" or "block_size" in node.attributes or len(node.inputs) < 2:
+            continue
+        x, scale, *zero = [given and given.const_value for given in node.inputs]
+        if x is None or scale is None:
+            continue
+        shape, sizes = x.shape.numpy(), scale.shape.numpy()
+        axis = int(node.attributes["axis"].as_int()) if "axis" in node.attributes else 1
+        fits = sizes in ((), (1,)) or (-len(shape) <= axis < len(shape) and sizes == (shape[axis],))
+        if not fits or any(one is not None and one.shape.numpy() != sizes for one in zero):
+            raise InputError(
+                "E-FORMAT",
+                f"scales of shape {list(sizes)} do not fit axis {axis} of {list(shape)}",
+                where=f"node {node.name!r}",
+                cure="quantize the model again",
+            )
+
+
 def check_weights(model: ir.Model) -> None:
     """Refuse weights that are not finite; constants that mask with infinities are no weights.
 

@@ -37,6 +37,7 @@ from xopt.ir.canonical.scores import (
 )
 from xopt.ir.edit import (
     attribute,
+    constant,
     consumers,
     initializer,
     input_at,
@@ -49,6 +50,9 @@ from xopt.ir.edit import (
 from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
+
+SMALL = 4096
+"""Elements up to which a constant is looked into."""
 
 
 @dataclass(frozen=True)
@@ -205,9 +209,27 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
         Term(t.kind, in_four_axes(symbols, site.anchor, t.value, t.axes, frame), t.factor, t.finite) for t in site.terms
     ]
     mask = masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
-    if site.guarded and mask.hides_rows:
+    if site.guarded and (mask.hides_rows or not (_finite(site.q) and _finite(site.k))):
         raise NotAttentionError("nan-guard")
     return mask
+
+
+def _finite(value: ir.Value) -> bool:
+    """Whether no small constant that ``value`` is computed from is infinite or NaN (weights are never)."""
+    seen, pending = set[ir.Value](), [value]
+    while pending:
+        one = pending.pop()
+        node = one.producer()
+        if one in seen:
+            continue
+        seen.add(one)
+        array = constant(one) if one.const_value is not None and one.const_value.size <= SMALL else None
+        if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+            return False
+        if node is not None:
+            read = node.inputs[:3] if is_op(node, "Attention") else node.inputs  # masks hide with infinities
+            pending += [given for given in read if given is not None]
+    return True
 
 
 def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:

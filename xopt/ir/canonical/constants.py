@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     LiftConstantsToInitializersPass,
@@ -65,7 +66,8 @@ def _fold(model: ir.Model) -> None:
     functions = dict(model.functions)
     model.functions.clear()  # bodies of xopt ops stay as their authors wrote them
     try:
-        with bounded_memory(), no_origins():
+        # A number that has no value in its new type is left to run time: what numpy makes of it is its own affair.
+        with bounded_memory(), no_origins(), np.errstate(invalid="raise"):
             fold_constants(
                 model,
                 onnx_shape_inference=True,
