@@ -181,11 +181,11 @@ def cause(line: dict[str, Any]) -> str:
 
 
 def replay(arguments: argparse.Namespace) -> int:
-    number, index = map(int, arguments.replay.split(":"))
-    folder = arguments.output / "replay"
+    """The named cases again; each keeps its files."""
+    folder, kind = arguments.output / "replay", KINDS[arguments.stage]
     shutil.rmtree(folder, ignore_errors=True)
-    kind = KINDS[arguments.stage]
-    jobs = [(kind, number, index, arguments.level, folder)]
+    places = [place.split(":") for place in arguments.replay]
+    jobs = [(kind, int(n), int(i), arguments.level, folder / f"{n}-{i}") for n, i in places]
     outcomes = [outcome for _, outcome in children.run(jobs, work, kind.limits)]
     print(json.dumps([outcome.record() for outcome in outcomes], indent=1), f"\nthe files are in {folder}")
     return int(not all(outcome.good for outcome in outcomes))
@@ -201,7 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results")
-    parser.add_argument("--replay", metavar="SEED:INDEX", help="one case again, keeping its files")
+    parser.add_argument("--replay", metavar="SEED:INDEX", nargs="+", help="these cases again, keeping their files")
     return parser.parse_args()
 
 

@@ -227,27 +227,41 @@ def _bad_external(what: str, where: str) -> InputError:
 
 
 def check_grids(model: ir.Model) -> None:
-    """The scales and zero points of stored integers must be as many as the axis that they are for.
+    """The scales and zero points of stored integers must be as many as what they are for.
 
     Raises:
         InputError: ``E-FORMAT``.
     """
     for node in model.graph.all_nodes():
-        if node.op_type != "DequantizeLinear" or "block_size" in node.attributes or len(node.inputs) < 2:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 2:
             continue
-        x, scale, *zero = [given and given.const_value for given in node.inputs]
+        x, scale, *zero = [None if given is None else given.const_value for given in node.inputs]
         if x is None or scale is None:
             continue
-        shape, sizes = x.shape.numpy(), scale.shape.numpy()
-        axis = int(node.attributes["axis"].as_int()) if "axis" in node.attributes else 1
-        fits = sizes in ((), (1,)) or (-len(shape) <= axis < len(shape) and sizes == (shape[axis],))
-        if not fits or any(one is not None and one.shape.numpy() != sizes for one in zero):
+        axis, block = (
+            int(node.attributes[name].as_int()) if name in node.attributes else default
+            for name, default in (("axis", 1), ("block_size", 0))
+        )
+        shape, sizes = tuple(x.shape.numpy()), tuple(scale.shape.numpy())
+        if not _scales(shape, sizes, axis, block) or any(one is not None and one.size != scale.size for one in zero):
             raise InputError(
                 "E-FORMAT",
                 f"scales of shape {list(sizes)} do not fit axis {axis} of {list(shape)}",
                 where=f"node {node.name!r}",
                 cure="quantize the model again",
             )
+
+
+def _scales(shape: tuple[int, ...], sizes: tuple[int, ...], axis: int, block: int) -> bool:
+    """Whether ``sizes`` is one scale, one for each place on an axis, or one for each block of places on it."""
+    if not block and sizes in ((), (1,)):
+        return True
+    if not -len(shape) <= axis < len(shape) or block < 0:
+        return False
+    if not block:
+        return sizes == (shape[axis],)
+    blocks = [size if place != axis % len(shape) else -(-size // block) for place, size in enumerate(shape)]
+    return list(sizes) == blocks
 
 
 def check_weights(model: ir.Model) -> None:
