@@ -92,6 +92,13 @@ def test_a_cut_library_is_refused_though_its_digest_is_right(copy: Path, keep: f
     assert "library" in refused(copy) or "cut off" in refused(copy)
 
 
+def test_a_library_without_content_is_refused(copy: Path) -> None:
+    content = copy.read_bytes()
+    copy.write_bytes(content[:64] + bytes(len(content) - 64))
+    agree(copy)
+    assert "cannot be loaded" in refused(copy)
+
+
 def test_a_library_for_another_machine_is_refused(copy: Path) -> None:
     content = bytearray(copy.read_bytes())
     content[18:20] = (243).to_bytes(2, "little")  # RISC-V

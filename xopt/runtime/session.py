@@ -83,7 +83,11 @@ class Session:
         if manifest.device == CUDA:
             load_cuda_runtime(artifact.tvm_libraries())
         weights = artifact.read_weights(runtime, library, manifest)
-        machine = artifact.load_code(runtime, code)["vm_load_executable"]()
+        try:
+            machine = artifact.load_code(runtime, code)["vm_load_executable"]()
+        except Exception as error:  # whatever the dynamic linker and TVM raise about a library that is none of ours
+            what = f"{library.name} cannot be loaded: {' '.join(str(error).split())[:200]}"
+            raise artifact.refused(what, library) from error
         if manifest.device == CPU:
             machine["vm_initialization"](CPU, 0, _POOLED_ALLOCATOR)
             return cls(machine, runtime.convert(weights), manifest, threads)
