@@ -229,13 +229,17 @@ def inspect(model: Path, dims: tuple[str, ...], as_json: bool) -> None:
 
 def passes(name: str | None, as_json: bool) -> None:
     """``xopt passes``."""
+    import dataclasses
+
     from xopt.pipeline import registry
 
-    classes = [registry.get(one) for one in (registry.names() if name is None else [name])]
+    classes, broken = registry.survey() if name is None else ([registry.get(name)], [])
     if as_json:
-        console.emit({"passes": [_describe_pass(cls) for cls in classes]})
+        listed = [dataclasses.asdict(one) for one in broken]
+        console.emit({"passes": [_describe_pass(cls) for cls in classes], "broken": listed})
     elif name is None:
         rows = [(cls.name, cls.effect.value, cls.summary()) for cls in classes]
+        rows += [(repr(one.name)[1:-1], "broken", f"{one.reason}; of package {one.package}") for one in broken]
         console.table("", ["pass", "effect", "what it does"], rows, left=3)
     else:
         console.out((classes[0].__doc__ or "").strip())

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xopt.errors import InputError, InternalError, XoptError
+from xopt.ir.unshared import unshare
 from xopt.pipeline.base import Pass, PassReport
+from xopt.pipeline.containment import Seals, checked_report, clear_words, contained, private
 from xopt.pipeline.context import PassContext
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ class StepResult:
 def restore(model: ir.Model, snapshot: ir.Model) -> None:
     """Put ``model`` back into the state of ``snapshot`` (made by ``model.clone()``), which is used up by that."""
     model.graph = snapshot.graph
-    model.functions.clear()
-    model.functions.update(snapshot.functions)
-    model.metadata_props.clear()
-    model.metadata_props.update(snapshot.metadata_props)
+    for name in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(model, name, getattr(snapshot, name))
+    for mine, kept in ((model.functions, snapshot.functions), (model.metadata_props, snapshot.metadata_props)):
+        mine.clear()
+        mine.update(kept)  # type: ignore[arg-type]
 
 
 class PassManager:
@@ -85,14 +88,15 @@ class PassManager:
         context.fill_in_samples(model)
         step = StepResult(index, one, PassReport(one), remaining)
         before = model.clone()
+        unshare(model)
+        seals = Seals(before, context)
         try:
             for instrument in self.instruments:
                 instrument.before(step, model, context)
-            start = time.perf_counter()
-            one.requires(model, context)
-            step.report = one.run(model, context)
-            one.ensures(model, context)
-            step.seconds = time.perf_counter() - start
+            with seals.unbroken():
+                start = time.perf_counter()
+                step.report = _run(one, model, private(context))
+                step.seconds = time.perf_counter() - start
             for instrument in self.instruments:
                 instrument.after(step, before, model, context)
         except BaseException as error:
@@ -105,11 +109,20 @@ class PassManager:
         return step
 
 
+def _run(one: Pass, model: ir.Model, context: PassContext) -> PassReport:
+    """Run a pass, contained, between its own checks."""
+    with clear_words(), contained("the pass"):
+        one.requires(model, context)
+        report = checked_report(one.run(model, context), one)
+        one.ensures(model, context)
+    return report
+
+
 def _explained(error: Exception, step: StepResult) -> XoptError:
     """``error`` with the pass it comes from and the way to run it again."""
     where = f"in pass {step.pass_.name} (step {step.index})"
     cure = str(step.notes.get("reproducer", ""))
     if isinstance(error, XoptError):
-        parts = [part for part in (error.where, where) if part]
-        return type(error)(error.code, error.what, where=", ".join(parts), cure=cure or error.cure)
+        places, cures = ([part for part in pair if part] for pair in ((error.where, where), (error.cure, cure)))
+        return type(error)(error.code, error.what, where=", ".join(places), cure="; ".join(cures))
     return InternalError("E-INTERNAL", f"{type(error).__name__}: {error}", where=where, cure=cure)
