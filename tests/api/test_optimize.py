@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,6 +228,75 @@ def test_bad_input_is_refused_before_anything_runs(settings: dict[str, object], 
     with pytest.raises(InputError) as caught:
         api.plan(model(), **settings)  # type: ignore[arg-type]
     assert caught.value.code == code
+
+
+def test_quality_is_that_of_the_artifact(result: api.Result) -> None:
+    final, precision = result.report["final"], result.report["precision"]
+    assert {step["judged"] for step in result.report["steps"]} == {"artifact"} == {final["judged"]}
+    assert final["onnx_quality"] == pytest.approx(final["quality"], abs=1e-5)  # float32: rounding
+    assert precision["name"] == "fp32" and abs(precision["drop"]) < 1e-5
+    agreement = result.report["agreement"]
+    assert agreement["samples"] == result.report["metric"]["samples"] and agreement["bound"] < 1e-3
+    assert agreement["outputs"]["logits"]["max_abs"] <= agreement["bound"] * agreement["outputs"]["logits"]["scale"]
+
+
+def test_elsewhere_it_is_that_of_the_file() -> None:
+    report = xopt.optimize(model(), PRUNE, target="arm").report
+    assert {step["judged"] for step in report["steps"]} == {"onnxruntime"} == {report["final"]["judged"]}
+    assert report["agreement"] is None
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[ir.Model, np.ndarray], np.ndarray]) -> None:
+    """Compiled models whose outputs are other ones than those of their graphs."""
+    from xopt.search.lab import Lab
+
+    compile_ = Lab._compile
+
+    def compiled(self: Lab, graph: ir.Model) -> tuple[Path, object]:
+        library, runner = compile_(self, graph)
+        assert runner is not None
+        return library, lambda feeds: {name: spoil(graph, array) for name, array in runner(feeds).items()}
+
+    monkeypatch.setattr(Lab, "_compile", compiled)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda graph, array: array * 1.001, "output 'logits' of the evaluation data, max abs difference"),
+        (lambda graph, array: array * np.nan, "the compiled model's outputs are not numbers"),
+    ],
+)
+def test_an_artifact_that_is_another_model_ends_the_run(
+    spoil: Callable[[ir.Model, np.ndarray], np.ndarray], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled(monkeypatch, spoil)
+    with pytest.raises(VerificationError, match=says) as caught:
+        xopt.optimize(model(), peers=[], threads=2)
+    assert caught.value.code == "E-VERIFY"
+
+
+def test_what_only_the_artifact_loses_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruned model whose file would do, but whose compiled code is bad: it is left out, by the drop."""
+    whole = model().graph.initializers["layers.0.ffn.up.weight"].shape
+
+    def spoil(graph: ir.Model, array: np.ndarray) -> np.ndarray:
+        pruned = graph.graph.initializers["layers.0.ffn.up.weight"].shape != whole
+        return -array if pruned else array
+
+    spoiled(monkeypatch, spoil)
+    done = xopt.optimize(model(), PRUNE, max_drop=0.2, peers=[], threads=2)
+    step = done.report["steps"][-1]
+    assert not step["kept"] and re.match(r"drop [0-9.]+ > 0.2", step["reason"]), step["reason"]
+    assert done.report["final"]["drop"] < 1e-5
+
+
+def test_a_precision_that_costs_the_budget_is_refused_with_the_cure() -> None:
+    with pytest.raises(InputError, match=r"bf16 alone loses .* give --precision fp32 or allow --max-drop") as caught:
+        xopt.optimize(model(), PRUNE, precision="bf16", max_drop=0.0, peers=[], threads=2)
+    assert caught.value.code == "E-BUDGET"
+    done = xopt.optimize(model(), "", precision="fp32", max_drop=0.0, peers=[], threads=2)
+    assert done.report["final"]["judged"] == "artifact"
 
 
 def test_a_precision_is_compiled_and_reported(tmp_path: Path) -> None:

@@ -87,13 +87,17 @@ def report() -> dict[str, Any]:
         ],
         "final": {
             "quality": 0.9833,
+            "judged": "artifact",
             "compiled_quality": 0.9833,
+            "onnx_quality": 0.9861,
             "drop": 0.0056,
             "macs": 84e6,
             "bytes": 600000,
             "parameters": 150000,
             "latency_ms": {"median": 0.8, "p90": 0.9},
         },
+        "precision": {"name": "bf16", "quality": 0.9861, "drop": 0.0028},
+        "agreement": {"samples": 360, "bound": None, "cosine": 0.99, "outputs": {}},
         "runtimes": {
             "onnxruntime": {"median_ms": 1.1, "p90_ms": 1.3, "samples_ms": [1.1, 1.1, 1.3]},
             "openvino": {"median_ms": 0.9, "p90_ms": 1.0, "samples_ms": [0.9, 0.9, 1.0]},

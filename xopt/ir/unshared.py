@@ -35,7 +35,7 @@ def unshare(model: ir.Model) -> None:
 def read_only(array: Array) -> Array:
     """The same memory as an array that cannot be made writeable again."""
     plain = array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")
-    shown = np.asarray(memoryview(plain).toreadonly())
+    shown = np.asarray(plain.data.toreadonly())
     return shown if plain is array else shown.view(array.dtype)
 
 

@@ -10,9 +10,12 @@ import numpy as np
 
 from xopt.data.dataset import Dataset
 from xopt.data.metrics import Batch, Metric
+from xopt.ir.unshared import read_only
 
 BATCH = 32
 """Samples in one run, unless the model's own batch is fixed."""
+ARTIFACT, REFERENCE = "artifact", "onnxruntime"
+"""What quality is judged on: the compiled artifact, or where that cannot run here, the ONNX file in onnxruntime."""
 KEPT_BYTES = 256 << 20
 """How much of the original's outputs is kept for comparing with; samples beyond that are not compared."""
 
@@ -91,7 +94,7 @@ class Evaluator:
         size = max(self.batch // self.data.group, 1) * self.data.group
         for feeds in self.data.batches(size):
             outputs = self.original.run(feeds)
-            self._kept.append(outputs)
+            self._kept.append({name: read_only(array) for name, array in outputs.items()})  # metrics are others' code
             kept_bytes += sum(array.nbytes for array in outputs.values())
             if kept_bytes > KEPT_BYTES:
                 self.data = self.data.take(len(self._kept) * size)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,10 @@ DISCRETE_COSINE = 0.99
 """Least cosine for a model with xopt ops, whose choices (which tokens are alike) rounding may tip."""
 QUANTIZED_COSINE = 0.95
 """Least cosine for a quantized model; MiniLM in two runtimes has 0.988, as far apart as it is from float32."""
+
+
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+_DISCRETE = frozenset({"ArgMax", "ArgMin", "Ceil", "Floor", "Hardmax", "NonMaxSuppression", "Round", "Sign", "TopK"})
 
 
 class VerifyEach(Instrument):
@@ -174,25 +179,55 @@ def compare(expected: Outputs, actual: Outputs) -> dict[str, Change]:
 
 
 def _change(expected: list[np.ndarray | None], actual: list[np.ndarray | None]) -> Change:
-    pairs = list(zip(expected, actual, strict=True))
-    for a, b in pairs:
-        if a is None or b is None:
-            return Change(0, 0, 0, 0, "it is new" if a is None else "it is gone")
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return Change(0, 0, 0, 0, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}")
-    before = np.concatenate([np.ravel(a).astype(np.float64) for a, _ in pairs if a is not None])
-    after = np.concatenate([np.ravel(b).astype(np.float64) for _, b in pairs if b is not None])
-    finite = np.isfinite(before) & np.isfinite(after)
-    same = finite | (before == after) | (np.isnan(before) & np.isnan(after))
-    x, y = before[finite], after[finite]
-    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return Change(
-        largest=float(np.abs(x - y).max(initial=0.0)),
-        scale=float(np.abs(x).max(initial=0.0)),
-        cosine=float(x @ y / norms) if norms else float(np.array_equal(x, y)),
-        newly_bad=int((~same).sum()),
-        mismatch="",
-    )
+    tally = Tally()
+    for a, b in zip(expected, actual, strict=True):
+        tally.add(a, b)
+    return tally.change()
+
+
+@dataclass
+class Tally:
+    """The change of one output, batch by batch."""
+
+    largest: float = 0.0
+    scale: float = 0.0
+    newly_bad: int = 0
+    mismatch: str = ""
+    elements: int = 0
+    unequal: int = 0
+    floating: bool = True
+    _products: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    """x . x, y . y and x . y over the finite elements."""
+
+    def add(self, before: np.ndarray | None, after: np.ndarray | None) -> None:
+        """Count one batch."""
+        if before is None or after is None:
+            self.mismatch = self.mismatch or ("it is new" if before is None else "it is gone")
+            return
+        if before.shape != after.shape or before.dtype != after.dtype:
+            was, now = (f"{array.dtype}{list(array.shape)}" for array in (before, after))
+            self.mismatch = self.mismatch or f"{was} became {now}"
+            return
+        x, y = (np.ravel(array).astype(np.float64) for array in (before, after))
+        finite = np.isfinite(x) & np.isfinite(y)
+        same = finite | (x == y) | (np.isnan(x) & np.isnan(y))
+        x, y = x[finite], y[finite]
+        self.largest = max(self.largest, float(np.abs(x - y).max(initial=0.0)))
+        self.scale = max(self.scale, float(np.abs(x).max(initial=0.0)))
+        self.newly_bad += int((~same).sum())
+        self.elements += before.size
+        self.floating = before.dtype.kind not in "iub"
+        self.unequal += int((x != y).sum())
+        self._products += (x @ x, y @ y, x @ y)
+
+    def change(self) -> Change:
+        """What was counted."""
+        if self.mismatch:
+            return Change(0, 0, 0, 0, self.mismatch)
+        xx, yy, xy = self._products.tolist()
+        norms = math.sqrt(xx) * math.sqrt(yy)
+        cosine = xy / norms if norms else float(self.largest == 0)
+        return Change(self.largest, self.scale, cosine, self.newly_bad, "")
 
 
 def outputs_of(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Outputs:
@@ -237,7 +272,13 @@ def least_cosine(model: ir.Model) -> float | None:
     """
     if _is_quantized(model):
         return QUANTIZED_COSINE
-    return DISCRETE_COSINE if any(node.domain == "xopt" for node in model.graph.all_nodes()) else None
+    return DISCRETE_COSINE if any(_is_discrete(node) for node in model.graph.all_nodes()) else None
+
+
+def _is_discrete(node: ir.Node) -> bool:
+    """Whether a small change of what it reads may be a large one of what it gives."""
+    floats = bool(node.inputs) and node.inputs[0] is not None and node.inputs[0].dtype in _FLOATS
+    return node.domain == "xopt" or (node.op_type in _DISCRETE and floats)
 
 
 def _is_quantized(model: ir.Model) -> bool:

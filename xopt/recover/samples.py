@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from xopt.data.dataset import Dataset
 from xopt.ir import walk
-from xopt.ir.fx import run_with_values
+from xopt.ir.fx import as_tensors, run_with_values
 from xopt.ir.structure import token_layout
 
 MAX_TOKENS = 16_384
@@ -43,7 +43,7 @@ def batches(model: ir.Model, gm: fx.GraphModule, data: Dataset) -> list[Batch]:
 
     As many samples as ``MAX_TOKENS`` allows are taken from the front.
     """
-    feeds = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in data.inputs.items()}
+    feeds = as_tensors({name: np.ascontiguousarray(array) for name, array in data.inputs.items()})
     valid = _valid_tokens(model, gm, feeds)
     tokens = torch.full((len(data),), _tokens_per_sample(model, feeds)) if valid is None else valid.sum(1)
     count = max(int((tokens.cumsum(0) <= MAX_TOKENS).sum()), 1)

@@ -9,7 +9,7 @@ from typing import Any
 from xopt import console
 from xopt.errors import InputError, visible
 from xopt.report.chart import figure
-from xopt.report.summary import verdict
+from xopt.report.summary import judgement, verdict
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:
@@ -37,6 +37,7 @@ def render(report: Mapping[str, Any]) -> str:
         report=report,
         chart=figure(report),
         cards=_cards(report),
+        judgement=judgement(report),
         blocks=_blocks(report["structure"]),
         ops=_ops(report["structure"]),
     )

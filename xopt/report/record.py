@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xopt.console import SCHEMA
 from xopt.errors import InputError
+from xopt.measure.accuracy import ARTIFACT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,19 +56,36 @@ def record(job: Job, outcome: Outcome) -> dict[str, Any]:
         "steps": [step.to_dict() for step in outcome.steps],
         "final": {
             "quality": best.quality,
-            "compiled_quality": outcome.compiled_quality,
+            "judged": best.judged,
+            "compiled_quality": best.quality if best.judged == ARTIFACT else None,
+            "onnx_quality": _onnx_quality(outcome),
             "drop": best.drop,
             "macs": int(best.cost.macs),
             "bytes": int(best.cost.bytes),
             "parameters": int(best.cost.parameters),
             "latency_ms": None if latency is None else latency.to_dict(),
         },
+        "precision": _precision(outcome, job.target.precision),
+        "agreement": None if outcome.agreement is None else outcome.agreement.record(),
         "runtimes": {name: times.record() for name, times in outcome.runtimes.items()},
         "skipped": outcome.skipped,
         "structure": {"before": _facts(job.model, job.dims), "after": _facts(best.model, job.dims)},
         "verification": None,
         "output": None,
     }
+
+
+def _onnx_quality(outcome: Outcome) -> float:
+    """The metric of model.onnx in onnxruntime; it is the one that decided where the target does not run here."""
+    return outcome.best.quality if outcome.agreement is None else outcome.agreement.onnx_quality
+
+
+def _precision(outcome: Outcome, name: str) -> dict[str, Any] | None:
+    """What the original loses by being compiled, before any lossy pass."""
+    if outcome.precision is None:
+        return None
+    quality, drop = outcome.precision
+    return {"name": name, "quality": quality, "drop": drop}
 
 
 def to_json(report: Mapping[str, Any]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from xopt import console
+from xopt.measure.accuracy import ARTIFACT
 
+FINAL_KEYS = ("quality", "judged", "drop", "onnx_quality")
 STEP_KEYS = ("pass", "options", "kept", "reason", "quality", "latency_ms", "macs", "bytes")
 
 
@@ -17,6 +19,8 @@ def brief(report: Mapping[str, Any]) -> dict[str, Any]:
         "output": report["output"],
         "metric": report["metric"],
         "target": report["target"]["name"],
+        "precision": report.get("precision"),
+        "final": {key: report["final"].get(key) for key in FINAL_KEYS},
         "runtimes": {
             name: {key: times[key] for key in ("median_ms", "p90_ms")} for name, times in report["runtimes"].items()
         },
@@ -44,6 +48,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     data = f"{metric['data']}, {metric['samples']} samples"
     title = f"{metric['name']} of the original {metric['baseline']:.4f} ({data})"
     console.table(title, ["pass", "", "reason", metric["name"], "ms", "MACs", "size"], rows, left=3)
+    for line in judgement(report):
+        console.out(line)
     if report["runtimes"]:
         final = report["final"]["latency_ms"]["median"]
         others = [
@@ -57,6 +63,26 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.say(f"{name} is left out: {reason}")
     if report["output"]:
         console.out(f"\nreport: {report['output']}/report.html")
+
+
+def judgement(report: Mapping[str, Any]) -> list[str]:
+    """What quality was judged on, and what the precision of the compiled model costs by itself."""
+    final, precision = report["final"], report.get("precision")
+    if final.get("judged") is None:  # a report of an earlier version
+        return []
+    if final["judged"] != ARTIFACT:
+        return [
+            f"quality is that of model.onnx in onnxruntime: {report['target']['name']} does not run on this machine"
+        ]
+    lines = ["quality is that of the compiled model"]
+    if final.get("onnx_quality") is not None:
+        lines[0] += f"; model.onnx in onnxruntime has {final['onnx_quality']:.4f}"
+    if precision is not None and precision["drop"] is not None and precision["quality"] is not None:
+        lines.append(
+            f"precision: compiled at {precision['name']}, before any lossy pass, it has {precision['quality']:.4f}, "
+            f"drop {precision['drop']:.4f}"
+        )
+    return lines
 
 
 def verdict(step: Mapping[str, Any]) -> str:

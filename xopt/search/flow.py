@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xopt.errors import InputError
 from xopt.ir.cost import cost
@@ -24,7 +25,8 @@ from xopt.runtime.reference import ReferenceSession
 from xopt.search.cache import StepCache
 from xopt.search.job import Job, evaluation_batch
 from xopt.search.lab import Candidate, Lab
-from xopt.search.steps import Step, exact_step, lossy_step, step_from_record
+from xopt.search.proof import Agreement, agree, check_precision
+from xopt.search.steps import Step, exact_step, lossy_step, step_from_record, too_much, within_budget
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,7 +51,8 @@ class Outcome:
         samples: how many samples quality was measured on.
         runtimes: latency of each peer, and of the optimized ONNX file in onnxruntime.
         skipped: peers that could not be measured, and why.
-        compiled_quality: the metric of the compiled artifact; None where the target cannot run here.
+        precision: quality and drop of the original as it is compiled, before any lossy pass.
+        agreement: how ``best``'s artifact and its ONNX file agree; None where the target cannot run here.
     """
 
     best: Candidate
@@ -58,7 +61,8 @@ class Outcome:
     samples: int
     runtimes: dict[str, Latency] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    compiled_quality: float | None = None
+    precision: tuple[float, float] | None = None
+    agreement: Agreement | None = None
 
 
 def run(
@@ -94,16 +98,50 @@ def _passes(job: Job, lab: Lab, cache: StepCache, instruments: Sequence[Instrume
         latency=lab.latency if lab.runs else None,
         progress=lab.progress,
     )
-    best = Candidate(job.model, lab.baseline, 0.0, cost(job.model, job.dims))
-    steps: list[Step] = []
+    outcome = Outcome(
+        Candidate(job.model, lab.baseline, 0.0, cost(job.model, job.dims)), [], lab.baseline, lab.evaluator.samples
+    )
     for index, one in enumerate(manager.passes, start=1):
         lab.progress(one.name, index - 1, len(manager.passes))
         apply = _applier(manager, context, index, optional=job.optional and one.effect is Effect.LOSSY)
-        step = _one_step(one, best, lab, apply, job.max_drop, cache)
-        steps.append(step)
-        best = step.candidate if step.kept or one.effect is Effect.EXACT else best
+        step = _one_step(one, outcome.best, lab, apply, job.max_drop, cache)
+        outcome.steps.append(step)
+        if step.kept or one.effect is Effect.EXACT:
+            outcome.best = step.candidate
+        following = manager.passes[index] if index < len(manager.passes) else None
+        if one.effect is Effect.EXACT and (following is None or following.effect is Effect.LOSSY):
+            _judge_exact(job, lab, outcome)
         lab.progress(one.name, index, len(manager.passes))
-    return Outcome(best, steps, lab.baseline, lab.evaluator.samples)
+    return outcome
+
+
+def _judge_exact(job: Job, lab: Lab, outcome: Outcome) -> None:
+    """Judge what the last exact passes led to, where the compiled model may differ from what was verified.
+
+    The first time, that is the original as it is compiled: what its precision costs. Later on, exact passes whose
+    compiled model goes over the budget are left out.
+
+    Raises:
+        InputError: E-BUDGET, the precision alone costs more than is allowed.
+        VerificationError: E-VERIFY, the compiled model computes no numbers where the original does.
+    """
+    if not lab.runs:
+        outcome.precision = outcome.precision or (outcome.best.quality, outcome.best.drop)
+        return
+    row = list(takewhile(lambda step: step.report.pass_.effect is Effect.EXACT, reversed(outcome.steps)))
+    lab.assess(outcome.best)
+    for step in row:
+        step.candidate.quality, step.candidate.drop = outcome.best.quality, outcome.best.drop
+        step.candidate.judged = outcome.best.judged
+    if outcome.precision is None:
+        outcome.precision = (outcome.best.quality, outcome.best.drop)
+        check_precision(outcome.best, lab, job)
+    elif not within_budget(outcome.best, job.max_drop):
+        reason = too_much(outcome.best, job.max_drop)
+        for step in row:
+            step.kept, step.reason = False, reason if step.report.rewritten else step.reason
+        before = reversed(outcome.steps[: -len(row)])
+        outcome.best = next(s.candidate for s in before if s.kept or s.report.pass_.effect is Effect.EXACT)
 
 
 def _one_step(
@@ -161,7 +199,7 @@ def _measure(job: Job, lab: Lab, outcome: Outcome) -> None:
     outcome.runtimes = {name: times[name] for name in found.contenders}
     for step in outcome.steps:
         step.latency = times[f"step {id(step.measured)}"]
-    outcome.compiled_quality = lab.evaluator.evaluate(_Compiled(outcome.best), lab.progress)
+    outcome.agreement = agree(outcome.best, lab, job)
 
 
 def _stages(steps: Sequence[Step]) -> list[Candidate]:
@@ -177,17 +215,6 @@ def _stages(steps: Sequence[Step]) -> list[Candidate]:
         if all(step.measured is not candidate for candidate in found):
             found.append(step.measured)
     return found
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """A loaded artifact as something that runs."""
-
-    candidate: Candidate
-
-    def run(self, feeds: Any) -> Any:
-        assert self.candidate.runner is not None
-        return self.candidate.runner(feeds)
 
 
 def _original_file(job: Job, folder: Path) -> Path:

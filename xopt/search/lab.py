@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xopt.measure.accuracy import Evaluator
+from xopt.measure.accuracy import ARTIFACT, REFERENCE, Evaluator
 from xopt.measure.latency import Contender, Latency, Local, Runner, in_turns, pinned
 from xopt.pipeline.context import silent
 
@@ -37,6 +37,7 @@ class Candidate:
         cost: parameters, bytes, multiply-accumulates.
         artifact: the compiled library; None until it is built.
         runner: the loaded artifact; None where the target cannot run here.
+        judged: what ``quality`` is of; that of a model before it which an exact pass has left as it was also counts.
     """
 
     model: ir.Model
@@ -45,6 +46,17 @@ class Candidate:
     cost: Cost
     artifact: Path | None = None
     runner: Runner | None = None
+    judged: str = REFERENCE
+
+
+@dataclass(frozen=True)
+class Running:
+    """A loaded artifact as something that runs."""
+
+    runner: Runner
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return self.runner(feeds)
 
 
 @dataclass
@@ -78,12 +90,34 @@ class Lab:
         return self.target.can_run()
 
     def judge(self, model: ir.Model) -> Candidate:
-        """Quality and cost of ``model``, which is computed by the reference runtime."""
+        """Quality and cost of ``model``."""
         from xopt.ir.cost import cost
+
+        candidate = Candidate(model, float("nan"), float("inf"), cost(model, self.dims))
+        self.assess(candidate)
+        return candidate
+
+    def assess(self, candidate: Candidate) -> None:
+        """Measure the quality of the compiled artifact, or in onnxruntime where that cannot run here."""
         from xopt.runtime.reference import ReferenceSession
 
-        quality = self.evaluator.evaluate(ReferenceSession(model, self.threads), self.progress)
-        return Candidate(model, quality, self.evaluator.drop(self.baseline, quality), cost(model, self.dims))
+        if self.runs:
+            self.build(candidate)
+        if candidate.runner is not None:
+            candidate.judged = ARTIFACT
+            quality = self.evaluator.evaluate(Running(candidate.runner), self.progress)
+        else:
+            candidate.judged = REFERENCE
+            quality = self.evaluator.evaluate(ReferenceSession(candidate.model, self.threads), self.progress)
+        candidate.quality, candidate.drop = quality, self.evaluator.drop(self.baseline, quality)
+
+    def discard(self, candidate: Candidate) -> None:
+        """Remove the artifact of a candidate that nobody asks about any more."""
+        import shutil
+
+        if candidate.artifact is not None:
+            shutil.rmtree(candidate.artifact.parent, ignore_errors=True)
+        candidate.artifact = candidate.runner = None
 
     def build(self, candidate: Candidate) -> None:
         """Compile the candidate for the target, and load it where that runs."""

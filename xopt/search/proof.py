@@ -1,27 +1,86 @@
-"""Run the written ONNX file, and compare it with the compiled artifact."""
+"""The compiled artifact and the ONNX file are the same model: how far they may differ, and that they do not.
+
+At float32 both compute the same sums in another order: rounding (``rounding_bound``) explains all that may differ. At
+bfloat16 the artifact rounds each operand of a product to 2**-9 of itself, which moves a sum of K such products by about
+2**-9 of its size whatever K is; the four products in a row of each of 24 layers, in quadrature, make 0.02 of an output,
+so that ``LOW_PRECISION_COSINE`` leaves a safety of seven. In a quantized graph rounding tips numbers over the borders
+of steps, which is noise of the size of quantization itself (``least_cosine``). How much any of that costs in quality is
+not for this module: quality is judged on the artifact.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xopt.errors import VerificationError
+from xopt.errors import InputError, VerificationError
 from xopt.measure.peers import onnxruntime_runner
-from xopt.pipeline.verify import compare, least_cosine, rounding_bound
+from xopt.pipeline.verify import Change, Tally, compare, least_cosine, rounding_bound
+from xopt.search.steps import ROUNDING
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from xopt.measure.latency import Runner
     from xopt.search.job import Job
-    from xopt.search.lab import Candidate
+    from xopt.search.lab import Candidate, Lab
 
 
 LOW_PRECISION_COSINE = 0.99
 """Least cosine where the compiled model multiplies in bfloat16, and model.onnx in float32."""
+TIPPED = 0.01
+"""Share of an integer output's elements that rounding may tip (the argmax of numbers that are nearly equal)."""
+SAME_METRIC = 1e-3
+"""How far rounding moves a metric, relative to the original's; one that counts samples moves by a sample or two."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the artifact and the ONNX file agree on the evaluation data.
+
+    Attributes:
+        onnx_quality: the metric of the ONNX file in onnxruntime.
+        samples: how many were compared.
+        bound: largest difference allowed, relative to an output's largest magnitude; None where ``cosine`` counts.
+        cosine: least one allowed.
+        changes: of each output, from the file to the artifact.
+    """
+
+    onnx_quality: float
+    samples: int
+    bound: float | None
+    cosine: float | None
+    changes: Mapping[str, Change]
+
+    def record(self) -> dict[str, Any]:
+        """As in report.json (docs/cli-json.md)."""
+        return {"samples": self.samples, "bound": self.bound, "cosine": self.cosine, "outputs": _outputs(self.changes)}
+
+
+def agree(best: Candidate, lab: Lab, job: Job) -> Agreement:
+    """Run both on the evaluation data; VerificationError E-VERIFY where they differ by more than they may."""
+    from xopt.runtime.reference import ReferenceSession
+
+    assert best.runner is not None
+    both = _Both(ReferenceSession(best.model, job.threads), best.runner, {})
+    quality = lab.evaluator.evaluate(both, lab.progress)
+    bound, cosine = bounds(best.model, job.target.precision)
+    changes = {name: tally.change() for name, tally in both.tallies.items()}
+    for name, tally in both.tallies.items():
+        if reason := _violation(tally, bound, cosine):
+            raise _disagreement(f"output {name!r} of the evaluation data", reason)
+    if cosine is None and not _same_metric(quality, best.quality, lab.evaluator.samples):
+        raise _disagreement(f"{job.metric.name} of the evaluation data", f"{best.quality:.6g} and {quality:.6g}")
+    return Agreement(quality, lab.evaluator.samples, bound, cosine, changes)
 
 
 def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
-    """Largest difference of the two on the timed feeds; VerificationError E-VERIFY where rounding does not explain it.
+    """Largest difference of the two on the timed feeds; VerificationError E-VERIFY where it may not be so large.
 
     Where the target cannot run here, only that the file runs.
     """
@@ -30,16 +89,78 @@ def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
         finite = all(np.isfinite(array).all() for array in plain.values() if array.dtype.kind == "f")
         return {"compared": False, "reason": f"{job.target.name} does not run here", "finite": bool(finite)}
     changes = compare([dict(plain)], [dict(best.runner(job.feeds))])
-    bound = rounding_bound(best.model)
-    cosine = least_cosine(best.model)
-    if job.target.precision != "fp32":
-        cosine = min(cosine or 1.0, LOW_PRECISION_COSINE)
+    bound, cosine = bounds(best.model, job.target.precision)
     for name, change in changes.items():
-        if reason := change.violation(bound if cosine is None else None, cosine):
-            what = f"the compiled model and model.onnx disagree on output {name!r}"
-            raise VerificationError("E-VERIFY", what, where=reason)
-    return {
-        "compared": True,
-        "bound": bound,
-        "outputs": {name: {"max_abs": c.largest, "scale": c.scale, "cosine": c.cosine} for name, c in changes.items()},
-    }
+        if reason := change.violation(bound, cosine):
+            raise _disagreement(f"output {name!r}", reason)
+    return {"compared": True, "bound": rounding_bound(best.model), "outputs": _outputs(changes)}
+
+
+def bounds(model: ir.Model, precision: str) -> tuple[float | None, float | None]:
+    """(largest relative difference, least cosine) of the artifact and the ONNX file; one of them is None."""
+    cosine = least_cosine(model)
+    if precision != "fp32":
+        cosine = min(cosine or 1.0, LOW_PRECISION_COSINE)
+    return (rounding_bound(model) if cosine is None else None), cosine
+
+
+def check_precision(compiled: Candidate, lab: Lab, job: Job) -> None:
+    """What the precision of the compiled model costs before any lossy pass must leave something of the budget.
+
+    Raises:
+        InputError: E-BUDGET.
+        VerificationError: E-VERIFY, the artifact computes no numbers where the original does.
+    """
+    if math.isnan(compiled.quality) and not math.isnan(lab.baseline):
+        raise _disagreement("the evaluation data", "the compiled model's outputs are not numbers")
+    if job.max_drop is None or compiled.drop <= job.max_drop + ROUNDING:
+        return
+    _, cosine = bounds(compiled.model, job.target.precision)
+    if cosine is None and _same_metric(compiled.quality, lab.baseline, lab.evaluator.samples):
+        return  # a sample or two that rounding tips: no precision has less of it
+    lower = job.target.precision != "fp32"
+    what = f"{job.target.precision} alone" if lower else "the model as it is compiled"
+    cures = ["give --precision fp32"] * lower + [f"allow --max-drop {math.ceil(compiled.drop * 1e4) / 1e4:g}"]
+    raise InputError(
+        "E-BUDGET",
+        f"{what} loses {compiled.drop:.4f} of {job.metric.name} before any pass, --max-drop allows {job.max_drop:g}",
+        where=f"{(lower and job.target.precision) or 'artifact'} for {job.target.name}",
+        cure=" or ".join(cures),
+    )
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The ONNX file, with an eye on what the artifact makes of the same feeds."""
+
+    portable: Any
+    runner: Runner
+    tallies: dict[str, Tally]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        expected: dict[str, np.ndarray] = dict(self.portable.run(feeds))
+        actual = dict(self.runner(feeds))
+        for name in dict.fromkeys([*expected, *actual]):
+            self.tallies.setdefault(name, Tally()).add(expected.get(name), actual.get(name))
+        return expected
+
+
+def _violation(tally: Tally, bound: float | None, cosine: float | None) -> str | None:
+    if not tally.floating and not tally.mismatch:
+        share = tally.unequal / max(tally.elements, 1)
+        return f"{share:.1%} of its elements differ" if share > TIPPED else None
+    return tally.change().violation(bound, cosine)
+
+
+def _same_metric(a: float, b: float, samples: int) -> bool:
+    slack = SAME_METRIC * max(abs(a), abs(b), 1.0) + 2 / max(samples, 1)
+    return abs(a - b) <= slack or (math.isnan(a) and math.isnan(b))
+
+
+def _outputs(changes: Mapping[str, Change]) -> dict[str, dict[str, float]]:
+    return {name: {"max_abs": c.largest, "scale": c.scale, "cosine": c.cosine} for name, c in changes.items()}
+
+
+def _disagreement(where: str, reason: str) -> VerificationError:
+    what = f"the compiled model and model.onnx disagree on {where}"
+    return VerificationError("E-VERIFY", what, where=reason)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from xopt.measure.accuracy import REFERENCE
 from xopt.measure.latency import Latency
 from xopt.pipeline import text
 from xopt.pipeline.base import Effect, OptionValue, Pass, PassReport
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 FASTER = 0.99
 """A lossy pass must bring the latency below this share of the best so far; the rest is noise of the measurement."""
+ROUNDING = 1e-6
+"""A loss up to this is rounding of the metric."""
 BISECTIONS = 3
 """How often the strength of a pass that costs too much is halved between what failed and what held."""
 
@@ -76,6 +79,7 @@ class Step:
             "kept": self.kept,
             "reason": self.reason,
             "quality": self.candidate.quality,
+            "judged": self.candidate.judged,
             "latency_ms": None if latency is None else latency.to_dict(),
             "macs": int(self.candidate.cost.macs),
             "bytes": int(self.candidate.cost.bytes),
@@ -104,7 +108,9 @@ def step_from_record(one: Pass, model: ir.Model, record: dict[str, Any], best: C
     report.numbers = record["numbers"]
     candidate = best
     if report.rewritten or one.effect is Effect.EXACT:
-        candidate = Candidate(model, record["quality"], record["drop"], cost(model, lab.dims))
+        candidate = Candidate(
+            model, record["quality"], record["drop"], cost(model, lab.dims), judged=record.get("judged", REFERENCE)
+        )
     step = Step(report, record["kept"], record["reason"], candidate, [Trial(**trial) for trial in record["trials"]])
     if (race := record["decision_samples_ms"]) is not None:
         step.race = (Latency(tuple(race["candidate"])), Latency(tuple(race["best"])))
@@ -123,7 +129,8 @@ def exact_step(one: Pass, best: Candidate, lab: Lab, apply: Apply) -> Step:
     model = best.model.clone()
     report = apply(one, model)
     reason = "exact" if report.rewritten else _nothing(report)
-    return Step(report, report.rewritten > 0, reason, Candidate(model, best.quality, best.drop, cost(model, lab.dims)))
+    candidate = Candidate(model, best.quality, best.drop, cost(model, lab.dims), judged=best.judged)
+    return Step(report, report.rewritten > 0, reason, candidate)
 
 
 def lossy_step(one: Pass, best: Candidate, lab: Lab, apply: Apply, max_drop: float | None) -> Step:
@@ -137,6 +144,8 @@ def lossy_step(one: Pass, best: Candidate, lab: Lab, apply: Apply, max_drop: flo
     if found is None and max_drop is not None and first.report.rewritten:
         found = _strongest_within(one, best, lab, apply, max_drop, trials)
     step = found or first
+    if step is not first:
+        lab.discard(first.candidate)
     step.trials = trials
     if found is not None:
         _decide_by_latency(found, best, lab)
@@ -151,9 +160,8 @@ def _attempt(one: Pass, best: Candidate, lab: Lab, apply: Apply, max_drop: float
         trials.append(Trial(one.values(), None, None, _nothing(report)))
         return Step(report, False, _nothing(report), best)
     candidate = lab.judge(model)
-    limit = float("inf") if max_drop is None else max_drop
-    within = candidate.drop <= limit and not math.isnan(candidate.quality)
-    reason = f"drop {candidate.drop:.4f}" if within else _too_much(candidate, max_drop)
+    within = within_budget(candidate, max_drop)
+    reason = f"drop {candidate.drop:.4f}" if within else too_much(candidate, max_drop)
     trials.append(Trial(one.values(), candidate.quality, candidate.drop, "within budget" if within else reason))
     return Step(report, within, reason, candidate)
 
@@ -170,12 +178,21 @@ def _strongest_within(
             break
         step = _attempt(candidate, best, lab, apply, max_drop, trials)
         if step.kept:
+            if found is not None:
+                lab.discard(found.candidate)
             found, low = step, share
         elif not step.report.rewritten:
             break
         else:
+            lab.discard(step.candidate)
             high = share
     return found
+
+
+def within_budget(candidate: Candidate, max_drop: float | None) -> bool:
+    """Whether a candidate loses no more than is allowed, and computes numbers."""
+    limit = float("inf") if max_drop is None else max_drop + ROUNDING
+    return candidate.drop <= limit and not math.isnan(candidate.quality)
 
 
 def _decide_by_latency(step: Step, best: Candidate, lab: Lab) -> None:
@@ -207,10 +224,11 @@ def _paired_ratio(now: Latency, then: Latency) -> float:
     return ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
 
 
-def _too_much(candidate: Candidate, max_drop: float | None) -> str:
+def too_much(candidate: Candidate, max_drop: float | None) -> str:
     if math.isnan(candidate.quality) or max_drop is None:
         return "the outputs are no longer finite"
-    return f"drop {candidate.drop:.4f} > {max_drop:.4f}"
+    places = next((p for p in range(4, 10) if round(candidate.drop, p) > round(max_drop, p)), 10)
+    return f"drop {candidate.drop:.{places}f} > {max_drop:.{places}f}"
 
 
 def _nothing(report: PassReport) -> str:

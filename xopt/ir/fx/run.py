@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ Intercept = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def as_tensors(feeds: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arrays (numpy or torch) as tensors, without copying."""
-    return {
-        name: value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
-        for name, value in feeds.items()
-    }
+    """Arrays (numpy or torch) as tensors, without copying: they are to be read, not written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
+        return {
+            name: value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+            for name, value in feeds.items()
+        }
 
 
 def run_with_values(
