@@ -26,7 +26,8 @@ from xopt.runtime.reference import ReferenceSession
 from xopt.search.cache import StepCache
 
 PRUNE = "prune-heads{score=magnitude, rearrange=false, compensate=false, keep=0.5, ffn=true}"
-FILES = ["manifest.json", "model.onnx", "model.so", "model.weights", "pipeline.yaml", "report.html", "report.json"]
+FILES = [".xopt-files.json", "manifest.json", "model.onnx", "model.so", "model.weights", "pipeline.yaml"]
+FILES += ["report.html", "report.json"]
 
 
 def model() -> ir.Model:
