@@ -211,12 +211,21 @@ CHANGES = tuple(change for change, _ in WEIGHTED)
 
 
 def _edit(files: dict[str, bytes], change: Callable[[Any], None]) -> bool:
-    """Change the manifest; one that names other bytes for a weight is like other weights: the outputs are free."""
+    """Change the manifest; whether it still means the same: other bytes for a weight are other weights, and what it
+    calls an input, or an output, is that one.
+    """
     content = json.loads(files[MANIFEST])
-    weights = copy.deepcopy(content["weights"])
+    meant = _meaning(content)
     change(content)
     files[MANIFEST] = json.dumps(content, indent=1).encode()
-    return bool(content.get("weights") == weights)
+    return _meaning(content) == meant
+
+
+def _meaning(content: dict[str, Any]) -> str:
+    """The weights, and the order of inputs and outputs, as text."""
+    ends = [content.get(part) for part in ("inputs", "outputs")]
+    names = [[one.get("name") for one in end if isinstance(one, dict)] for end in ends if isinstance(end, list)]
+    return json.dumps([content.get("weights"), names])
 
 
 def _places(content: Any) -> list[tuple[Any, Any]]:
