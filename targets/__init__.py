@@ -75,6 +75,8 @@ def configured(
     from xopt.targets.database import open_database
     from xopt.targets.formats import PRECISIONS
 
+    if not isinstance(target, (str, Target)):
+        raise InputError("E-TARGET", f"{type(target).__name__} is no target", cure=f"use one of {', '.join(NAMES)}")
     machine = get(target) if isinstance(target, str) else copy(target)
     if precision not in PRECISIONS:
         raise InputError("E-OPTION", f"unknown precision {precision!r}", cure=f"use one of {', '.join(PRECISIONS)}")

@@ -22,6 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_origin, get_type_hints
 
+from xopt import files
+from xopt.errors import InputError
 from xopt.ir.io import output_errors
 from xopt.runtime.threads import physical_cores
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from xopt.kernels.isa import Isa
 
 SHIPPED = Path(__file__).with_name("tuned.jsonl")
+LARGEST_FILE = 64 << 20
+"""Bytes of a database, a hundred thousand kernels; a larger file counts as empty."""
 FARTHEST = 2.0
 """Largest `distance` that a configuration is carried over: one size may differ by a factor of four, or two by two."""
 CLEAR_GAIN = 1.05
@@ -181,16 +185,18 @@ def open_database(choice: bool | str | Path, threads: int | None = None) -> Conf
 def read(path: Path) -> Iterator[Record]:
     """The sound records of a file in order."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        content = files.read_bytes(path, "the database", LARGEST_FILE)
+    except InputError:
         return
-    for line in lines:
+    for line in content.decode("utf-8", errors="replace").splitlines():
         if (record := Record.parse(line)) is not None:
             yield record
 
 
 def make(path: Path) -> None:
     """Make an empty file where there is none; InputError E-OUTPUT when it cannot be written."""
+    if path.exists():
+        files.open_regular(path, "the database", "name a file for the results").close()
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()

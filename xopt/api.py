@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.data.dataset import Dataset, symbol_sizes
+from xopt.errors import InputError
 from xopt.ir.io import load, output_errors, save
 from xopt.ir.tracing import trace
 from xopt.pipeline.context import silent
@@ -101,12 +104,15 @@ def plan(
         precision: as for :func:`compile`.
     """
     from xopt import targets
-    from xopt.runtime.threads import physical_cores
+    from xopt.runtime.threads import count
     from xopt.search import job
 
+    _check_numbers(dims, batch=batch, seed=seed)
+    if max_drop is not None and not (_is_number(max_drop) and 0 <= max_drop < math.inf):
+        raise InputError("E-OPTION", f"max_drop={max_drop!r} is no loss", cure="give a number from 0 on, such as 0.01")
+    threads = count(threads)
     path = Path(model) if isinstance(model, (str, Path)) else None
-    graph = load(path) if path is not None else model
-    assert not isinstance(graph, (str, Path))
+    graph = _graph(model)
     machine = targets.configured(target, database, threads, precision)
     listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
     size = job.evaluation_batch(graph, batch)
@@ -127,7 +133,7 @@ def plan(
         evaluation=evaluation,
         metric=job.resolve_metric(metric, evaluation),
         max_drop=max_drop,
-        threads=threads or physical_cores(),
+        threads=threads,
         seed=seed,
         feeds=feeds,
         dims=symbol_sizes(graph, feeds),
@@ -199,13 +205,17 @@ def compile(
         Path of the library, for :meth:`xopt.Session.load`.
     """
     from xopt import targets
+    from xopt.runtime.threads import count
 
+    _check_numbers(dims)
+    threads = count(threads)
+    machine = targets.configured(target, database, threads, precision)
     graph = _exactly(model)
     path = Path(output)
     library = path if path.suffix == ".so" else path / "model.so"
     with output_errors(library):
         library.parent.mkdir(parents=True, exist_ok=True)
-    return targets.compile(graph, targets.configured(target, database, threads, precision), library, dims=dims)
+    return targets.compile(graph, machine, library, dims=dims)
 
 
 def tune(
@@ -245,11 +255,16 @@ def tune(
         InputError: the model, an option or the target is at fault, or the file cannot be written.
     """
     from xopt import targets
-    from xopt.runtime.threads import physical_cores
+    from xopt.runtime.threads import count, physical_cores
     from xopt.search.job import evaluation_batch, timed_feeds
     from xopt.targets.database import Database, default_path
     from xopt.tuning.run import Tuner
 
+    _check_numbers(dims, batch=batch, trials=trials)
+    for name, seconds in (("timeout", timeout), ("candidate_timeout", candidate_timeout)):
+        if not (_is_number(seconds) and 0 <= seconds < math.inf):
+            raise InputError("E-OPTION", f"{name}={seconds!r} is no time", cure="give seconds from 0 on")
+    threads = count(threads)
     graph = _exactly(model)
     size = evaluation_batch(graph, batch)
     feeds = timed_feeds(Dataset.random(graph, size, 0, dims), size)
@@ -267,6 +282,33 @@ def tune(
     return tuner.run(graph, {name: array.shape for name, array in feeds.items()})
 
 
+def _graph(model: ir.Model | str | Path) -> ir.Model:
+    """The model itself, or the one in a file; InputError E-OPTION for anything else."""
+    import onnx_ir as ir
+
+    if isinstance(model, ir.Model):
+        return model
+    if isinstance(model, (str, Path)):
+        return load(model)
+    cure = "give a path, or what xopt.load and xopt.trace return"
+    raise InputError("E-OPTION", f"{type(model).__name__} is no model", cure=cure)
+
+
+def _check_numbers(dims: Mapping[str, int] | None, **counts: int) -> None:
+    """Refuse what is no count, no seed or no size of an axis; InputError E-OPTION."""
+    if not (dims is None or isinstance(dims, Mapping)):
+        raise InputError("E-OPTION", f"dims is {type(dims).__name__}", cure="give a dict, such as {'sequence': 128}")
+    for name, value in [*counts.items(), *(dims or {}).items()]:
+        least = 0 if name == "seed" else 1
+        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value < 1 << 32:
+            cure = f"give a whole number from {least} to {(1 << 32) - 1}"
+            raise InputError("E-OPTION", f"this is no number for {name!r}", cure=cure)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _exactly(model: ir.Model | str | Path) -> ir.Model:
     """A copy of a model, or the one in a file, after the exact passes."""
     from xopt.pipeline.context import PassContext
@@ -274,7 +316,8 @@ def _exactly(model: ir.Model | str | Path) -> ir.Model:
     from xopt.pipeline.registry import create
     from xopt.search.job import EXACT
 
-    graph = load(model) if isinstance(model, (str, Path)) else model.clone()
+    graph = _graph(model)
+    graph = graph.clone() if graph is model else graph
     PassManager([create(name, {}) for name in EXACT], instruments=()).run(graph, PassContext())
     return graph
 

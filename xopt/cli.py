@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,31 @@ import click
 from xopt import console
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Finite(click.FloatRange):
+    """A number from 0 on that is one: neither infinite nor NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output (docs/cli-json.md).")
 TARGET = click.option("--target", default="cpu", show_default=True, help="cpu, arm or cuda, or a variant: cpu:avx2.")
 THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads of all that is timed. [default: cores]")
-SEED = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+SEED = click.option(
+    "--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True, help="Seed of everything random."
+)
 DATA = click.option("--data", help="Samples: an .npz file with an array for each input, or module:function.")
 EVAL = click.option("--eval-data", help="Samples that quality is measured on. [default: those of --data]")
 METRIC = click.option("--metric", help="top-1, spearman, perplexity, agreement, cosine, or module:function.")
-BATCH = click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples of a timed run.")
+BATCH = click.option(
+    "--batch", type=click.IntRange(1, (1 << 32) - 1), default=1, show_default=True, help="Samples of a timed run."
+)
 PASSES = click.option("--passes", help="Passes in their order: 'prune-heads{keep=0.75},merge-tokens{ratio=0.3}'.")
 RECIPE = click.option("--recipe", type=click.Path(path_type=Path), help="A YAML file with the passes.")
 VERIFY = click.option("--verify-each/--no-verify-each", default=True, show_default=True, help="Check each pass.")
@@ -81,7 +98,7 @@ def cli() -> None:
 @DATA
 @EVAL
 @METRIC
-@click.option("--max-drop", type=float, help="How much of the metric may be lost; costlier passes are weakened.")
+@click.option("--max-drop", type=_Finite(0), help="How much of the metric may be lost; costlier passes are weakened.")
 @BATCH
 @THREADS
 @SEED
@@ -142,7 +159,7 @@ def compile_(model: Path, target: str, dims: tuple[str, ...], output: Path, as_j
 @BATCH
 @THREADS
 @click.option("--trials", type=click.IntRange(1), default=32, show_default=True, help="Candidates for each kernel.")
-@click.option("--timeout", type=click.FloatRange(0), default=600, show_default=True, help="Seconds for everything.")
+@click.option("--timeout", type=_Finite(0), default=600, show_default=True, help="Seconds for everything.")
 @PRECISION
 @click.option("--database", type=click.Path(path_type=Path), help="File for the results. [default: the user's cache]")
 @click.option("--again", is_flag=True, help="Also tune what the file knows.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xopt import console
+from xopt import console, files
 from xopt.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -352,18 +352,20 @@ def _database(path: Path | None, without: bool) -> Path | bool:
     """``--database`` and ``--no-database`` as the API takes them."""
     if path is not None and without:
         raise InputError("E-OPTION", "--database and --no-database exclude each other", cure="give one of them")
-    if path is not None and not path.is_file():
-        raise InputError("E-FILE", "there is no such database", where=str(path), cure="make it with xopt tune")
+    if path is not None:
+        files.open_regular(path, "the database", "make it with xopt tune").close()
     return not without if path is None else path
 
 
 def _dims(pairs: tuple[str, ...]) -> dict[str, int]:
     """``NAME=SIZE`` options as a dict."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for pair in pairs:
         name, _, number = pair.rpartition("=")
-        if not name or not number.isdecimal() or int(number) < 1:
-            raise InputError("E-OPTION", f"{pair!r} is not NAME=SIZE", where="--dim", cure="write sequence=128")
+        if not name or not (number.isascii() and number.isdecimal()) or len(number) > 10 or int(number) < 1:
+            raise InputError("E-OPTION", f"{pair[:100]!r} is not NAME=SIZE", where="--dim", cure="write sequence=128")
+        if name in sizes:
+            raise InputError("E-OPTION", f"axis {name!r} is given twice", where="--dim", cure="give each axis once")
         sizes[name] = int(number)
     return sizes
 

@@ -119,6 +119,7 @@ def run_guarded(command: Callable[[], None]) -> int:
     import click
 
     try:
+        _open_streams()
         with _escaping():
             command()
     except click.exceptions.Exit as signal:
@@ -138,9 +139,12 @@ def run_guarded(command: Callable[[], None]) -> int:
         if os.environ.get("XOPT_DEBUG") == "1":
             say(traceback.format_exc())
         return _report(error)
+    except MemoryError:
+        cure = "take a smaller batch or smaller sizes of axes, or a machine with more"
+        return _report(InputError("E-MEMORY", "there is not enough memory", cure=cure))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _report(_internal(error))
+            return _report(_unusable(error))
         place = error.filename or tempfile.gettempdir()
         return _report(InputError("E-OUTPUT", "the disk is full", where=str(place), cure="free some space"))
     except Exception as error:
@@ -148,6 +152,26 @@ def run_guarded(command: Callable[[], None]) -> int:
             say(traceback.format_exc())
         return _report(_internal(error))
     return 0
+
+
+def _open_streams() -> None:
+    """Where the caller has closed a standard stream, what is printed goes nowhere; no file may take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115, for as long as we run
+
+
+def _unusable(error: OSError) -> XoptError:
+    """A file of the user's that cannot be used, or our own fault."""
+    named = [os.path.abspath(one.rpartition("=")[2]) for one in sys.argv[1:]]
+    path = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else ""
+    if any(path == one or path.startswith(f"{one}/") for one in named if path):
+        return InputError("E-FILE", f"it cannot be used: {error.strerror}", where=path, cure="check the path")
+    return _internal(error)
 
 
 @contextmanager

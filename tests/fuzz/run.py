@@ -32,7 +32,7 @@ from typing import Any, Protocol  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from tests.fuzz import artifacts, children  # noqa: E402
+from tests.fuzz import artifacts, children, files  # noqa: E402
 from tests.fuzz.cases import Case, case  # noqa: E402
 from tests.fuzz.children import Limits, Phase  # noqa: E402
 from tests.fuzz.stages import STAGES, check  # noqa: E402
@@ -86,6 +86,7 @@ class Kind:
 KINDS = {
     **{name: Kind(case, partial(check, stage), stage.limits) for name, stage in STAGES.items()},
     "artifacts": Kind(artifacts.altered, artifacts.check),
+    "files": Kind(files.altered, files.check),
 }
 
 

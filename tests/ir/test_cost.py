@@ -150,6 +150,20 @@ def test_a_size_that_stays_unknown_is_named_not_guessed() -> None:
     assert result.macs == 20
 
 
+def positions(rows: int) -> ir.Model:
+    """A model of symbolic length that adds a table of so many positions."""
+    net = Net("positions")
+    x = net.op("Add", net.input("x", ["batch", "seq", 4]), net.weight("positions", rows, 4))
+    net.output(net.op("MatMul", x, net.weight("w", 4, 4)), "y")
+    return net.build()
+
+
+def test_a_table_shorter_than_the_usual_length_tells_the_length() -> None:
+    assert cost(positions(32)).dims == {"batch": 1, "seq": 32}
+    with pytest.raises(InputError, match=r"E-OPTION.*does not take.*seq=33"):
+        cost(positions(32), {"seq": 33})
+
+
 def test_unknown_dimension_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"E-OPTION.*sequence"):
         cost(builders.bert(), {"sequence": 3})

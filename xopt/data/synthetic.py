@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,20 @@ def _unknown(name: str) -> InputError:
     return InputError("E-DATA", what, where=f"input {name!r}", cure="give data")
 
 
+def _check_memory(name: str, dtype: np.dtype[Any], shape: list[int]) -> None:
+    """Refuse an array that memory has no place for; numpy needs another one of double width to make it."""
+    import psutil
+
+    needed, available = math.prod(shape) * max(dtype.itemsize, 8), psutil.virtual_memory().available
+    if needed > available // 2:
+        what = f"random data of shape {shape} take {needed >> 20} MiB, {available >> 20} MiB of memory are free"
+        raise InputError("E-DATA", what, where=f"input {name!r}", cure="take a smaller batch, or smaller sizes of axes")
+
+
 def _random(
     name: str, dtype: np.dtype[Any], shape: list[int], rows: int | None, generator: np.random.Generator
 ) -> np.ndarray:
+    _check_memory(name, dtype, shape)
     if dtype.kind == "b" or "mask" in name.lower():
         # ones hide nothing: neither in a mask of flags, nor in one that is added, which a softmax does not notice
         return np.ones(shape, dtype)

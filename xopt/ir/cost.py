@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from xopt.errors import InputError
 from xopt.ir import edit, quantized, walk
 from xopt.ir.canonical import constants
 from xopt.ir.canonical.report import CanonicalizeReport
@@ -59,8 +60,8 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
     Raises:
         InputError: ``E-OPTION`` for a name that no input has.
     """
-    sizes = default_dims(model) | dict(dims or {})
-    counts = _counts(bind_dims(model, sizes) if sizes else model.clone())
+    sizes, bound = _fixed(model, dims or {})
+    counts = _counts(bound)
     macs = {node: count for node in model.graph if (count := counts.get(node.outputs[0].name, 0))}
     unknown = [_label(node) for node in model.graph if counts.get(node.outputs[0].name, 0) is None]
     order = walk.Order(model.graph)
@@ -76,6 +77,24 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
     )
 
 
+def _fixed(model: ir.Model, dims: Mapping[str, int]) -> tuple[dict[str, int], ir.Model]:
+    """A copy without symbolic dimensions, and their sizes: where tables are shorter than the usual length, theirs."""
+    refusals: list[tuple[dict[str, int], InputError]] = []
+    length = DEFAULT_LENGTH
+    while length:
+        sizes = default_dims(model, length) | dict(dims)
+        try:
+            return sizes, bind_dims(model, sizes) if sizes else model.clone()
+        except InputError as error:
+            if error.code != "E-FORMAT":
+                raise
+            refusals.append((sizes, error))
+        length = length // 2 if set(sizes) - set(dims) else 0
+    sizes, refusal = refusals[0]
+    what = f"the model does not take {', '.join(f'{name}={size}' for name, size in sizes.items())}: {refusal.what}"
+    raise InputError("E-OPTION", what, cure="give other sizes of its axes") from refusal
+
+
 def _counts(bound: ir.Model) -> dict[str | None, int | None]:
     """MACs by the name of a node's first output; arithmetic on shapes is folded where inference alone falls short."""
     name_dims(bound.graph)
@@ -87,13 +106,13 @@ def _counts(bound: ir.Model) -> dict[str | None, int | None]:
     return counts
 
 
-def default_dims(model: ir.Model) -> dict[str, int]:
-    """Sizes for symbolic input dimensions: 1 for those that are a first axis, 128 for the others."""
+def default_dims(model: ir.Model, length: int = DEFAULT_LENGTH) -> dict[str, int]:
+    """Sizes for symbolic input dimensions: 1 for those that are a first axis, ``length`` for the others."""
     sizes: dict[str, int] = {}
     for value in model.graph.inputs:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
-                sizes.setdefault(dim.value, DEFAULT_LENGTH if axis else DEFAULT_BATCH)
+                sizes.setdefault(dim.value, length if axis else DEFAULT_BATCH)
     return sizes
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xopt.ir
+from xopt import files
 from xopt.data.archive import write_arrays
 from xopt.errors import InputError, XoptError
 from xopt.ir.names import file_stem
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FORMAT = 1
+LARGEST_RECORD = 1 << 20
+"""Bytes of reproducer.json."""
 
 
 class Reproducer(Instrument):
@@ -79,6 +82,17 @@ def _record_of(error: Exception) -> dict[str, str]:
     return {"kind": type(error).__name__, "code": "E-INTERNAL", "what": str(error)}
 
 
+def _context(record: Mapping[str, Any]) -> PassContext:
+    """The context that a record describes; ValueError where a number is none."""
+    numbers = {"seed": record["seed"], "tile": record["tile"], **record["dims"]}
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 32:
+            raise ValueError(f"{name} is no number")
+    if record["tile"] < 1 or any(size < 1 for size in record["dims"].values()):
+        raise ValueError("a size of 0")
+    return PassContext(seed=record["seed"], tile=record["tile"], dims=dict(record["dims"]))
+
+
 def rerun(folder: str | Path, *, instruments: Sequence[Instrument] | None = None) -> list[StepResult]:
     """Run the pipeline of a reproducer again: raises the same error, or returns the steps when it is gone.
 
@@ -91,15 +105,14 @@ def rerun(folder: str | Path, *, instruments: Sequence[Instrument] | None = None
 
     folder = Path(folder)
     try:
-        record = json.loads((folder / "reproducer.json").read_text(encoding="utf-8"))
-        passes = text.from_yaml((folder / "pipeline.yaml").read_text(encoding="utf-8"))
+        record = json.loads(files.read_text(folder / "reproducer.json", "the reproducer", LARGEST_RECORD))
         if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']}")
-        context = PassContext(seed=record["seed"], tile=record["tile"], dims=record["dims"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            "E-FILE", f"this is not a reproducer ({error})", where=str(folder), cure="name the folder of one"
-        ) from error
+            raise ValueError("another format")
+        context = _context(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"this is not a reproducer ({type(error).__name__}: {str(error)[:100]})"
+        raise InputError("E-FILE", what, where=str(folder), cure="name the folder of one") from error
+    passes = text.load(folder / "pipeline.yaml")
     if (folder / "samples.npz").is_file():
         context.calibration = Dataset.load(folder / "samples.npz")
     model = xopt.ir.load(folder / "model.onnx")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,13 @@ def resolve_passes(passes: str | Sequence[Pass] | None, *, searching: bool) -> t
     """
     if passes is None:
         return tuple(registry.create(name, options) for name, options in SEARCHED) if searching else (), True
-    listed = text.parse(passes) if isinstance(passes, str) else list(passes)
+    listed = (
+        text.parse(passes) if isinstance(passes, str) else list(passes) if isinstance(passes, Iterable) else [passes]
+    )
+    for one in listed:
+        if not isinstance(one, Pass):
+            cure = "give passes, or a text such as 'prune-heads{keep=0.75}'"
+            raise InputError("E-PASS", f"{type(one).__name__} is not a pass", cure=cure)
     plain = {name: registry.create(name, {}) for name in EXACT}
     return tuple(one for one in listed if plain.get(one.name) != one), False
 
