@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.errors import InputError
 from xopt.targets.formats import BFLOAT16, FLOAT32, Format, Quantized, dequantized, quantized_operands
 from xopt.targets.symbolic import Array, Dim
 
@@ -206,6 +207,16 @@ class Layer:
         return array.reshape(len(array), -1).T if self.patches else array
 
 
+def _depth(size: Dim, layer: Layer) -> int:
+    """The number of input features; InputError E-UNSUPPORTED-OP where it depends on an axis of unknown size."""
+    try:
+        return int(size)
+    except TypeError as error:
+        what = f"a linear layer reads [..., {size}], and kernels need a fixed width"
+        cure = "fix the axes that it depends on with --dim"
+        raise InputError("E-UNSUPPORTED-OP", what, where=f"weight {layer.weight.name!r}", cure=cure) from error
+
+
 def linear(
     lowering: Lowering, x: ir.Value | relax.Expr, layer: Layer, results: tuple[Format, ...] = (FLOAT32,)
 ) -> Value:
@@ -221,7 +232,7 @@ def linear(
     sides = [lowering.tensor(value) for value in (layer.gate, layer.residual) if value is not None]
     workload = gemm.Workload(
         rows=leading(shape[:-1]),
-        k=int(shape[-1]),
+        k=_depth(shape[-1], layer),
         n=columns,
         bias=layer.bias is not None,
         gate=layer.gate is not None,

@@ -290,7 +290,7 @@ def _read_database(folder: Path, one: File) -> dict[str, Any]:
     database = Database([folder / DATABASE])
     for record in database.records:
         if record.kernel == "gemm":
-            database._transferred([record], gemm, gemm.Workload(k=64, n=64), isa)
+            database._transferred([record], gemm, gemm.Workload(rows=(None,), k=64, n=64), isa)
     return {"verdict": "equal", "detail": f"{len(database.records)} records"}
 
 

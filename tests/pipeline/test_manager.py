@@ -243,7 +243,7 @@ def test_a_full_disk_does_not_hide_the_failure(model: ir.Model, tmp_path: Path) 
 
 
 def test_rerun_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"E-FILE.*not a reproducer"):
+    with pytest.raises(InputError, match=r"E-FILE.*the reproducer cannot be read"):
         rerun(tmp_path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,8 +108,16 @@ def test_no_record_keeps_a_kernel_from_being_configured(name: str, value: Any) -
 
 def test_a_folder_in_its_place_is_an_error_for_the_writer_alone(tmp_path: Path) -> None:
     assert Database([tmp_path], 2, HERE).config(gemm, LAYER, AVX512) == gemm.heuristic(LAYER, AVX512)
-    with pytest.raises(InputError, match="E-OUTPUT"):
+    with pytest.raises(InputError, match=r"E-FILE.*the database is a folder"):
         append(tmp_path, record())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_what_never_ends_is_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "it")
+    assert Database([tmp_path / "it"], 2, HERE).records == []
+    with pytest.raises(InputError, match="E-FILE"):
+        append(tmp_path / "it", record())
 
 
 # -- looking up --------------------------------------------------------------------------------------------------------

@@ -60,8 +60,7 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
     Raises:
         InputError: ``E-OPTION`` for a name that no input has.
     """
-    sizes, bound = _fixed(model, dims or {})
-    counts = _counts(bound)
+    sizes, counts = _counted(model, dims or {})
     macs = {node: count for node in model.graph if (count := counts.get(node.outputs[0].name, 0))}
     unknown = [_label(node) for node in model.graph if counts.get(node.outputs[0].name, 0) is None]
     order = walk.Order(model.graph)
@@ -77,14 +76,14 @@ def cost(model: ir.Model, dims: Mapping[str, int] | None = None) -> Cost:
     )
 
 
-def _fixed(model: ir.Model, dims: Mapping[str, int]) -> tuple[dict[str, int], ir.Model]:
-    """A copy without symbolic dimensions, and their sizes: where tables are shorter than the usual length, theirs."""
+def _counted(model: ir.Model, dims: Mapping[str, int]) -> tuple[dict[str, int], dict[str | None, int | None]]:
+    """Sizes of all symbolic dimensions, and MACs at them: at shorter lengths where the model's tables are shorter."""
     refusals: list[tuple[dict[str, int], InputError]] = []
     length = DEFAULT_LENGTH
     while length:
         sizes = default_dims(model, length) | dict(dims)
         try:
-            return sizes, bind_dims(model, sizes) if sizes else model.clone()
+            return sizes, _counts(bind_dims(model, sizes) if sizes else model.clone())
         except InputError as error:
             if error.code != "E-FORMAT":
                 raise
