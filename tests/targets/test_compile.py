@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.ir import builders
+from tests.ir.net import Net
 from tests.targets.running import execute, kernel_names
 from xopt import targets
 from xopt.errors import InputError
@@ -116,6 +117,15 @@ def test_unknown_target_is_refused(name: str) -> None:
     with pytest.raises(InputError) as caught:
         targets.get(name)
     assert caught.value.code == "E-TARGET"
+
+
+def test_a_width_that_is_not_fixed_is_named(tmp_path: Path) -> None:
+    """Whoever traced the model with two samples wrote the width as half of what a run has."""
+    net = Net("half")
+    flat = net.op("Reshape", net.input("x", ["batch", 16, 4]), net.ints(2, 16, -1))
+    net.output(net.op("MatMul", flat, net.weight("w", 4, 8)), "y")
+    with pytest.raises(InputError, match=r"E-UNSUPPORTED-OP.*a fixed width.*'w'.*--dim"):
+        targets.compile(net.build(), "cpu", tmp_path / "model.so")
 
 
 def test_unwritable_output_leaves_nothing(tmp_path: Path) -> None:
