@@ -17,7 +17,7 @@ from tests.ir import builders
 from tests.ir.renaming import Renaming
 from xopt import cli, commands
 from xopt.data.dataset import Dataset
-from xopt.ir.io import save
+from xopt.ir.io import load, save
 
 MODEL_ARRAY = "pixel_values"
 
@@ -128,6 +128,17 @@ def test_outputs_are_saved_by_their_names(xopt: Run, hostile: Path, tmp_path: Pa
     assert answer.status == 0, answer.err
     with np.load(tmp_path / "outputs.npz") as outputs:
         assert outputs[f"logits{ESCAPES}"].shape == (1, 10)
+
+
+def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path) -> None:
+    answer = xopt("optimize", hostile, "--no-peers", "--passes", "prune-heads{keep=0.5}", "-o", f"out{ESCAPES}")
+    assert answer.status == 0, answer.err
+    shown = xopt("report", f"out{ESCAPES}")
+    assert shown.status == 0, shown.err
+    assert not set("\x1b\x07\r\x9b\u202e") & set(answer.out + answer.err + shown.out + shown.err)
+    graph = load(Path(f"out{ESCAPES}") / "model.onnx").graph
+    assert [value.name for value in graph.inputs] == [f"pixel_values{ESCAPES}"]
+    assert [value.name for value in graph.outputs] == [f"logits{ESCAPES}"]
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
