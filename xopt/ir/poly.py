@@ -46,7 +46,7 @@ class Poly:
         """The size of the axis that a model calls ``name``, which may look like an operation or a symbol of ours."""
         if _PLAIN.fullmatch(name):
             return Poly.of(name)
-        return Poly.of(f"<{sha256(name.encode(errors='surrogatepass')).hexdigest()}>")
+        return Poly.of(f"<{sha256(name.encode(errors='surrogatepass')).hexdigest()[:32]}>")
 
     @staticmethod
     def unknown() -> Poly:
