@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -73,14 +74,18 @@ class Target(ABC):
         """
         from tvm.support import cc
 
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        # TVM and the linker see no name of a user's, which may start like an option or be no UTF-8.
+        here = f"/proc/{os.getpid()}/fd/{folder}"
         try:
             linker = cc.cross_compiler(self.linker, options=["-O2"])
             executable.export_library(
-                str(path),
+                f"{here}/model.so",
                 fcompile=linker,
                 addons=[str(POOL)] if self.device == 1 else [],
-                workspace_dir=str(path.parent),
+                workspace_dir=here,
             )
+            (path.parent / "model.so").rename(path)
         except (FileNotFoundError, RuntimeError, subprocess.SubprocessError) as error:
             raise InputError(
                 "E-TOOLCHAIN",
@@ -88,6 +93,8 @@ class Target(ABC):
                 where=str(error).strip().splitlines()[-1],
                 cure=f"install the C++ compiler {self.linker}",
             ) from error
+        finally:
+            os.close(folder)
 
 
 def cpu_features() -> frozenset[str]:

@@ -130,6 +130,23 @@ def test_outputs_are_saved_by_their_names(xopt: Run, hostile: Path, tmp_path: Pa
         assert outputs[f"logits{ESCAPES}"].shape == (1, 10)
 
 
+def test_files_may_be_called_anything(xopt: Run, model: Path, tmp_path: Path) -> None:
+    """Quotes, an option, a command, a line end, a byte that is no UTF-8: for the linker, the loader and the report."""
+    name = "-a b'\"$(touch x);`\n%s{}\udce9"
+    folder = tmp_path / name
+    folder.mkdir()
+    file = folder / f"{name}.onnx"
+    file.write_bytes(model.read_bytes())
+    answer = xopt("compile", file, "-o", folder / f"{name}.so")
+    assert answer.status == 0, answer.err
+    answer = xopt("run", folder / f"{name}.so", "--json")
+    assert answer.status == 0 and answer.json["outputs"]["logits"]["shape"] == [1, 10]
+    answer = xopt("optimize", file, "--no-peers", "--passes", "deduplicate", "-o", folder / name)
+    assert answer.status == 0, answer.err
+    assert (folder / name / "report.html").is_file()
+    assert not (Path.cwd() / "x").exists()
+
+
 def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path) -> None:
     answer = xopt("optimize", hostile, "--no-peers", "--passes", "prune-heads{keep=0.5}", "-o", f"out{ESCAPES}")
     assert answer.status == 0, answer.err
