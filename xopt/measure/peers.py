@@ -76,7 +76,11 @@ def onnxruntime_runner(path: Path, threads: int) -> Runner:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        source: str | bytes = str(path).encode().decode()
+    except UnicodeEncodeError:  # onnxruntime takes no other path; external data would not be found then
+        source = path.read_bytes()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
 
