@@ -17,7 +17,7 @@ from tests.ir import builders
 from tests.ir.renaming import Renaming
 from xopt import cli, commands
 from xopt.data.dataset import Dataset
-from xopt.ir.io import load, save
+from xopt.ir.io import save
 
 MODEL_ARRAY = "pixel_values"
 
@@ -131,7 +131,7 @@ def test_outputs_are_saved_by_their_names(xopt: Run, hostile: Path, tmp_path: Pa
 
 
 def test_files_may_be_called_anything(xopt: Run, model: Path, tmp_path: Path) -> None:
-    """Quotes, an option, a command, a line end, a byte that is no UTF-8: for the linker, the loader and the report."""
+    """Quotes, an option, a command, a line end, a byte that is no UTF-8: for the linker and the loader."""
     name = "-a b'\"$(touch x);`\n%s{}\udce9"
     folder = tmp_path / name
     folder.mkdir()
@@ -141,21 +141,7 @@ def test_files_may_be_called_anything(xopt: Run, model: Path, tmp_path: Path) ->
     assert answer.status == 0, answer.err
     answer = xopt("run", folder / f"{name}.so", "--json")
     assert answer.status == 0 and answer.json["outputs"]["logits"]["shape"] == [1, 10]
-    answer = xopt("optimize", file, "--no-peers", "--passes", "deduplicate", "-o", folder / name)
-    assert answer.status == 0, answer.err
-    assert (folder / name / "report.html").is_file()
     assert not (Path.cwd() / "x").exists()
-
-
-def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path) -> None:
-    answer = xopt("optimize", hostile, "--no-peers", "--passes", "prune-heads{keep=0.5}", "-o", f"out{ESCAPES}")
-    assert answer.status == 0, answer.err
-    shown = xopt("report", f"out{ESCAPES}")
-    assert shown.status == 0, shown.err
-    assert not set("\x1b\x07\r\x9b\u202e") & set(answer.out + answer.err + shown.out + shown.err)
-    graph = load(Path(f"out{ESCAPES}") / "model.onnx").graph
-    assert [value.name for value in graph.inputs] == [f"pixel_values{ESCAPES}"]
-    assert [value.name for value in graph.outputs] == [f"logits{ESCAPES}"]
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
