@@ -6,13 +6,13 @@ index was outside is counted beside them, and ends the run (see `xopt.targets.ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from tvm import relax, te, tirx
+from tvm import te, tirx
 
 from xopt.targets.ops.call import Call, harmless, label
 from xopt.targets.symbolic import Array, Dim
@@ -48,7 +48,7 @@ def check_indices(call: Call, position: int, extents: Sequence[Dim]) -> None:
                 call.require(index >= -extent, what)
                 call.require(index < extent, what)
     elif len(extents) > 1 or not checked_before(call, call.input(position), extents[0]):
-        call.lowering.outside.append((_count(call, position, extents), f"{label(call.node)}: {what}"))
+        refuse_rows(call, position, len(extents), lambda row: _any_outside(row, extents), what)
 
 
 def _extremes(indices: Array) -> list[Any]:
@@ -58,18 +58,31 @@ def _extremes(indices: Array) -> list[Any]:
     return list(indices)
 
 
-def _count(call: Call, position: int, extents: Sequence[Dim]) -> relax.Var:
-    """How many rows of indices leave their extents, int64 [1]."""
-    indices, depth = call.x(position), len(extents)
-    shape = call.lowering.shape_of(indices)
-    rows = call.dims.product(shape if depth == 1 else shape[:-1])
+def refuse_rows(call: Call, position: int, width: int, wrong: Callable[[list[Any]], Any], what: str) -> None:
+    """End the run when a row of an integer input is wrong.
+
+    Args:
+        call: the node.
+        position: the input, of rows of ``width`` elements.
+        width: 1, or the last dimension of the input.
+        wrong: whether a row, given as its elements, is.
+        what: what is wrong with it.
+    """
+    tensor = call.x(position)
+    shape = call.lowering.shape_of(tensor)
+    rows = call.dims.product(shape if width == 1 else shape[:-1])
     row = te.reduce_axis((tirx.const(0, "int64"), _int64(rows)), "row_of_indices")
 
-    def element(tensor: Any, _: Any) -> Any:
-        wrong = [_is_outside(tensor(row, tirx.const(k, "int64")), _int64(extent)) for k, extent in enumerate(extents)]
-        return te.sum(tirx.Select(reduce(tirx.Or, wrong), _int64(1), _int64(0)), axis=[row])
+    def element(x: Any, _: Any) -> Any:
+        found = wrong([x(row, tirx.const(k, "int64")) for k in range(width)])
+        return te.sum(tirx.Select(found, _int64(1), _int64(0)), axis=[row])
 
-    return call.lowering.compute("outside", [1], element, call.lowering.reshape(indices, [rows, depth]))
+    count = call.lowering.compute("outside", [1], element, call.lowering.reshape(tensor, [rows, width]))
+    call.lowering.outside.append((count, f"{label(call.node)}: {what}"))
+
+
+def _any_outside(row: Sequence[Any], extents: Sequence[Dim]) -> Any:
+    return reduce(tirx.Or, [_is_outside(index, _int64(extent)) for index, extent in zip(row, extents)])
 
 
 def _is_outside(index: Any, extent: Any) -> Any:

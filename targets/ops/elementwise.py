@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax, tirx
 
+from xopt.targets.ops.bounds import refuse_rows
 from xopt.targets.ops.call import Call, Emitter
 
 if TYPE_CHECKING:
@@ -49,7 +50,29 @@ def _division(call: Call) -> Value:
     if not is_integer(call.x()):
         return _binary(_divide)(call)
     # ONNX divides integers towards zero.
-    return _paired(call, "integer_quotient", tirx.truncdiv)
+    return _divided(call, "integer_quotient", tirx.truncdiv, lambda x: x * -1)
+
+
+def _divided(
+    call: Call, name: str, function: Callable[[Any, Any], Any], by_minus_one: Callable[[Any], Any]
+) -> relax.Var:
+    """A quotient or remainder of integers, where the processor would end the process: by 0, and the least by -1."""
+    known, dtype = call.const(1), str(call.x(1).ty.dtype)
+    signed, zero, one = not dtype.startswith("u"), tirx.const(0, dtype), tirx.const(1, dtype)
+    if known is not None and (known == 0).any():
+        raise call.unsupported("it divides integers by 0")
+    if known is not None and not (signed and (known == -1).any()):
+        return _paired(call, name, function)
+    if known is None:
+        refuse_rows(call, 1, 1, lambda row: tirx.EQ(row[0], zero), "it divides integers by 0")
+
+    def divide(x: Any, y: Any) -> Any:
+        if not signed:
+            return function(x, tirx.Select(tirx.EQ(y, zero), one, y))
+        minus = tirx.EQ(y, tirx.const(-1, dtype))
+        return tirx.Select(minus, by_minus_one(x), function(x, tirx.Select(tirx.Or(tirx.EQ(y, zero), minus), one, y)))
+
+    return _paired(call, name, divide)
 
 
 def _paired(call: Call, name: str, function: Callable[[Any, Any], Any]) -> relax.Var:
@@ -64,8 +87,11 @@ def _float_remainder(x: Any, y: Any) -> Any:
 
 
 def _remainder(call: Call) -> Value:
+    if is_integer(call.x()):
+        function = tirx.truncmod if call.attr("fmod", 0) else tirx.floormod
+        return _divided(call, "remainder", function, lambda x: x * 0)
     if call.attr("fmod", 0):
-        return _paired(call, "remainder", tirx.truncmod if is_integer(call.x()) else _float_remainder)
+        return _paired(call, "remainder", _float_remainder)
     return _binary(relax.op.floor_mod)(call)
 
 

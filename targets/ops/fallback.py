@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call
 from xopt.targets.symbolic import Ints
 
@@ -26,9 +27,15 @@ def _converters() -> dict[str, Any]:
     return dict(onnx_frontend._get_convert_map())
 
 
+UNSAFE = frozenset({
+    "AllClassNMS", "Compress", "MaxRoiPool", "MaxUnpool", "NonMaxSuppression", "NonZero", "Scatter", "Unique",
+})  # fmt: skip
+"""Operators whose converters index by what the data says, unchecked, or give results of a size that only it decides."""
+
+
 def supports(op_type: str) -> bool:
-    """Whether TVM has a converter for an operator."""
-    return op_type in _converters()
+    """Whether TVM has a converter for an operator, and its code stays inside its tensors whatever the data is."""
+    return op_type in _converters() and op_type not in UNSAFE
 
 
 def convert(call: Call) -> list[Value]:
@@ -39,13 +46,15 @@ def convert(call: Call) -> list[Value]:
     """
     from tvm.relax.frontend.onnx import onnx_frontend
 
-    inputs = onnx_frontend.onnx_input([None if value is None else _argument(call, value) for value in call.node.inputs])
+    inputs = [None if value is None else _argument(call, value) for value in call.node.inputs]
+    if call.node.op_type == "RoiAlign":
+        inputs[2] = _batch_indices(call)
     attributes = {name: _plain(attribute) for name, attribute in call.node.attributes.items()}
     attributes["tvm_custom"] = {"num_outputs": len(call.node.outputs)}
     builder = call.lowering.builder
     try:
         converter = _converters()[call.node.op_type].get_converter(OPSET)
-        result = converter(builder, inputs, attributes, [{}, {}])
+        result = converter(builder, onnx_frontend.onnx_input(inputs), attributes, [{}, {}])
         if isinstance(result, relax.Expr):
             result = builder.normalize(result)
     except Exception as error:  # the converters raise whatever their checks run into
@@ -57,6 +66,15 @@ def convert(call: Call) -> list[Value]:
         bound = call.emit(result)
         return [call.emit(relax.TupleGetItem(bound, index)) for index in range(len(call.node.outputs))]
     return [call.emit(item) for item in result]
+
+
+def _batch_indices(call: Call) -> relax.Expr:
+    """The image of each region of RoiAlign, checked, and inside the batch."""
+    batch = call.shape(0)[0]
+    check_indices(call, 2, [batch])
+    indices = call.x(2)
+    clamped = call.lowering.compute("images", call.shape(2), lambda x, i: valid(x(i), batch), indices)
+    return call.emit(relax.op.astype(clamped, str(indices.ty.dtype)))
 
 
 def _argument(call: Call, value: ir.Value) -> relax.Expr:

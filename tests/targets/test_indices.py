@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.targets.running import built, node_model, onnxruntime
+from tests.targets.running import built, node_model, onnxruntime, reference
 from xopt import targets
+from xopt.errors import InputError
 from xopt.runtime.session import REFUSAL
 from xopt.targets.lowering import lower
 
@@ -134,6 +135,46 @@ def test_computed_indices(case: Case) -> None:
 
 
 def compare(ours: Callable[..., Any], theirs: Callable[..., Any], feeds: dict[str, np.ndarray]) -> None:
-    for mine, reference in zip(ours(feeds), theirs(feeds), strict=True):
-        assert mine.dtype == reference.dtype
-        np.testing.assert_allclose(mine, reference, rtol=1e-6, atol=1e-5)  # sums of a few floats, in the same order
+    for mine, wanted in zip(ours(feeds), theirs(feeds), strict=True):
+        assert mine.dtype == wanted.dtype
+        np.testing.assert_allclose(mine, wanted, rtol=1e-6, atol=1e-5)  # sums of a few floats, in the same order
+
+
+@pytest.mark.parametrize(("op", "fmod"), [("Div", 0), ("Mod", 0), ("Mod", 1)])
+@pytest.mark.parametrize("kind", [INT32, INT64, ir.DataType.UINT8], ids=str)
+def test_integers_divided_by_zero_or_minus_one(op: str, fmod: int, kind: ir.DataType) -> None:
+    attributes = {"fmod": fmod} if op == "Mod" else {}
+    model = node_model(op, {"x": ["n"], "y": ["n"]}, dtypes={"x": kind, "y": kind}, output_type=kind, **attributes)
+    ours, theirs = built(lower(model, targets.get("cpu"))), onnxruntime(model)
+    random, dtype = np.random.default_rng(3), kind.numpy()
+    limits = np.iinfo(dtype)
+    most = min(int(limits.max), 2**40)  # onnxruntime takes remainders in float64
+    x, y = (random.integers(max(int(limits.min), -most), most, 200).astype(dtype) for _ in range(2))
+    y = np.where(random.random(200) < 0.5, random.integers(1, 9, 200).astype(dtype), np.where(y == 0, 1, y))
+    compare(ours, theirs, {"x": x, "y": y.astype(dtype)})
+    with pytest.raises(ValueError, match="divides integers by 0"):
+        ours({"x": x, "y": np.zeros(200, dtype)})
+    if limits.min:
+        least = np.full(3, limits.min, dtype)
+        assert ours({"x": least, "y": np.full(3, -1, dtype)})[0].tolist() == [0 if op == "Mod" else limits.min] * 3
+
+
+def test_regions_of_images_that_do_not_exist() -> None:
+    shapes: dict[str, Any] = {"x": ["b", 3, 8, 8], "r": [4, 4], "i": [4]}
+    options = {"output_height": 2, "output_width": 2, "sampling_ratio": 2, "mode": "avg"}
+    model = node_model("RoiAlign", shapes, dtypes={"i": INT64}, **options)
+    ours = built(lower(model, targets.get("cpu")))
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    regions = np.float32([[0, 0, 7, 7], [1, 2, 5, 6], [2, 2, 3, 7], [0, 1, 4, 4]])
+    feeds = {"x": x, "r": regions, "i": np.array([0, 1, 1, 0])}
+    compare(ours, lambda given: reference(model, given), feeds)
+    for wrong in (2, 2**40, -3):
+        with pytest.raises(ValueError, match=f"{REFUSAL}RoiAlign .*outside"):
+            ours(dict(feeds, i=np.array([0, 1, wrong, 0])))
+
+
+@pytest.mark.parametrize("op", ["NonZero", "Compress", "MaxUnpool", "NonMaxSuppression", "Unique", "ReverseSequence"])
+def test_operators_that_the_data_would_lead_astray_are_refused(op: str) -> None:
+    inputs: dict[str, Any] = {"x": [4, 6], "y": [4, 6], "z": [4, 6]}
+    with pytest.raises(InputError, match=rf"E-UNSUPPORTED-OP.*{op}"):
+        lower(node_model(op, inputs), targets.get("cpu"))
