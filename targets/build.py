@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from xopt.errors import InputError
+from xopt.folder import resolved
 from xopt.ir.io import output_errors
 from xopt.runtime.manifest import (
     ALIGNMENT,
@@ -25,6 +26,8 @@ from xopt.runtime.manifest import (
     manifest_path,
     weights_path,
 )
+from xopt.runtime.trio import replacing
+from xopt.scratch import outer
 from xopt.targets.base import Target
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -32,6 +35,8 @@ Array: TypeAlias = npt.NDArray[Any]
 PIPELINE = "relax-cpu-1"
 CODE_SPACE = 1 << 24
 """Bytes of free disk that the object files and the library of a model are given."""
+LINKER_SPACE = 1 << 20
+"""The same for the linker's temporary files."""
 
 
 def cpu_pipeline() -> Any:
@@ -90,18 +95,17 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     from xopt.ir import bind_dims
     from xopt.kernels import COMPILE_OPTIONS
     from xopt.targets.lowering import lower
+    from xopt.targets.reproducible import in_order
 
     if dims:
         model = bind_dims(model, dims)
     tvm_target = target.tvm_target()
     options = COMPILE_OPTIONS if target.device == 1 else {}
-    path = Path(path)
-    with output_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=".xopt-") as folder:
-        library = Path(folder) / path.name
+    with output_errors(path), replacing(resolved(path)) as library:
         with WeightFile(weights_path(library)) as weights:
             lowered = lower(model, target, weights.store)
         with tvm_target, tvm.transform.PassContext(**options):
-            module = target.pipeline()(lowered.module)
+            module = in_order(target.pipeline()(lowered.module))
             executable = relax.build(module, tvm_target, relax_pipeline=None)
         _check_space(library.parent)
         target.link(executable, library)
@@ -119,18 +123,23 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
             limits=lowered.limits,
         )
         manifest_path(library).write_text(manifest.to_json())
-        for file in [*files, manifest_path(library)]:
-            os.replace(file, path.parent / file.name)
     return path
 
 
 def _check_space(folder: Path) -> None:
-    """Refuse a full disk, or a limit on files, before LLVM meets it and ends the process; OSError ENOSPC or EFBIG."""
+    """Refuse a full disk, or a limit on files, before LLVM or the linker meets it and ends the process.
+
+    Raises:
+        InputError: E-OUTPUT, for the folder or for the one for temporary files.
+    """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < CODE_SPACE:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder))
     if shutil.disk_usage(folder).free < CODE_SPACE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    if shutil.disk_usage(outer()).free < LINKER_SPACE:
+        cure = "set TMPDIR to a folder with space"
+        raise InputError("E-OUTPUT", "no space left for temporary files", where=str(outer()), cure=cure)
 
 
 def _version(package: str) -> str:

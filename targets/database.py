@@ -181,6 +181,10 @@ def open_database(choice: bool | str | Path, threads: int | None = None) -> Conf
     return Database([default_path() if choice is True else Path(choice), SHIPPED], threads)
 
 
+_FIRST = b'{"kernel": '
+"""What every record begins with."""
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 def read(path: Path) -> Iterator[Record]:
     """The sound records of a file in order."""
@@ -194,12 +198,22 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def make(path: Path) -> None:
-    """Make an empty file where there is none; InputError E-OUTPUT when it cannot be written."""
+    """Make an empty file where there is none; InputError E-OUTPUT when that cannot be, or the file is another's."""
     if path.exists():
         files.open_regular(path, "the database", "name a file for the results").close()
     with output_errors(path):
+        if path.exists() and not (path.is_file() and _holds_records(path)):
+            what = "this is not a file of xopt tune, which adds to its own files only"
+            raise InputError("E-OUTPUT", what, where=str(path), cure="name another file with --database")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file is empty or begins with a record, though a crash may have torn it."""
+    with path.open("rb") as file:
+        start = file.read(len(_FIRST))
+    return _FIRST.startswith(start)
 
 
 def append(path: Path, record: Record) -> None:

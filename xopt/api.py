@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -194,7 +195,8 @@ def compile(
     Args:
         model: a graph, or the path of an ONNX file. It is not changed.
         target: as for :func:`plan`.
-        output: the library to write (its weights and manifest go beside it), or a folder for ``model.so``.
+        output: the library to write (its weights and manifest go beside it), or a folder for ``model.so``. Files
+            there that are not an artifact are never replaced.
         dims: symbolic axes to fix; the others stay dynamic.
         threads: how many it will be run on, which its kernels are configured for; the physical cores by default.
         database: configurations of kernels: True for what was tuned on this machine (:func:`tune`) and what is
@@ -206,15 +208,16 @@ def compile(
     """
     from xopt import targets
     from xopt.runtime.threads import count
+    from xopt.runtime.trio import check
 
     _check_numbers(dims)
     threads = count(threads)
     machine = targets.configured(target, database, threads, precision)
-    graph = _exactly(model)
     path = Path(output)
     library = path if path.suffix == ".so" else path / "model.so"
     with output_errors(library):
-        library.parent.mkdir(parents=True, exist_ok=True)
+        check(library)
+    graph = _exactly(model)
     return targets.compile(graph, machine, library, dims=dims)
 
 
@@ -244,7 +247,8 @@ def tune(
         threads: CPU threads that the model will be run on; the physical cores by default.
         precision: as for :func:`compile`.
         trials: configurations tried for each kernel.
-        timeout: seconds for all; what is not done then is left, and the same call goes on with it.
+        timeout: seconds for all, from the start of the call; what is not done then is left, and the same call goes
+            on with it.
         candidate_timeout: seconds for one configuration to be built, or to be timed.
         database: the file that results are added to; by default the user's own, which :func:`compile` reads.
         again: tune kernels that the file knows, too.
@@ -265,6 +269,7 @@ def tune(
         if not (_is_number(seconds) and 0 <= seconds < math.inf):
             raise InputError("E-OPTION", f"{name}={seconds!r} is no time", cure="give seconds from 0 on")
     threads = count(threads)
+    start = time.monotonic()
     graph = _exactly(model)
     size = evaluation_batch(graph, batch)
     feeds = timed_feeds(Dataset.random(graph, size, 0, dims), size)
@@ -272,7 +277,7 @@ def tune(
         target=targets.configured(target, False, threads, precision),
         database=Database([default_path() if database is None else Path(database)], threads),
         trials=trials,
-        timeout=timeout,
+        timeout=timeout - (time.monotonic() - start),
         candidate_timeout=candidate_timeout,
         workers=physical_cores(),
         again=again,

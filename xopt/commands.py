@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from xopt import console, files
 from xopt.errors import InputError, VerificationError
+from xopt.scratch import scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,7 @@ def pipeline(passes: str | None, recipe: Path | None) -> list[Pass] | None:
     return None if passes is None else text.parse(passes)
 
 
+@scratch()
 def optimize(
     model: Path,
     passes: Sequence[Pass] | None,
@@ -52,7 +54,7 @@ def optimize(
     from xopt.pipeline.instruments import TimePasses
     from xopt.report import summary
 
-    folder.check(output, model)
+    folder.check(output, {"the model": model, "the folder for dumps": settings["dump_ir"]})
     sizes = _dims(dims)
     chosen = _database(database, no_database)
     job = api.plan(model, passes, dims=sizes, peers=None if peers else (), database=chosen, **settings)
@@ -72,6 +74,7 @@ def optimize(
         summary.print_report(result.report)
 
 
+@scratch()
 def compile_model(
     model: Path,
     target: str,
@@ -95,6 +98,7 @@ def compile_model(
         console.out(library)
 
 
+@scratch()
 def tune(model: Path, *, as_json: bool, dims: tuple[str, ...], database: Path | None, **settings: Any) -> None:
     """``xopt tune``."""
     from xopt import api
@@ -113,6 +117,7 @@ def tune(model: Path, *, as_json: bool, dims: tuple[str, ...], database: Path | 
         tuning.print_result(result)
 
 
+@scratch()
 def run(
     artifact: Path,
     *,
@@ -128,13 +133,16 @@ def run(
     if (artifact / "reproducer.json").is_file():
         _rerun(artifact, as_json)
         return
+    from xopt.data import outputs as files
     from xopt.runtime.session import Session
 
+    if output is not None:
+        files.check(output)
     session = Session.load(artifact, threads=threads)
     feeds = _feeds(session.inputs, data, batch, seed, _dims(dims))
     outputs = session.run(feeds)
     if output is not None:
-        _save_arrays(output, outputs)
+        files.write(output, outputs)
     shown = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in outputs.items()}
     if as_json:
         console.emit({"outputs": shown, "samples": len(next(iter(feeds.values()))), "file": output and str(output)})
@@ -143,6 +151,7 @@ def run(
         console.table("", ["output", "dtype", "shape"], rows, left=3)
 
 
+@scratch()
 def bench(
     model: Path,
     *,
@@ -262,6 +271,7 @@ def targets(as_json: bool) -> None:
     console.table("", ["target", "runs here", "tile", "features"], rows, left=4)
 
 
+@scratch()
 def diff(before: Path, after: Path, *, as_json: bool, data: str | None, seed: int, dims: tuple[str, ...]) -> None:
     """``xopt diff``."""
     from xopt import facts, ir
@@ -279,6 +289,7 @@ def diff(before: Path, after: Path, *, as_json: bool, data: str | None, seed: in
         summary.print_differences(found)
 
 
+@scratch()
 def bisect(
     model: Path,
     passes: Sequence[Pass] | None,
@@ -432,14 +443,6 @@ def _rerun(folder: Path, as_json: bool) -> None:
         console.emit({"reproduced": False, "steps": [step.pass_.name for step in steps]})
     else:
         console.out("the failure is gone: " + ", ".join(step.pass_.name for step in steps) + " ran and verified")
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    from xopt.data.archive import write_arrays
-    from xopt.ir.io import output_errors, replacing
-
-    with output_errors(path), replacing(path) as file:
-        write_arrays(file, arrays)
 
 
 def _describe_pass(cls: type[Pass]) -> dict[str, Any]:

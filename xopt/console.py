@@ -122,6 +122,7 @@ def run_guarded(command: Callable[[], None]) -> int:
         _open_streams()
         with _escaping():
             command()
+            sys.stdout.flush()
     except click.exceptions.Exit as signal:
         return signal.exit_code
     except click.UsageError as error:
@@ -145,8 +146,7 @@ def run_guarded(command: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _report(_unusable(error))
-        place = error.filename or tempfile.gettempdir()
-        return _report(InputError("E-OUTPUT", "the disk is full", where=str(place), cure="free some space"))
+        return _report(_full(error))
     except Exception as error:
         if os.environ.get("XOPT_DEBUG") == "1":
             say(traceback.format_exc())
@@ -172,6 +172,17 @@ def _unusable(error: OSError) -> XoptError:
     if any(path == one or path.startswith(f"{one}/") for one in named if path):
         return InputError("E-FILE", f"it cannot be used: {error.strerror}", where=path, cure="check the path")
     return _internal(error)
+
+
+def _full(error: OSError) -> InputError:
+    """Which disk is full: what could not be printed is still waiting to be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return InputError("E-OUTPUT", "the disk is full", where="standard output", cure="send it somewhere else")
+    place = error.filename or tempfile.gettempdir()
+    return InputError("E-OUTPUT", "the disk is full", where=str(place), cure="free some space")
 
 
 @contextmanager

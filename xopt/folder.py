@@ -20,10 +20,11 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from xopt import ownership
 from xopt.errors import InputError
@@ -32,6 +33,7 @@ CURE = "name a new folder with -o"
 LOCK = "lock"
 MARK = "work folder of xopt, process "
 """What a lock begins with."""
+NOTHING: Mapping[str, Path | None] = MappingProxyType({})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -55,20 +57,21 @@ class Claim:
         return self.work / "steps"
 
 
-def check(path: Path, source: Path | None = None) -> None:
+def check(path: Path, apart: Mapping[str, Path | None] = NOTHING) -> None:
     """Refuse a place that cannot be written, or that holds anything but results of xopt; InputError E-OUTPUT.
 
     Args:
         path: the folder to write.
-        source: the model's file, which must not lie in it.
+        apart: what must not lie in it, by the words for it.
     """
     place = resolved(path)
+    for words, other in apart.items():
+        if other is not None and place in (resolved(other), *resolved(other).parents):
+            raise InputError("E-OUTPUT", f"{words} lies in the output folder", where=str(path), cure=CURE)
     if place.exists() and not place.is_dir():
         raise InputError("E-OUTPUT", "the output is a file", where=str(path), cure="name a folder")
     if place.is_dir():
         _check_folder(place, path)
-        if source is not None and place in source.absolute().resolve().parents:
-            raise InputError("E-OUTPUT", "the model lies in the output folder", where=str(path), cure=CURE)
         ownership.refuse_strangers(place, f"{CURE}, or move them away")
     nearest = next(folder for folder in place.parents if folder.exists())
     try:
@@ -123,16 +126,26 @@ def workplace(place: Path) -> Iterator[Path]:
     Raises:
         InputError: E-OUTPUT: another run works on the same output, or the folder is not ours.
     """
-    work = place.with_name(f".{place.name}.xopt-cache")
+    work = place.with_name(work_name(place))
+    missing = [folder for folder in place.parents if not folder.exists()]
     with _errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(work, place)
     try:
+        shutil.rmtree(work / "new", ignore_errors=True)
         yield work
     finally:
         shutil.rmtree(work / "new", ignore_errors=True)
         _leave(work)
         os.close(lock)
+        with suppress(OSError):
+            for made in missing:
+                made.rmdir()
+
+
+def work_name(place: Path) -> str:
+    """The name of the folder for unfinished work beside an output."""
+    return f".{place.name}.xopt-cache"
 
 
 def _locked(work: Path, place: Path) -> int:
@@ -189,7 +202,6 @@ def _is_ours(work: Path) -> bool:
 
 def _recover(work: Path, place: Path) -> None:
     """Bring to an end, or undo, what a killed run was about."""
-    shutil.rmtree(work / "new", ignore_errors=True)
     if (work / "old").exists() and not place.exists():
         (work / "old").rename(place)
     for name in ("swap", "old"):

@@ -35,6 +35,18 @@ def strangers(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not _ours(entry, listed))
 
 
+def is_listed(folder: Path) -> bool:
+    """Whether a folder is one that xopt has written, or is empty."""
+    return bool(_read(folder)) or not os.listdir(folder)
+
+
+def refuse_stranger(path: Path, cure: str) -> None:
+    """InputError E-OUTPUT when there is something at a path that xopt has not written as it is now."""
+    if os.path.lexists(path) and path.name in strangers(path.parent):
+        what = "what is there was not written by xopt, or was changed since"
+        raise InputError("E-OUTPUT", what, where=str(path), cure=cure)
+
+
 def refuse_strangers(folder: Path, cure: str) -> None:
     """InputError E-OUTPUT when a folder holds anything that xopt has not written as it is now."""
     names = strangers(folder)
@@ -71,9 +83,14 @@ def adding(path: Path) -> Iterator[None]:
     _write(folder, {**_read(folder), **{name: _digest(folder / name) for name in written}})
 
 
-def listed(path: Path) -> bool:
-    """Whether the listing of its folder names a file."""
-    return path.name in _read(path.parent)
+@contextmanager
+def noted(path: Path) -> Iterator[None]:
+    """`adding`, where the file is listed already: it is written again."""
+    if path.name not in _read(path.parent):
+        yield
+        return
+    with adding(path):
+        yield
 
 
 def remove(folder: Path) -> None:

@@ -3,7 +3,7 @@
     python examples/digits/train.py                 # data and model, about a minute on two cores
     python examples/digits/train.py --data-only     # calibration.npz and test.npz alone, a second
 
-Writes, beside this file unless ``--output`` says otherwise:
+Writes, beside this file unless ``--output`` names another folder, in which no file is written over:
 
     digits_vit.onnx    ViT of 4 blocks, 64 wide, 4 heads, 2x2 patches (16 tokens and a class token), dynamic batch
     calibration.npz    400 training images ``pixel_values`` float32 [400, 1, 8, 8], with their ``labels``
@@ -25,6 +25,7 @@ from sklearn.model_selection import train_test_split
 SEED = 0
 TEST_IMAGES = 360
 CALIBRATION_IMAGES = 400
+FILES = ("calibration.npz", "test.npz", "digits_vit.onnx")
 
 
 class Split(NamedTuple):
@@ -47,8 +48,8 @@ def digits() -> tuple[Split, Split]:
 
 
 def write_data(train: Split, test: Split, folder: Path) -> None:
-    Split(train.images[:CALIBRATION_IMAGES], train.labels[:CALIBRATION_IMAGES]).save(folder / "calibration.npz")
-    test.save(folder / "test.npz")
+    Split(train.images[:CALIBRATION_IMAGES], train.labels[:CALIBRATION_IMAGES]).save(folder / FILES[0])
+    test.save(folder / FILES[1])
 
 
 def main() -> None:
@@ -58,6 +59,9 @@ def main() -> None:
     parser.add_argument("--data-only", action="store_true", help="write the two .npz files and stop")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    present = [name for name in FILES[: 2 if options.data_only else 3] if (options.output / name).exists()]
+    if present and not options.output.samefile(Path(__file__).parent):
+        parser.error(f"{options.output} has {', '.join(present)} already: name another folder")
     train, test = digits()
     write_data(train, test, options.output)
     if options.data_only:
@@ -67,7 +71,7 @@ def main() -> None:
 
     model = fit(DigitsViT(), train, epochs=options.epochs, seed=SEED)
     print(f"test accuracy {accuracy(model, test):.4f} on {len(test.labels)} images")
-    export(model, options.output / "digits_vit.onnx")
+    export(model, options.output / FILES[2])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -13,8 +14,9 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.acceptance.command import interrupted, xopt
+from tests.acceptance.command import COMMAND, LIMIT, interrupted, xopt
 from tests.ir import builders
+from tests.report import sample
 from xopt.folder import replacing
 from xopt.ir.io import save, to_bytes
 
@@ -214,6 +216,30 @@ def test_an_unwritable_place_is_found_before_any_work(
     for command in (["optimize", model, "-o", output], ["compile", model, "-o", f"{output}/model.so"]):
         xopt(*(str(word).format(model=model) for word in command), env=env).refused("E-OUTPUT")
     assert model.read_bytes() == before
+
+
+def test_dev_full_is_named(model: Path, place: Path, env: dict[str, str], tmp_path: Path) -> None:
+    """Whichever command is to write there, and not blamed on the temporary files."""
+    (tmp_path / "report.json").write_text(json.dumps(sample.report()))
+    library = tmp_path / "artifact" / "model.so"
+    assert xopt("compile", model, "-o", library, env=env).status == 0
+    for command in (
+        ["optimize", model, "-o", "/dev/full"],
+        ["compile", model, "-o", "/dev/full"],
+        ["tune", model, "--database", "/dev/full"],
+        ["run", library, "-o", "/dev/full"],
+        ["report", tmp_path, "-o", "/dev/full"],
+    ):
+        assert "/dev/full" in xopt(*command, env=env).refused("E-OUTPUT")
+    assert Path("/dev/full").is_char_device()
+
+
+def test_standard_output_on_a_full_disk() -> None:
+    for command in (["passes"], ["passes", "--json"], ["targets"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([COMMAND, *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT)
+        assert done.returncode == 2
+        assert done.stderr == ("xopt: error[E-OUTPUT]: the disk is full, standard output, send it somewhere else\n")
 
 
 def test_a_folder_without_permission(model: Path, place: Path, env: dict[str, str], tmp_path: Path) -> None:

@@ -230,11 +230,14 @@ def test_the_current_folder_is_not_taken_away(tmp_path: Path, where: str, monkey
     assert Path.cwd() == tmp_path / "a" / "b"
 
 
-def test_the_model_in_the_output_folder_is_not_written_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", ["one.txt", "deep/er", "."])
+def test_the_model_in_the_output_folder_is_not_written_over(tmp_path: Path, inside: str) -> None:
     write(tmp_path / "out", "one")
     with pytest.raises(InputError, match="the model lies in"):
-        folder.check(tmp_path / "out", tmp_path / "out" / "one.txt")
-    folder.check(tmp_path / "out", tmp_path / "model.onnx")
+        folder.check(tmp_path / "out", {"the model": tmp_path / "out" / inside})
+    folder.check(tmp_path / "out", {"the model": tmp_path / "model.onnx", "the dump": None})
+    with pytest.raises(InputError, match="the dump lies in"):
+        folder.check(tmp_path / "new", {"the dump": tmp_path / "new" / "dumps"})
 
 
 def test_a_folder_without_permission_to_write(tmp_path: Path) -> None:

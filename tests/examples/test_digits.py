@@ -28,6 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_files_of_another_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "test.npz").write_text("mine")
+    script = [sys.executable, str(EXAMPLE / "train.py"), "--data-only", "--output", str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2 and "has test.npz already" in done.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("test.npz", "mine")]
+
+
 def test_calibration_and_test_images_are_apart(folder: Path) -> None:
     calibration, test = (Dataset.load(folder / f"{name}.npz") for name in ("calibration", "test"))
     assert (len(calibration), len(test)) == (400, 360)

@@ -264,6 +264,15 @@ def test_dump_writes_numbered_files_and_spares_foreign_ones(model: ir.Model, tmp
     with pytest.raises(InputError, match=r"E-OUTPUT.*holds other files"):
         PassManager([Scale()], instruments=[DumpIR(foreign)]).run(model, PassContext())
     assert (foreign / "000_input.onnx").read_text() == "not ours"
+    for name in ("report.json", ".xopt-dump", ".xopt-files.json"):
+        (foreign / name).touch()
+    with pytest.raises(InputError, match=r"E-OUTPUT.*holds other files"):
+        PassManager([Scale()], instruments=[DumpIR(foreign)]).run(model, PassContext())
+
+    (folder / "000_input.onnx").write_text("changed")
+    with pytest.raises(InputError, match=r"E-OUTPUT.*changed since"):
+        PassManager([Scale()], instruments=[DumpIR(folder)]).run(model, PassContext())
+    assert (folder / "000_input.onnx").read_text() == "changed"
 
 
 def test_the_name_of_a_pass_is_no_path(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.report import sample
+from xopt import folder
 from xopt.errors import InputError
-from xopt.report import chart, page, record
+from xopt.report import chart, page, record, summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 BROWSER = [
@@ -163,3 +164,90 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     report["steps"][0]["drop"] = float("inf")
     again = json.loads(record.to_json(report))
     assert again["steps"][0]["quality"] is None and again["steps"][0]["drop"] is None
+
+
+# -- altered reports ---------------------------------------------------------------------------------------------------
+def altered() -> list[tuple[str, Any]]:
+    """The report with each part of it left out, or something else in its place."""
+    found: list[tuple[str, Any]] = []
+
+    def visit(part: Any, place: tuple[Any, ...]) -> None:
+        keys: list[Any] = list(part) if isinstance(part, dict) else list(range(len(part)))
+        for key in keys:
+            for value in (..., None, "text", 0, 10**400, [[]]):
+                changed = copy.deepcopy(sample.report())
+                inner = changed
+                for step in place:
+                    inner = inner[step]
+                if value is ...:
+                    del inner[key]
+                else:
+                    inner[key] = value
+                found.append(("/".join(map(str, (*place, key))) + f" = {str(value)[:20]}", changed))
+            if isinstance(part[key], (dict, list)):
+                visit(part[key], (*place, key))
+
+    visit(sample.report(), ())
+    return found
+
+
+def test_an_altered_report_is_refused_or_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that comes out of a file makes the table or the page fail."""
+    monkeypatch.setattr(page, "figure", lambda report: str(chart._layout("", "", chart.points(report), None)))
+    refused = 0
+    for name, report in altered():
+        path = tmp_path / "report.json"
+        path.write_text(json.dumps(report))
+        try:
+            content = record.read(path)
+        except InputError:
+            refused += 1
+            continue
+        try:
+            page.render(content)
+            summary.print_report(content)
+            json.dumps(summary.brief(content))
+        except Exception as error:
+            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+    assert 500 < refused < len(altered())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, '{"a": ' * 5000, "\x00", "9" * 5000, "1e400", "null", "[]", "\ud800"]
+)
+def test_text_that_is_no_report(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(InputError) as caught:
+        record.read(tmp_path / "report.json")
+    assert caught.value.code == "E-FORMAT"
+
+
+def test_a_device_is_no_report() -> None:
+    with pytest.raises(InputError, match="a report is a file"):
+        record.read(Path("/dev/zero"))
+
+
+# -- where the page is written -----------------------------------------------------------------------------------------
+def test_a_page_is_written_again_but_not_when_it_was_changed(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    for model in ("one", "two"):
+        page.write_page({**sample.report(), "model": model}, path)
+        assert f"xopt: {model}" in path.read_text()
+    path.write_text(path.read_text().replace("two", "three"))
+    with pytest.raises(InputError, match="changed since"):
+        page.write_page(sample.report(), path)
+    assert "three" in path.read_text()
+    path.write_text("<html>my own page</html>")
+    with pytest.raises(InputError, match="not a page that xopt has written"):
+        page.write_page(sample.report(), path)
+    assert path.read_text() == "<html>my own page</html>"
+
+
+def test_a_page_that_is_written_again_is_still_a_result(tmp_path: Path) -> None:
+    with folder.replacing(tmp_path / "out") as fresh:
+        page.write_page(sample.report(), fresh / "report.html")
+    page.write_page({**sample.report(), "model": "again"}, tmp_path / "out" / "report.html")
+    folder.check(tmp_path / "out")
+    page.write_page(sample.report(), tmp_path / "out" / "mine.html")
+    with pytest.raises(InputError, match=r"mine\.html"):
+        folder.check(tmp_path / "out")

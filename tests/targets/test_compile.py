@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.acceptance.command import xopt as command
 from tests.ir import builders
 from tests.ir.net import Net
 from tests.targets.running import execute, kernel_names
@@ -130,10 +131,11 @@ def test_a_width_that_is_not_fixed_is_named(tmp_path: Path) -> None:
 
 def test_unwritable_output_leaves_nothing(tmp_path: Path) -> None:
     model = builders.vit(layers=1, width=16, heads=2)
+    (tmp_path / "file").touch()
     with pytest.raises(InputError) as caught:
-        targets.compile(model, "cpu", tmp_path / "missing" / "model.so")
+        targets.compile(model, "cpu", tmp_path / "file" / "model.so")
     assert caught.value.code == "E-OUTPUT"
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_missing_linker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +155,15 @@ def test_compiling_a_file_does_without_torch(tmp_path: Path) -> None:
     )
     arguments = [sys.executable, "-c", code, str(tmp_path / "model.onnx"), str(tmp_path / "model.so")]
     assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_same_model_gives_the_same_library_in_every_process(tmp_path: Path) -> None:
+    """The compiler's hash tables are keyed by addresses, which differ from process to process."""
+    save(builders.vit(layers=1), tmp_path / "m.onnx")
+    seen = set()
+    for index in range(5):
+        library = tmp_path / ("long name" * index) / "model.so"
+        done = command("compile", tmp_path / "m.onnx", "-o", library, env={"PYTHONHASHSEED": str(index)})
+        assert done.status == 0, done.err
+        seen.add(tuple(path.read_bytes() for path in sorted(library.parent.glob("m*.*")) if path.suffix != ".onnx"))
+    assert len(seen) == 1

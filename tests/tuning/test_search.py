@@ -15,7 +15,7 @@ import pytest
 from xopt import targets
 from xopt.kernels import gemm
 from xopt.targets.base import Target
-from xopt.tuning.pool import CandidateError, Pool, Worker
+from xopt.tuning.pool import CandidateError, OutOfTimeError, Pool, Worker
 from xopt.tuning.search import Limits, Search
 from xopt.tuning.sites import Site, Tensor
 from xopt.tuning.worker import Bench
@@ -59,7 +59,9 @@ class ScriptedPool(Pool):
     def __init__(self, worker: Scripted) -> None:
         self.workers = [worker]
 
-    def each(self, items: Sequence[Any], request: Any, seconds: float) -> dict[Any, Worker | CandidateError]:
+    def each(
+        self, items: Sequence[Any], request: Any, seconds: float, enough: Callable[[], bool] = lambda: False
+    ) -> dict[Any, Worker | CandidateError]:
         return dict.fromkeys(items, self.workers[0])
 
 
@@ -194,3 +196,18 @@ def test_pairs_of_times_are_positive(target: Target) -> None:
     )
     assert 1 <= len(pairs) <= 3
     assert (pairs > 0).all()
+
+
+# -- when the time of the run is up ------------------------------------------------------------------------------------
+def test_nothing_more_is_asked(target: Target) -> None:
+    with Pool(target, 1, 1, until=time.monotonic()) as pool:
+        with pytest.raises(OutOfTimeError):
+            pool.workers[0].ask("forget", seconds=600)
+        assert pool.each([1, 2], lambda item: ("forget",), 600, lambda: True) == {}
+
+
+def test_what_is_in_work_is_cut_off(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a process that starts: it may take two minutes otherwise, and imports for longer than this."""
+    monkeypatch.setattr("xopt.tuning.pool.GRACE_SECONDS", 0.0)
+    with Pool(target, 1, 1, until=time.monotonic() + 0.05) as pool, pytest.raises(OutOfTimeError):
+        pool.workers[0].ask("forget", seconds=600)

@@ -279,16 +279,40 @@ def _with_external_data(model: ir.Model, path: Path) -> onnx.ModelProto:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    """Open a temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    A link is followed, and stays. The file has no name until it is complete, where the file system can do that: a
+    process that is killed leaves nothing. A device or a pipe is written to as it is.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb", buffering=0) as device:
+            yield device
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("wb") as file:
+        with _unnamed(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if not partial.exists():
+                os.link(
+                    f"/proc/self/fd/{file.fileno()}", partial, src_dir_fd=file.fileno()
+                )  # follows with a folder only
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unnamed(partial: Path) -> BinaryIO:
+    """A new file in the folder of ``partial``, without a name or, where there is no such thing, called so."""
+    try:
+        descriptor = os.open(partial.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        return partial.open("wb")
+    return os.fdopen(descriptor, "wb")
 
 
 @contextmanager

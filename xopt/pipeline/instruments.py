@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xopt.ir
+from xopt import ownership
 from xopt.errors import InputError
+from xopt.ir.io import output_errors
 from xopt.ir.names import file_stem
 
 if TYPE_CHECKING:
@@ -63,12 +64,9 @@ class Progress(Instrument):
 class DumpIR(Instrument):
     """Write the model before the first pass and after each one: ``000_input.onnx``, ``002_after_fuse-qkv.onnx``.
 
-    The folder is made, or is an empty one, or one of an earlier dump (known by a marker file), whose numbered
-    files are replaced. A folder with anything else in it is refused, and nothing in it is touched.
+    The folder is made, or is an empty one, or one of an earlier dump, whose files are replaced. Another folder is
+    refused. What else is in it stays, a dump that was changed since too: where it is in the way the step fails.
     """
-
-    MARKER = ".xopt-dump"
-    _NUMBERED = re.compile(r"\d{3,}_(input|after_[\w-]+)\.onnx(\.data)?")
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -77,28 +75,22 @@ class DumpIR(Instrument):
     def before(self, step: StepResult, model: ir.Model, context: PassContext) -> None:
         if not self._prepared:
             self._prepare()
-            xopt.ir.save(model, self.folder / "000_input.onnx")
+            self._save(model, "000_input.onnx")
 
     def after(self, step: StepResult, before: ir.Model, model: ir.Model, context: PassContext) -> None:
-        xopt.ir.save(model, self.folder / f"{step.index:03d}_after_{file_stem(step.pass_.name)}.onnx")
+        self._save(model, f"{step.index:03d}_after_{file_stem(step.pass_.name)}.onnx")
+
+    def _save(self, model: ir.Model, name: str) -> None:
+        with output_errors(self.folder):
+            ownership.refuse_stranger(self.folder / name, "move it away")
+            with ownership.adding(self.folder / name):
+                xopt.ir.save(model, self.folder / name)
 
     def _prepare(self) -> None:
-        marker = self.folder / self.MARKER
-        try:
+        with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.iterdir()) and not marker.is_file():
-                raise InputError(
-                    "E-OUTPUT",
-                    "the folder for dumps holds other files",
-                    where=str(self.folder),
-                    cure="name an empty or a new folder",
-                )
-            marker.touch()
-            for file in self.folder.iterdir():
-                if self._NUMBERED.fullmatch(file.name):
-                    file.unlink()
-        except OSError as error:
-            raise InputError(
-                "E-OUTPUT", f"the folder for dumps cannot be written ({error.strerror})", where=str(self.folder)
-            ) from error
+            if not ownership.is_listed(self.folder):
+                what = "the folder for dumps holds other files"
+                raise InputError("E-OUTPUT", what, where=str(self.folder), cure="name an empty or a new folder")
+            ownership.remove(self.folder)
         self._prepared = True

@@ -24,6 +24,7 @@ from xopt.pipeline import text
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.instruments import Instrument
 from xopt.pipeline.manager import PassManager, StepResult
+from xopt.scratch import outer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,7 +38,7 @@ class Reproducer(Instrument):
     """On a failure write a reproducer and name its path in ``step.notes["reproducer"]``.
 
     Args:
-        folder: where to put it; by default the system's folder for temporary files.
+        folder: where to put it; by default the user's folder for temporary files.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -56,7 +57,9 @@ def write(step: StepResult, model: ir.Model, context: PassContext, error: Except
     """Write the reproducer of a failed step into a new folder below ``parent``."""
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"xopt-{step.index:03d}-{file_stem(step.pass_.name)}-", dir=parent))
+    folder = Path(
+        tempfile.mkdtemp(prefix=f"xopt-{step.index:03d}-{file_stem(step.pass_.name)}-", dir=parent or outer())
+    )
     xopt.ir.save(model, folder / "model.onnx")
     (folder / "pipeline.yaml").write_text(text.to_yaml([step.pass_, *step.remaining]), encoding="utf-8")
     samples = context.samples

@@ -59,6 +59,8 @@ def points(report: Mapping[str, Any]) -> list[Point]:
     for name, times in report["runtimes"].items():
         portable = name == "onnxruntime-optimized"
         y = _portable_quality(final) if portable else report["metric"]["baseline"]
+        if y is None:
+            continue
         kind = PORTABLE if portable else PEER
         found.append(
             Point("onnxruntime" if portable else visible(name), kind, times["median_ms"], y, times["p90_ms"], "")
@@ -66,10 +68,11 @@ def points(report: Mapping[str, Any]) -> list[Point]:
     return found
 
 
-def _portable_quality(final: Mapping[str, Any]) -> float:
+def _portable_quality(final: Mapping[str, Any]) -> float | None:
     """Of model.onnx in onnxruntime, where it was measured apart from the artifact's."""
     found = final.get("onnx_quality")
-    return float(final["quality"] if found is None else found)
+    quality: float | None = final["quality"] if found is None else found
+    return quality
 
 
 def figure(report: Mapping[str, Any]) -> str:
@@ -146,6 +149,8 @@ def _labels(found: Sequence[Point], logarithmic: bool) -> list[dict[str, Any]]:
 
 def _x_range(found: Sequence[Point]) -> tuple[bool, list[float]]:
     """Whether the axis is logarithmic (points far apart), and its ends; bars to the p90 may reach beyond."""
+    if not found:
+        return False, [0, 1]
     low, high = min(point.x for point in found), max(point.x for point in found)
     if low > 0 and high / low > FAR_APART:
         return True, [math.log10(low / 1.6), math.log10(high * 1.6)]
@@ -163,6 +168,8 @@ def _scale(logarithmic: bool, ends: Sequence[float]) -> dict[str, Any]:
 
 def _y_range(found: Sequence[Point], budget: float | None) -> list[float]:
     values = [point.y for point in found] + ([] if budget is None else [budget])
+    if not values:
+        return [0, 1]
     room = max((max(values) - min(values)) * 0.3, abs(max(values)) * 0.005, 1e-6)
     return [min(values) - room, max(values) + room]
 

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xopt import console
+from xopt import console, ownership
 from xopt.errors import InputError, visible
+from xopt.ir.io import output_errors, replacing
 from xopt.report.chart import figure
+from xopt.report.record import LARGEST_FILE
 from xopt.report.summary import judgement, verdict
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:
-    """Write the page; InputError E-OUTPUT where that cannot be done."""
-    try:
-        path.write_text(render(report), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        what = f"the page cannot be written ({error.strerror})"
-        raise InputError("E-OUTPUT", what, where=str(path), cure="name another file with -o") from error
+    """Write the page; InputError E-OUTPUT where that cannot be done, or where another file is."""
+    with output_errors(path):
+        if path.is_dir() or (path.is_file() and not _is_page(path)):
+            what = "what is there is not a page that xopt has written, or it was changed since"
+            raise InputError("E-OUTPUT", what, where=str(path), cure="name another file with -o")
+        text = signed(render(report).encode(errors="backslashreplace").decode()).encode()
+        with ownership.noted(path), replacing(path) as file:
+            file.write(text)
+
+
+def signed(page: str) -> str:
+    """The page with its digest in the head, by which it is known for unchanged."""
+    return page.replace(UNSIGNED, _signature(hashlib.sha256(page.encode()).hexdigest()), 1)
+
+
+def _signature(digest: str) -> str:
+    return f'<meta name="generator" content="xopt {digest}">'
+
+
+UNSIGNED = _signature("0" * 64)
+_SIGNATURE = re.compile(re.escape(UNSIGNED).replace("0" * 64, "([0-9a-f]{64})"))
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page as `write_page` has left it."""
+    if path.stat().st_size > LARGEST_FILE:
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = _SIGNATURE.search(text)
+    return found is not None and signed(text.replace(found[0], UNSIGNED, 1)) == text
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """The page as text, not signed."""
     import jinja2
 
     loader = jinja2.PackageLoader("xopt.report", ".")
@@ -35,6 +63,7 @@ def render(report: Mapping[str, Any]) -> str:
     environment.filters["verdict"] = verdict
     page: str = environment.get_template("page.html.j2").render(
         report=report,
+        signature=UNSIGNED,
         chart=figure(report),
         cards=_cards(report),
         judgement=judgement(report),

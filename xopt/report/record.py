@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xopt.console import SCHEMA
 from xopt.errors import InputError
 from xopt.measure.accuracy import ARTIFACT
+from xopt.report import shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from xopt.search.job import Job
 
 KIND = "xopt-report"
+LARGEST_FILE = 64 << 20
+"""Bytes of a report that is read."""
 
 
 def record(job: Job, outcome: Outcome) -> dict[str, Any]:
@@ -94,16 +97,22 @@ def to_json(report: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a report.json; InputError E-FILE or E-FORMAT."""
+    """Read a report.json that is whole; InputError E-FILE or E-FORMAT."""
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_FILE):
+            what = f"a report is a file of at most {LARGEST_FILE >> 20} MiB"
+            raise InputError("E-FORMAT", what, where=str(path), cure="name the folder of an optimization")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError("E-FILE", f"the report cannot be read ({error.strerror})", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("E-FORMAT", "this is not JSON", where=str(path)) from error
     if not isinstance(content, dict) or content.get("kind") != KIND or content.get("schema") != SCHEMA:
         cure = "run xopt optimize again"
         raise InputError("E-FORMAT", f"this is not a report of schema {SCHEMA}", where=str(path), cure=cure)
+    if (wrong := shape.fault(content)) is not None:
+        cure = "run xopt optimize again"
+        raise InputError("E-FORMAT", f"the report is incomplete or altered ({wrong})", where=str(path), cure=cure)
     return content
 
 

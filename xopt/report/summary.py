@@ -50,7 +50,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.table(title, ["pass", "", "reason", metric["name"], "ms", "MACs", "size"], rows, left=3)
     for line in judgement(report):
         console.out(line)
-    if report["runtimes"]:
+    if report["runtimes"] and report["final"]["latency_ms"]:
         final = report["final"]["latency_ms"]["median"]
         others = [
             (name, f"{times['median_ms']:.3f}", f"{times['median_ms'] / final:.2f}x")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xopt.errors import InputError
-from xopt.runtime import artifact
+from xopt.runtime import artifact, trio
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo
 from xopt.runtime.threads import count, running
@@ -77,6 +77,7 @@ class Session:
         except (TypeError, ValueError, OSError, RuntimeError) as error:
             cure = "give the path of model.so, or of its folder"
             raise InputError("E-ARTIFACT", f"this is no path ({str(error)[:200]})", cure=cure) from error
+        trio.settle(library)
         manifest = artifact.read_manifest(library)
         runtime = artifact.runtime()
         code = artifact.read_code(library, manifest)

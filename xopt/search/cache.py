@@ -1,28 +1,32 @@
 """Finished steps on disk, so that an interrupted optimization can go on (``--resume``).
 
-A step is found again by a key over everything that it depends on: the original model, the data, the target, the
-budget, the versions, and all passes up to it. A cache of another job simply does not match.
+A step is found again by a key over everything that it depends on (`xopt.search.identity`) and all passes up to it. A
+cache of another job simply does not match. A run goes on with the model as it is read back from the cache, so that one
+that was interrupted and one that was not compute with the very same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt.errors import InputError, XoptError
-from xopt.measure.machine import versions
 from xopt.pipeline import text
+from xopt.search import identity
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from xopt.pipeline.base import Pass
     from xopt.search.job import Job
+
+_OURS = re.compile(r"\.?[0-9a-f]{64}(-[0-9a-f]{16})?(\.\d+)?\.(onnx|json|partial|data)(\.\d+\.part)?")
+"""Names of the files of a cache."""
 
 
 class StepCache:
@@ -36,13 +40,15 @@ class StepCache:
 
     def __init__(self, folder: Path | None, job: Job, *, resume: bool) -> None:
         self.folder = folder
-        self._state = "" if folder is None else _fingerprint(job)
-        if folder is not None and not resume:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._state = "" if folder is None else identity.of_job(job)
+        if not resume:
+            self.forget()
 
     def enter(self, one: Pass) -> None:
         """The next step is ``one``."""
-        self._state = hashlib.sha256(f"{self._state} {text.render([one])}".encode()).hexdigest()
+        if self.folder is not None:
+            code = identity.of_code(type(one))
+            self._state = hashlib.sha256(f"{self._state} {text.render([one])} {code}".encode()).hexdigest()
 
     def recall(self) -> tuple[ir.Model, dict[str, Any]] | None:
         """Model and record of the current step, if it was finished before."""
@@ -52,30 +58,41 @@ class StepCache:
             return None
         try:
             record = json.loads((self.folder / f"{self._state}.json").read_text(encoding="utf-8"))
+            if hashlib.sha256((self.folder / f"{self._state}.onnx").read_bytes()).hexdigest() != record["model"]:
+                return None
             model = load(self.folder / f"{self._state}.onnx")
-        except (OSError, ValueError, InputError):  # a broken cache is worth nothing, and costs nothing
+        except (OSError, ValueError, KeyError, TypeError, InputError):  # a broken cache costs nothing but time
             return None
         infer_shapes(model)
-        return model, record
+        return model, record["step"]
 
-    def keep(self, model: ir.Model, record: dict[str, Any]) -> None:
-        """Remember the current step; a cache that cannot be written is given up, and the run goes on."""
+    def keep(self, model: ir.Model, record: dict[str, Any]) -> ir.Model:
+        """Remember the current step; a cache that cannot be written is given up, and the run goes on.
+
+        Returns:
+            The model as `recall` will give it, for the steps that follow.
+        """
         if self.folder is None:
-            return
+            return model
         try:
             self._write(self.folder, model, record)
         except (OSError, InputError):
             self.forget()
             self.folder = None
+            return model
+        known = self.recall()
+        return model if known is None else known[0]
 
     def _write(self, folder: Path, model: ir.Model, record: dict[str, Any]) -> None:
         """The record is written last, so that half a step is none."""
         from xopt.ir.io import save
 
         folder.mkdir(parents=True, exist_ok=True)
-        save(model, folder / f"{self._state}.onnx")
+        path = folder / f"{self._state}.onnx"
+        save(model, path)
+        content = {"model": hashlib.sha256(path.read_bytes()).hexdigest(), "step": record}
         partial = folder / f"{self._state}.partial"
-        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(folder / f"{self._state}.json")
 
     @contextmanager
@@ -89,40 +106,11 @@ class StepCache:
             raise
 
     def forget(self) -> None:
-        """Remove everything: the job is done."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def model_digest(model: ir.Model) -> str:
-    """SHA-256 over all weights and the graph, whatever file they lie in."""
-    import onnx_ir as ir
-
-    state = hashlib.sha256()
-    bare = model.clone()
-    for name in sorted(bare.graph.initializers):
-        value = bare.graph.initializers.pop(name)
-        if value.const_value is not None:
-            state.update(f"{name} {value.const_value.dtype} {value.const_value.shape}".encode())
-            state.update(value.const_value.tobytes())
-        value.const_value = None
-        if not value.is_graph_input():
-            bare.graph.inputs.append(value)
-    state.update(ir.to_proto(bare).SerializeToString(deterministic=True))
-    return state.hexdigest()
-
-
-def _fingerprint(job: Job) -> str:
-    facts = {
-        "model": model_digest(job.model),
-        "calibration": job.calibration.digest,
-        "evaluation": job.evaluation.digest,
-        "metric": job.metric.name,
-        "max_drop": job.max_drop,
-        "target": [job.target.name, job.target.precision, *job.target.features()],
-        "seed": job.seed,
-        "threads": job.threads,
-        "feeds": {name: list(array.shape) for name, array in job.feeds.items()},
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """Remove all steps: the job is done, or they belong to another. Other files in the folder stay."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if _OURS.fullmatch(path.name):
+                    path.unlink()
+            self.folder.rmdir()

@@ -161,7 +161,9 @@ def _one_step(
     else:
         step = lossy_step(one, best, lab, apply, max_drop)
     step.seconds = time.perf_counter() - start
-    cache.keep(step.candidate.model, step.to_dict())
+    model = cache.keep(step.candidate.model, step.to_dict())
+    if step.candidate is not best:
+        step.candidate.model = model
     return step
 
 

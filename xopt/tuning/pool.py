@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -20,8 +21,16 @@ START_SECONDS = 120.0
 """For a process to say that it is there: it imports the compiler first."""
 
 
+GRACE_SECONDS = 2.0
+"""What is in work when the time of the run is up may take so long."""
+
+
 class CandidateError(Exception):
     """A candidate could not be built or run, crashed, or took too long."""
+
+
+class OutOfTimeError(Exception):
+    """The time of the run is up; nothing more is asked of any process."""
 
 
 class Worker:
@@ -30,9 +39,11 @@ class Worker:
     Args:
         target: what to build for.
         threads: threads that kernels run on.
+        until: by `time.monotonic`, when the time of the run is up.
     """
 
-    def __init__(self, target: Target, threads: int) -> None:
+    def __init__(self, target: Target, threads: int, until: float = math.inf) -> None:
+        self._until = until
         self._arguments = [target.name, str(threads)]
         self._environment = {"TVM_NUM_THREADS": str(threads), "TVM_THREAD_POOL_SPIN_COUNT": str(SPINS)}
         self._ready = False
@@ -54,22 +65,40 @@ class Worker:
         self._ready = False
 
     def send(self, method: str, *arguments: Any, seconds: float) -> None:
-        """Ask for something, to be answered within ``seconds``; CandidateError when no process can be started."""
+        """Ask for something, to be answered within ``seconds``.
+
+        Raises:
+            CandidateError: no process can be started.
+            OutOfTimeError: it is too late to ask.
+        """
+        if time.monotonic() >= self._until:
+            raise OutOfTimeError
         if self.connection.closed:
             self._start()
         if not self._ready:
-            self.deadline = time.monotonic() + START_SECONDS
+            self.deadline = self._within(START_SECONDS)
             self.receive()
             self._ready = True
-        self.deadline = time.monotonic() + seconds
+        self.deadline = self._within(seconds)
         with suppress(OSError):  # it has died meanwhile; `receive` says so
             self.connection.send((method, arguments))
 
+    def _within(self, seconds: float) -> float:
+        """The deadline for what may take so long, and ends soon after the run's time is up."""
+        return min(time.monotonic() + seconds, self._until + GRACE_SECONDS)
+
     def receive(self) -> Any:
-        """The answer; CandidateError when it says so, or there is none in time, or none at all."""
+        """The answer.
+
+        Raises:
+            CandidateError: it says so, or there is none in time, or none at all.
+            OutOfTimeError: there is none, and the time of the run is up.
+        """
         try:
             if not self.connection.poll(max(0.0, self.deadline - time.monotonic())):
                 self.close()
+                if time.monotonic() >= self._until:
+                    raise OutOfTimeError
                 raise CandidateError("it took too long")
             done, result = self.connection.recv()
         except (EOFError, OSError) as error:
@@ -97,10 +126,11 @@ class Pool:
     Args:
         target, threads: as for `Worker`.
         count: how many processes build at the same time.
+        until: as for `Worker`.
     """
 
-    def __init__(self, target: Target, threads: int, count: int) -> None:
-        self.workers = [Worker(target, threads) for _ in range(count)]
+    def __init__(self, target: Target, threads: int, count: int, until: float = math.inf) -> None:
+        self.workers = [Worker(target, threads, until) for _ in range(count)]
 
     def __enter__(self) -> Pool:
         return self
@@ -110,14 +140,23 @@ class Pool:
             worker.close()
 
     def each(
-        self, items: Iterable[Any], request: Callable[[Any], Sequence[Any]], seconds: float
+        self,
+        items: Iterable[Any],
+        request: Callable[[Any], Sequence[Any]],
+        seconds: float,
+        enough: Callable[[], bool] = lambda: False,
     ) -> dict[Any, Worker | CandidateError]:
-        """Send a request for each item to whichever worker is free; which one took it, or how it failed."""
+        """Send a request for each item to whichever worker is free; which one took it, or how it failed.
+
+        Once ``enough`` says so, those that still wait are left out.
+        """
         waiting = deque(items)
         results: dict[Any, Worker | CandidateError] = {}
         busy: dict[Any, tuple[Worker, Any]] = {}
         free = list(self.workers)
         while waiting or busy:
+            if enough():
+                waiting.clear()
             while waiting and free:
                 worker, item = free.pop(), waiting.popleft()
                 try:

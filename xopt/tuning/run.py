@@ -17,12 +17,14 @@ import onnx_ir as ir
 from xopt.errors import InputError
 from xopt.targets.base import Target
 from xopt.targets.database import Database, Record, family_name, family_of, fields_of, make, read
-from xopt.tuning.pool import CandidateError, Pool
+from xopt.tuning.pool import CandidateError, OutOfTimeError, Pool
 from xopt.tuning.search import Found, Limits, Search
 from xopt.tuning.sites import Site, Sites, few_rows
 
 LARGER_BATCH = 8
 """How many times the batch a kernel for any batch is looked at again with."""
+CONFIRMING = 0.25
+"""Share of the time that is left in which a kernel's best candidates are confirmed, not others tried."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Tuner:
         target: must run on this machine.
         database: where records go; those it has already are not measured again.
         trials: candidates for each kernel.
-        timeout: seconds for the whole run.
+        timeout: seconds for the whole run; what is in work then is cut off a moment later.
         candidate_timeout: seconds for a candidate to be built, or to be timed.
         workers: processes that build at the same time.
         again: measure what is known, too.
@@ -140,12 +142,14 @@ class Tuner:
             if record is not None
         ]
         todo = [site for site in order if ends[site] is None]
+        until = start + self.timeout
         clock = _Clock(self, start, sum(min(self.trials, len(self._space(site)) - 1) for site in todo))
-        with Pool(self.target, self.database.threads, self.workers) as pool:
+        with Pool(self.target, self.database.threads, self.workers, until) as pool:
             for site in todo:
                 kernel = Kernel(site, counts[site], "left")
                 if clock.left > 0:
-                    limits = Limits(self.trials, self.candidate_timeout, start + self.timeout)
+                    deadline = until - CONFIRMING * clock.left
+                    limits = Limits(self.trials, self.candidate_timeout, deadline)
                     search = Search(
                         site, _others(site, larger), partial(sites.constants, site), self.target.isa(), pool, limits,
                         partial(clock.step, str(site)),
@@ -163,9 +167,11 @@ class Tuner:
             found = search.run()
         except CandidateError as error:
             return Kernel(search.site, count, "failed", reason=str(error))
+        except OutOfTimeError:
+            return Kernel(search.site, count, "left")
         finally:
             for worker in search.pool.workers:
-                with suppress(CandidateError):
+                with suppress(CandidateError, OutOfTimeError):
                     worker.ask("forget", seconds=self.candidate_timeout)
         failures = tuple((str(config), reason) for config, reason in found.failures.items())
         if search.limits.over and found.config == found.heuristic:

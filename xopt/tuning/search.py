@@ -46,7 +46,7 @@ class Limits:
     Attributes:
         trials: candidates, besides the heuristic's.
         seconds: for a candidate to be built, or to be timed.
-        deadline: by `time.monotonic`, when no further candidate is taken.
+        deadline: by `time.monotonic`, when no further candidate is taken; the best so far is still confirmed.
     """
 
     trials: int
@@ -98,7 +98,12 @@ class Search:
     baseline: list[float] = field(default_factory=list)
 
     def run(self) -> Found:
-        """Search; CandidateError when the heuristic's own configuration cannot be measured."""
+        """Search.
+
+        Raises:
+            CandidateError: the heuristic's own configuration cannot be measured.
+            OutOfTimeError: the time of the run is up.
+        """
         family = family_of(self.site.family)
         self.heuristic = family.heuristic(self.site.workload, self.isa)
         first = self.pool.workers[0]
@@ -139,9 +144,12 @@ class Search:
 
     # -- measuring -------------------------------------------------------------------------------------------------
     def _measure(self, batch: Sequence[Any]) -> None:
-        built = self.pool.each(batch, lambda config: ("prepare", self.site, config), self.limits.seconds)
-        for config in batch:
-            worker = built[config]
+        built = self.pool.each(
+            batch, lambda config: ("prepare", self.site, config), self.limits.seconds, lambda: self.limits.over
+        )
+        for config, worker in built.items():
+            if self.limits.over and self.ratios:
+                return
             if isinstance(worker, Worker):
                 self.homes[config] = worker
                 self._time(config, ROUNDS[0])
