@@ -71,7 +71,8 @@ def optimize(model: Path, folder: Path, phase: Phase) -> Runner:
         line = next((line for line in printed.splitlines() if line.startswith("xopt: error")), printed)
         if status == 1 or not line.startswith("xopt: error["):
             raise AssertionError(line)
-        raise (InputError if status == 2 else VerificationError)("", line)
+        code, _, what = line.removeprefix("xopt: error[").partition("]: ")
+        raise (InputError if status == 2 else VerificationError)(code, what)
     phase("open")
     compiled = Session.load(folder / "out", threads=1)
 
