@@ -13,10 +13,10 @@ from xopt.kernels.emit import (
     PrimFunc,
     argument,
     dims,
+    each_row,
     flat,
     let,
     load,
-    parallel,
     partial_load,
     prim_func,
     product,
@@ -66,7 +66,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         x = flat(x_full, (m, w.width))
         y = Result(y_full, quantization, isa).flat((m, w.padded))
         whole, tail = divmod(w.width, lanes)
-        with parallel(m) as row:
+        with each_row(m, w.rows, w.width) as row:
             if whole:
                 with serial(whole) as v:
                     y.store(load(x, row, v * lanes, lanes=lanes), row, v * lanes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
 import tvm
@@ -19,8 +20,11 @@ from tvm.tirx.script.builder import ir as T
 from xopt.kernels import COMPILE_OPTIONS
 
 TASKS = 128
-"""Of a parallel loop: what the pool hands out to threads (`targets/pool.cc`), 16 to each of up to 8; an empty one costs
+"""Of a parallel loop: what the pool hands out to threads (`targets/pool.cc`), 8 to each of up to 16; an empty one costs
 a nanosecond. (TVM cuts a loop into pieces of one size: 50 iterations in 32 tasks are 25 of two, and 7 without any.)"""
+
+ALONE = 1 << 13
+"""Numbers of a loop over rows that one thread is done with in two or three microseconds."""
 
 # TVM ships no types: an expression, a buffer or a function is Any to mypy, and named for the reader.
 Expr: TypeAlias = Any
@@ -110,9 +114,15 @@ def parallel(extent: int | Expr) -> Iterator[Expr]:
                                     for i in range(task * extent // TASKS, (task + 1) * extent // TASKS)
     """
     with T.parallel(i64(0), i64(TASKS)) as task:
-        first, end = (bind(tirx.floordiv(index * i64(extent), i64(TASKS))) for index in (task, task + 1))
-        with T.serial(first, end) as index:
-            yield index
+        first, end = (let(tirx.floordiv(index * i64(extent), i64(TASKS))) for index in (task, task + 1))
+        with serial(end - first) as index:
+            yield bind(first + index)
+
+
+def each_row(m: Expr, rows: Sequence[int | None], width: int) -> Any:
+    """A loop over all ``m`` rows, the product of ``rows``, that threads share unless it is over before others begin."""
+    few = None not in rows and prod(extent for extent in rows if extent is not None) * width <= ALONE
+    return serial(m) if few else parallel(m)
 
 
 def let(value: Expr) -> Expr:

@@ -25,13 +25,13 @@ from xopt.kernels.emit import (
     PrimFunc,
     argument,
     dims,
+    each_row,
     flat,
     i64,
     keep,
     let,
     load,
     local,
-    parallel,
     partial_load,
     prim_func,
     product,
@@ -132,7 +132,7 @@ def build(workload: Workload, config: Config, isa: Isa) -> PrimFunc:
         m = let(product(rows))
         x, r, total = (t if t is None else flat(t, (m, w.width)) for t in (x_full, r_full, sum_full))
         y = y_full.flat((m, w.width))
-        with parallel(m) as row:
+        with each_row(m, w.rows, w.width) as row:
             if r is not None:
                 _add(x, r, total, row, w.width, lanes)
             _normalize(w, config, isa, total if r is not None else x, scale, bias, y, row)

@@ -34,7 +34,7 @@ struct Environment {  // TVMParallelGroupEnv
 };
 using Body = int (*)(int task, Environment*, void* closure);
 
-constexpr int kTasksPerThread = 16;
+constexpr int kTasksPerThread = 8;
 constexpr int kMostTasks = 1 << 15;      // a share is two numbers of 16 bits
 constexpr int kPausesPerLook = 32;       // at the clock: about a microsecond
 constexpr int64_t kJump = 100'000;       // ns; a thread whose clock jumps so far was not running

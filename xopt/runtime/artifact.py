@@ -128,7 +128,7 @@ def read_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
     size = path.stat().st_size
     if any(info.offset + info.bytes > size for info in manifest.weights):
         raise refused(f"{path.name} has {size} bytes, and the manifest describes more", library)
-    memory = mmap.mmap(-1, max(size, 1))
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     content, state, filled = memoryview(memory), hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
