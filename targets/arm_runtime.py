@@ -136,7 +136,7 @@ def _plan(artifact: Path, manifest: Manifest, feeds: Mapping[str, np.ndarray], f
     for weight in manifest.weights:
         lines.append(f"param {weight.offset} {weight.dtype} {_shape_words(weight.shape)}")
     for index, declared in enumerate(manifest.inputs):
-        array = np.ascontiguousarray(feeds[declared.name], dtype=declared.dtype)
+        array = np.asarray(feeds[declared.name], declared.dtype, order="C")
         array.tofile(folder / f"input{index}.bin")
         lines.append(f"input {array.dtype} {_shape_words(array.shape)} input{index}.bin")
     return "\n".join([*lines, "outputs output", f"repeat {n}", ""])

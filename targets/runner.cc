@@ -9,6 +9,7 @@
 //   input DTYPE NDIM DIM… PATH     one input, raw little-endian, in order
 //   outputs PREFIX                 output i is written to PREFIX<i>.bin, its type to PREFIX<i>.txt
 //   repeat N                       timed runs after the first; their milliseconds go to standard output
+//   allocator N                    TVM's number: 2 keeps memory for later (the default), 1 gives it back at once
 //
 // Links against libtvm_ffi and libtvm_runtime alone.
 #include <fcntl.h>
@@ -23,6 +24,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -33,7 +35,7 @@ namespace ffi = tvm::ffi;
 struct HeapAlloc {
   void AllocData(DLTensor* tensor) {
     size_t bytes = ffi::GetDataSize(*tensor);
-    tensor->data = aligned_alloc(64, (bytes + 64) / 64 * 64);
+    if (posix_memalign(&tensor->data, 64, bytes ? bytes : 1)) throw std::bad_alloc();
   }
   void FreeData(DLTensor* tensor) { free(tensor->data); }
 };
@@ -74,6 +76,7 @@ static char* MapFile(const std::string& path) {
   int file = open(path.c_str(), O_RDONLY);
   struct stat info;
   if (file < 0 || fstat(file, &info) != 0) throw std::runtime_error("cannot open " + path);
+  if (info.st_size == 0) return nullptr;
   void* address = mmap(nullptr, info.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
   if (address == MAP_FAILED) throw std::runtime_error("cannot map " + path);
   return static_cast<char*>(address);
@@ -105,7 +108,7 @@ static int Run(const char* plan_path) {
   std::ifstream plan(plan_path);
   std::string line, module_path, prefix;
   char* blob = nullptr;
-  int repeat = 0;
+  int repeat = 0, allocator = 2;
   std::vector<ffi::Any> arguments;
   ffi::Array<ffi::Tensor> parameters;
   while (std::getline(plan, line)) {
@@ -116,6 +119,7 @@ static int Run(const char* plan_path) {
     else if (word == "weights") blob = MapFile(RestOfLine(in));
     else if (word == "outputs") prefix = RestOfLine(in);
     else if (word == "repeat") in >> repeat;
+    else if (word == "allocator") in >> allocator;
     else if (word == "input") arguments.push_back(ReadInput(in));
     else if (word == "param") {
       int64_t offset;
@@ -129,8 +133,7 @@ static int Run(const char* plan_path) {
 
   ffi::Module library = ffi::Module::LoadFromFile(module_path);
   ffi::Module vm = library->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-  const int pooled_allocator = 2;
-  vm->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, pooled_allocator);
+  vm->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, allocator);
   ffi::Function entry = vm->GetFunction("main").value();
 
   std::vector<ffi::AnyView> views(arguments.begin(), arguments.end());
