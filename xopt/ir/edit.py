@@ -94,7 +94,7 @@ class _Names:
     """The names of a graph's values and nodes, and how far the numbers after each stem have come."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._taken = set(graph.initializers) | {value.name for value in graph.inputs}
+        self._taken: set[str | None] = {*graph.initializers, *(value.name for value in graph.inputs)}
         for node in graph.all_nodes():
             self._taken.add(node.name)
             self._taken.update(output.name for output in node.outputs)

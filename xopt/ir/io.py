@@ -134,7 +134,7 @@ def _read_external(model: ir.Model) -> None:
     if size > free:
         what = f"the weights take {size >> 20} MB, and {free >> 20} MB of memory are free"
         raise InputError("E-MEMORY", what, cure="use a machine with more memory")
-    read: dict[tuple[str, int], ir.Tensor] = {}
+    read: dict[tuple[str, int], ir.TensorProtocol] = {}
     for value in values:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
@@ -148,7 +148,7 @@ def _read_external(model: ir.Model) -> None:
                 node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _own(attribute.value))
 
 
-def _own(tensor: ir.ExternalTensor) -> ir.Tensor:
+def _own(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     """The tensor with its bytes in memory; numbers of less than a byte are unpacked by onnx_ir."""
     if tensor.dtype.bitwidth < 8:
         return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
 DEEPEST = 8
@@ -16,7 +18,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise _refusal("aliases are not allowed", event.start_mark)
         self.depth += 1
@@ -63,5 +65,5 @@ def load(text: str) -> object:
         raise ValueError(f"a value cannot be read: {error}") from error
 
 
-def _refusal(problem: str, mark: yaml.Mark) -> yaml.constructor.ConstructorError:
+def _refusal(problem: str, mark: Any) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, mark)

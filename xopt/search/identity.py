@@ -58,8 +58,8 @@ def of_model(model: ir.Model) -> str:
 
     state = hashlib.sha256()
     bare = model.clone()
-    for value, tensor in _tensors(bare):
-        state.update(f"{value!r} {tensor.dtype} {list(tensor.shape.numpy())} ".encode())
+    for label, tensor in _tensors(bare):
+        state.update(f"{label!r} {tensor.dtype} {list(tensor.shape.numpy())} ".encode())
         strings = tensor.dtype == ir.DataType.STRING
         state.update(repr(tensor.numpy().tolist()).encode() if strings else tensor.tobytes())
     for graph in bare.graphs():
@@ -101,7 +101,7 @@ def of_code(thing: Any) -> str:
     if not os.path.isfile(file):
         return uuid.uuid4().hex
     top = sys.modules.get(thing.__module__.partition(".")[0])
-    whole = _of_package(top.__name__) if hasattr(top, "__path__") else ""
+    whole = _of_package(top.__name__) if top is not None and hasattr(top, "__path__") else ""
     return f"{thing.__module__}.{thing.__qualname__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()} {whole}"
 
 
