@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "zero").symlink_to("/dev/zero")
     (folder / "null").symlink_to("/dev/null")
     os.mkfifo(folder / "pipe")
+    (folder / "piped").mkdir()
+    os.mkfifo(folder / "piped" / "report.json")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "socket"))  # its whole path may be longer than one may be
     (folder / "bytes").write_bytes(b"\xff\xfe\x00")
     (folder / "bomb.yaml").write_text("- a: &a [x, x]\n- b: [*a, *a]\n")
     (folder / "deep.yaml").write_text("[" * 9000)
@@ -49,8 +54,8 @@ MODEL_COMMANDS = ("inspect", "compile", "optimize", "tune", "bench")
 LONG = "9" * 6000
 
 INVOCATIONS: list[list[str]] = [
-    *([command, path] for command in ("inspect", "compile", "run") for path in NO_FILES),
-    *(["report", path] for path in ("none", "", "folder", "loop", "empty", "text", "bytes", "text/x", "x" * 300, "-")),
+    *([command, path] for command in ("inspect", "compile", "run", "report") for path in [*NO_FILES, "socket"]),
+    ["report", "piped"],
     *([command, path] for command in ("optimize", "bench", "tune") for path in ("none", "zero", "pipe", ODD_BYTES)),
     *(["diff", "m.onnx", path] for path in ("none", "zero", "folder", ODD_BYTES)),
     *(["bisect", path] for path in ("none", "pipe", "text")),

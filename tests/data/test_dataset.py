@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xopt.data import npz
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError
 
@@ -185,75 +183,6 @@ def test_data_from_a_callable(tmp_path: Path) -> None:
     assert "no disk" in str(refusal(lambda: Dataset.of(f"{source}:fails")))
     assert refusal(lambda: Dataset.of(f"{source}:none")).code == "E-OPTION"
     assert refusal(lambda: Dataset.of("no_such_module:f")).code == "E-OPTION"
-
-
-# -- hostile archives
-
-
-def npy(header: str, data: bytes = b"", version: int = 1) -> bytes:
-    """A member of an archive with this header, whatever it says."""
-    size = len(header).to_bytes(2 if version == 1 else 4, "little")
-    return b"\x93NUMPY" + bytes([version, 0]) + size + header.encode("latin1") + data
-
-
-def header(shape: str = "(2,)", descr: str = "'<f4'") -> str:
-    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n"
-
-
-MEMBERS = {
-    "sound": ("x.npy", npy(header(), bytes(8)), None),
-    "terabytes": ("x.npy", npy(header("(1099511627776,)")), "bytes do not make"),
-    "overflow": ("x.npy", npy(header("(4294967296, 4294967296)")), "bytes do not make"),
-    "negative": ("x.npy", npy(header("(-1,)")), "bytes do not make"),
-    "too short": ("x.npy", npy(header("(3,)"), bytes(8)), "bytes do not make"),
-    "too long": ("x.npy", npy(header("(1,)"), bytes(8)), "bytes do not make"),
-    "objects": ("x.npy", npy(header(descr="'|O'"), b"cos\nsystem\n(S'true'\ntR."), "it holds object"),
-    "text": ("x.npy", npy(header(descr="'<U2'"), bytes(16)), "it holds <U2"),
-    "empty text": ("x.npy", npy(header("(1152921504606846976,)", "'<U0'")), "it holds <U0"),
-    "nested header": ("x.npy", npy("(" * 9000), "no plain array"),
-    "giant header": ("x.npy", npy(" " * 70_000, version=2), "no plain array"),
-    "endless header": ("x.npy", npy(header(), version=2)[:8] + b"\xff\xff\xff\xff", "no plain array"),
-    "no dict": ("x.npy", npy("[1]"), "no plain array"),
-    "huge rank": ("x.npy", npy(header("(" + "1," * 100 + ")"), bytes(4)), "no plain array"),
-    "no npy": ("readme.txt", b"hello", "'readme.txt'"),
-    "a folder": ("folder/", b"", "'folder/'"),
-}
-
-
-@pytest.mark.parametrize("case", MEMBERS)
-def test_a_member_is_what_it_says(case: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    name, content, says = MEMBERS[case]
-    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
-        archive.writestr(name, content)
-    if says is None:
-        assert Dataset.load(tmp_path / "d.npz").inputs["x"].tolist() == [0, 0]
-        return
-    error = refusal(lambda: Dataset.load(tmp_path / "d.npz"))
-    assert error.code == "E-DATA" and says in str(error) and "allow_pickle" not in str(error)
-    assert not recwarn.list
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("second", ["x.npy", "x"])
-def test_a_name_that_is_there_twice(second: str, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
-        archive.writestr("x.npy", npy(header(), bytes(8)))
-        archive.writestr(second, npy(header(), bytes(8)))
-    assert "there twice" in str(refusal(lambda: Dataset.load(tmp_path / "d.npz")))
-
-
-def test_a_wrong_checksum(tmp_path: Path) -> None:
-    np.savez(tmp_path / "d.npz", x=np.full(1000, 7.0, np.float32))
-    content = bytearray((tmp_path / "d.npz").read_bytes())
-    content[content.index(np.float32(7).tobytes()) + 400] ^= 1
-    (tmp_path / "d.npz").write_bytes(content)
-    assert "CRC" in str(refusal(lambda: Dataset.load(tmp_path / "d.npz")))
-
-
-def test_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npz, "_PLENTY", 1 << 20)
-    np.savez_compressed(tmp_path / "d.npz", x=np.zeros(1 << 20))
-    assert "100 times its size" in str(refusal(lambda: Dataset.load(tmp_path / "d.npz")))
 
 
 @pytest.mark.parametrize(

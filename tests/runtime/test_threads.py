@@ -138,11 +138,22 @@ def test_a_caller_keeps_its_cpus(artifacts: list[Path]) -> None:
     assert os.sched_getaffinity(threading.get_native_id()) == before
 
 
-@pytest.mark.parametrize("asked", [0, -1, 10**9, True, "2", 1.5])
+@pytest.mark.parametrize("asked", [np.int64(2), np.uint8(2), np.array(2)])
+def test_a_number_may_be_numpys(asked: object) -> None:
+    assert threads.count(asked) == 2
+    assert type(threads.count(asked)) is int
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [0, -1, 10**9, 10**9000, -(10**9000), True, np.True_, "2", "2" * 9000, 1.5, np.float64(2), np.int64(-1), object()],
+    ids=lambda asked: type(asked).__name__,
+)
 def test_threads_that_cannot_be(artifacts: list[Path], asked: object) -> None:
     with pytest.raises(InputError, match="threads cannot be") as caught:
         Session.load(artifacts[0], threads=asked)  # type: ignore[arg-type]
     assert caught.value.code == "E-OPTION"
+    assert len(str(caught.value)) < 200
 
 
 def test_by_default_there_are_no_more_threads_than_the_quota_pays_for(monkeypatch: pytest.MonkeyPatch) -> None:

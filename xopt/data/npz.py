@@ -1,12 +1,17 @@
-"""Read an ``.npz`` file that nobody vouches for: plain arrays of numbers, of the sizes that it really has."""
+"""Arrays by name in an ``.npz`` file.
+
+Nobody vouches for one that is read: what it holds must be plain arrays of numbers, of the sizes that it really has. One
+that is written takes every name that an archive can hold, where ``numpy.savez`` keeps some for its own options.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -16,6 +21,7 @@ from xopt.errors import InputError
 
 NUMBERS = "biuf"
 """Kinds of numpy types that are numbers to a model."""
+_LONGEST_NAME = 60_000
 _PLENTY = 1 << 30
 _LARGEST_RATIO = 100
 """Times its size that a file may unpack to, beyond a gigabyte; padded token ids come to forty."""
@@ -48,6 +54,26 @@ def read(path: Path) -> dict[str, np.ndarray]:
                     f"{item.filename!r} in it is no plain array of numbers ({_brief(error)})", path
                 ) from error
     return arrays
+
+
+def write(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write what ``numpy.load`` reads.
+
+    Args:
+        file: open for writing.
+        arrays: by name.
+
+    Raises:
+        InputError: ``E-OUTPUT``, a name cannot be one in such a file.
+    """
+    for name in arrays:
+        if (problem := _fault_of(name)) is not None:
+            cure = "take the array from Session.run in Python, or rename it in the model"
+            raise InputError("E-OUTPUT", f"an .npz file cannot hold {name!r}: the name {problem}", cure=cure)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def _array(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> np.ndarray:
@@ -91,3 +117,13 @@ def _damaged(what: str, path: Path) -> InputError:
 
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
+
+
+def _fault_of(name: str) -> str | None:
+    """Why a name cannot be a file's in a zip archive: such files are also unpacked by others than numpy."""
+    encoded = name.encode("utf-8", "replace")
+    if "\0" in name or encoded.decode() != name:
+        return "holds characters that cannot be written"
+    if len(encoded) > _LONGEST_NAME:
+        return f"is longer than {_LONGEST_NAME} bytes"
+    return "leads out of the archive" if ".." in name.replace("\\", "/").split("/") else None

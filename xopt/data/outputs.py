@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xopt.data.archive import write_arrays
+from xopt.data import npz
 from xopt.errors import InputError
 from xopt.ir.io import output_errors, replacing
 
@@ -31,7 +31,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name; an interrupted run leaves the old file. InputError E-OUTPUT."""
     check(path)
     content = io.BytesIO()
-    write_arrays(content, arrays)
+    npz.write(content, arrays)
     with zipfile.ZipFile(content, "a") as archive:
         archive.comment = MARK
     with output_errors(path), replacing(path) as file:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import xopt.ir
 from xopt import files
-from xopt.data.archive import write_arrays
+from xopt.data import npz
 from xopt.errors import InputError, XoptError
 from xopt.ir.names import file_stem
 from xopt.pipeline import text
@@ -66,7 +66,7 @@ def write(step: StepResult, model: ir.Model, context: PassContext, error: Except
     if not samples.synthetic:
         labels = {} if samples.labels is None else {"labels": samples.labels}
         with (folder / "samples.npz").open("wb") as file:
-            write_arrays(file, {**samples.inputs, **labels})
+            npz.write(file, {**samples.inputs, **labels})
     record = {
         "format": FORMAT,
         "seed": context.seed,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xopt import files
 from xopt.console import SCHEMA
 from xopt.errors import InputError
 from xopt.measure.accuracy import ARTIFACT
@@ -98,13 +99,9 @@ def to_json(report: Mapping[str, Any]) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a report.json that is whole; InputError E-FILE or E-FORMAT."""
+    data = files.read_bytes(path, "the report", LARGEST_FILE, "name the folder of an optimization")
     try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_FILE):
-            what = f"a report is a file of at most {LARGEST_FILE >> 20} MiB"
-            raise InputError("E-FORMAT", what, where=str(path), cure="name the folder of an optimization")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError("E-FILE", f"the report cannot be read ({error.strerror})", where=str(path)) from error
+        content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError("E-FORMAT", "this is not JSON", where=str(path)) from error
     if not isinstance(content, dict) or content.get("kind") != KIND or content.get("schema") != SCHEMA:

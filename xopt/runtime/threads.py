@@ -8,7 +8,9 @@ at once have some each.
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
+import reprlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,9 +119,17 @@ def count(threads: object) -> int:
     """
     if threads is None:
         return physical_cores()
-    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MOST:
-        raise InputError("E-OPTION", f"{str(threads)[:40]!r} threads cannot be", cure=f"give a number from 1 to {MOST}")
-    return threads
+    try:
+        number = 0 if isinstance(threads, bool) else operator.index(threads)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MOST:
+        try:
+            text = reprlib.repr(threads)
+        except ValueError:  # an integer of thousands of digits
+            text = "so many"
+        raise InputError("E-OPTION", f"{text} threads cannot be", cure=f"give a number from 1 to {MOST}")
+    return number
 
 
 def physical_cores() -> int:
