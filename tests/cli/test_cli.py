@@ -17,7 +17,7 @@ from tests.ir import builders
 from tests.ir.renaming import Renaming
 from xopt import cli, commands
 from xopt.data.dataset import Dataset
-from xopt.ir.io import save
+from xopt.ir.io import load, save
 
 MODEL_ARRAY = "pixel_values"
 
@@ -131,7 +131,7 @@ def test_outputs_are_saved_by_their_names(xopt: Run, hostile: Path, tmp_path: Pa
 
 
 def test_files_may_be_called_anything(xopt: Run, model: Path, tmp_path: Path) -> None:
-    """Quotes, an option, a command, a line end, a byte that is no UTF-8: for the linker and the loader."""
+    """Quotes, an option, a command, a line end, a byte that is no UTF-8: for the linker, the loader and the report."""
     name = "-a b'\"$(touch x);`\n%s{}\udce9"
     folder = tmp_path / name
     folder.mkdir()
@@ -141,7 +141,27 @@ def test_files_may_be_called_anything(xopt: Run, model: Path, tmp_path: Path) ->
     assert answer.status == 0, answer.err
     answer = xopt("run", folder / f"{name}.so", "--json")
     assert answer.status == 0 and answer.json["outputs"]["logits"]["shape"] == [1, 10]
+    answer = xopt("optimize", file, "--no-peers", "--passes", "deduplicate", "-o", folder / name)
+    assert answer.status == 0, answer.err
+    assert (folder / name / "report.html").is_file()
     assert not (Path.cwd() / "x").exists()
+
+
+def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path, tmp_path: Path) -> None:
+    samples = Dataset.random(builders.vit(layers=1), 6, 0)
+    named = {f"{name}{ESCAPES}": array for name, array in samples.inputs.items()}
+    data = tmp_path / f"{ESCAPES}.npz"
+    np.savez(data, labels=np.arange(6) % 10, **named)  # type: ignore[arg-type]
+    passes = "canonicalize,fold-constants,eliminate-dead,deduplicate,fuse-qkv,prune-heads{keep=0.5},quantize"
+    out = Path(f"out{ESCAPES}")
+    answer = xopt("optimize", hostile, "--passes", passes, "--data", data, "-o", out)
+    assert answer.status == 0, answer.err
+    shown = xopt("report", out)
+    assert shown.status == 0, shown.err
+    assert not set("\x1b\x07\r\x9b\u202e") & set(answer.out + answer.err + shown.out + shown.err)
+    graph = load(out / "model.onnx").graph
+    assert [value.name for value in graph.inputs] == [f"pixel_values{ESCAPES}"]
+    assert [value.name for value in graph.outputs] == [f"logits{ESCAPES}"]
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

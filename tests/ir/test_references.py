@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from xopt.errors import InputError
 from xopt.ir import canonicalize, load
+from xopt.ir.references import check_references
 from xopt.runtime.reference import ReferenceSession
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20, "pkg" : 1]> g (float[2] x) => (float[2] y) '
@@ -57,6 +59,18 @@ NOWHERE = {
     ),
 }  # fmt: skip
 
+GRAPHS = {
+    "in the graph": HEAD + "{ s = Greater(x, x) y = If <then_branch: graph = @by, else_branch: graph = @by> (s) }",
+    "in a function": HEAD
+    + "{ y = pkg.Inner <by = yes () => (u) { u = Neg(x) }> (x) } "
+    + '<domain: "pkg", opset_import: ["" : 20]> '
+    + "Inner <by> (a) => (r) { s = Greater(a, a) r = If <then_branch: graph = @by, else_branch: graph = @by> (s) }",
+    "in a function that nobody calls": HEAD
+    + '{ y = Neg(x) } <domain: "pkg", opset_import: ["" : 20]> '
+    + "Inner <by> (a) => (r) { r = Scan <num_scan_inputs = 1, body: graph = @by> (a) }",
+    "many": HEAD + "{ y = Relu <alpha: graphs = @by> (x) }",
+}
+
 
 @pytest.mark.parametrize("case", RESOLVED)
 def test_what_leads_somewhere_means_what_it_says(case: str, tmp_path: Path) -> None:
@@ -75,3 +89,24 @@ def test_what_leads_nowhere_is_refused(case: str, tmp_path: Path) -> None:
         load(written(text, tmp_path))
     assert caught.value.code == "E-FORMAT"
     assert says in caught.value.what
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_a_graph_is_not_handed_to_a_function(case: str, tmp_path: Path) -> None:
+    path = written(GRAPHS[case], tmp_path)
+    with pytest.raises(InputError, match="refers to a graph of the call") as caught:
+        load(path)
+    assert caught.value.code == "E-FORMAT"
+    with pytest.raises(InputError, match="refers to a graph of the call"):
+        check_references(ir.from_proto(onnx.load(path)))
+
+
+def test_a_default_that_is_a_reference(tmp_path: Path) -> None:
+    path = written(RESOLVED["a default"][0], tmp_path)
+    model = onnx.load(path)
+    default = model.functions[0].attribute_proto[0]
+    default.ref_attr_name = "other"
+    default.ClearField("f")
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="no default for attribute 'by'"):
+        load(path)

@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 
+GRAPH_OF_CALL = "refers to a graph of the call, which is not supported"
+
 
 def check_references(model: ir.Model) -> None:
     """Look up every reference; InputError E-FORMAT for one that leads nowhere."""
@@ -42,10 +44,12 @@ def _without_default(function: ir.Function) -> set[str]:
 
 
 def _references(nodes: Iterable[ir.Node]) -> Iterator[tuple[str, str]]:
-    """(attribute, what it refers to) of each reference."""
+    """(attribute, what it refers to) of each reference; a graph that is none is found before it would be walked."""
     for node in nodes:
         for attribute in node.attributes.values():
             if attribute.ref_attr_name is not None:
+                if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                    raise _nowhere(f"attribute {attribute.name!r} {GRAPH_OF_CALL}", node)
                 yield attribute.name, attribute.ref_attr_name
 
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 from xopt.ir.bounds import check_bounds, check_rank
+from xopt.ir.references import GRAPH_OF_CALL
 
 NATIVE_MEMORY = 1 << 30
 """Bytes that native code may allocate on the word of a model file (shape inference, constant folding)."""
@@ -83,6 +84,10 @@ def check_proto(proto: onnx.ModelProto, folder: Path) -> None:
                 check_tensor(tensor, folder)
         for node in nodes:
             for attr in node.attribute:
+                if attr.ref_attr_name and attr.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+                    what = f"attribute {attr.name!r} {GRAPH_OF_CALL}"
+                    cure = "export the model without functions"
+                    raise InputError("E-FORMAT", what, where=f"node {node.name or node.op_type!r}", cure=cure)
                 for tensor in [attr.t, *attr.tensors] if attr.HasField("t") else attr.tensors:
                     check_tensor(tensor, folder, where=f"constant of node {node.name or node.op_type!r}")
 
