@@ -11,12 +11,14 @@ Loops that are too short to pay for a fork stay on one thread. A function of ano
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.ir import Call, TensorLoad
+from tvm.ir.prim.expr import Select
 
 from xopt.kernels.emit import TASKS
 
@@ -25,6 +27,20 @@ LANES = 16
 
 SMALLEST = 1 << 13
 """Elements below which starting threads costs more than it saves (a fork takes about a microsecond)."""
+
+LARGEST = 256
+"""Elements that the code of a step may read for the step to be computed inside another."""
+
+EXPANDED = frozenset(f"tirx.{name}" for name in ("tanh", "tan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf"))
+"""Functions that TVM writes out as expressions of their argument, ..."""
+
+COPIES = 16
+"""... which these hold about so many times."""
+
+BRANCHES = 4
+"""How much longer TVM's simplifier takes over a choice in another: it looks at all of them under each condition."""
+
+_OPERANDS = ("a", "b", "value", "condition", "true_value", "false_value")
 
 FORK = 64
 """Parallel iterations that keep every thread busy; with fewer, the inner loop is divided as well."""
@@ -95,13 +111,48 @@ def scheduled(function: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 def _inline(schedule: s_tir.Schedule) -> None:
-    """Compute pointwise steps inside their only reader."""
+    """Compute pointwise steps inside their only reader, while the expression that this makes stays of a size.
+
+    A step that reads its operand twice doubles what is inlined into it: 30 of them in a row would read it 2**30 times.
+    """
+    sizes: dict[Any, int] = {}
     for block in schedule.get_child_blocks(schedule.get_sblock("root")):
-        if _is_pointwise(schedule, block) and len(schedule.get_consumers(block)) == 1:
-            try:
-                schedule.compute_inline(block)
-            except s_tir.ScheduleError:
-                continue
+        if not _is_pointwise(schedule, block) or len(schedule.get_consumers(block)) != 1:
+            continue
+        store = schedule.get(block).body
+        if not isinstance(store, tirx.BufferStore) or (size := _reads(store.value, sizes)) > LARGEST:
+            continue
+        try:
+            schedule.compute_inline(block)
+        except s_tir.ScheduleError:
+            continue
+        sizes[store.buffer] = size
+
+
+def _reads(expression: Any, sizes: Mapping[Any, int]) -> int:
+    """How many elements the code of an expression reads.
+
+    Args:
+        expression: what a step stores.
+        sizes: the same for each buffer whose step is inlined.
+    """
+    total, pending = 0, [(expression, 1)]
+    while pending:
+        part, times = pending.pop()
+        if isinstance(part, TensorLoad):
+            total += times * sizes.get(part.source, 1)
+        elif isinstance(part, Call) and getattr(part.op, "name", "") in EXPANDED:
+            times *= COPIES
+        elif isinstance(part, Select):
+            times *= BRANCHES
+        pending += [(operand, times) for operand in _operands(part)]
+    return total
+
+
+def _operands(part: Any) -> list[Any]:
+    fields = [getattr(part, name, None) for name in _OPERANDS]
+    lists = [getattr(part, name, ()) for name in ("args", "indices")]
+    return [field for field in fields if field is not None] + [item for items in lists for item in items]
 
 
 def _kinds(schedule: s_tir.Schedule, block: Any) -> list[int]:

@@ -68,3 +68,25 @@ def test_other_forms_are_left_alone() -> None:
     a = te.placeholder((16,), name="a")
     function = te.create_prim_func([a, topi.cumsum(a, 0)])
     assert scheduled(function).script() == function.script()
+
+
+STEPS = {
+    "tanh": (topi.tanh, np.tanh),
+    "sign": (topi.sign, np.sign),
+    "square": (lambda x: topi.multiply(x, x), np.square),
+    "maximum": (lambda x: topi.maximum(x, topi.negative(x)), np.abs),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_that_read_their_operand_often_are_not_all_inlined(step: str) -> None:
+    """Each doubles the expression at least: 40 inlined would be one of 2**40 terms, which never ends."""
+    a = te.placeholder((tirx.Var("n", "int64"), 16), name="a")
+    array = np.linspace(-1, 1, 48, dtype=np.float32).reshape(3, 16)
+    last, expected = a, array.astype(np.float64)
+    for _ in range(40):
+        last, expected = STEPS[step][0](last), STEPS[step][1](expected)
+    function = scheduled(te.create_prim_func([a, last]))
+    result = tvm.runtime.tensor(np.zeros_like(array))
+    tvm.compile(function, targets.get("cpu").tvm_target())(tvm.runtime.tensor(array), result)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-5)

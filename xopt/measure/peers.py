@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import openvino
     import torch
 
+_EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 NAMES = ("onnxruntime", "openvino", "torch", "torch-compile")
 
 
@@ -78,8 +80,10 @@ def onnxruntime_runner(path: Path, threads: int) -> Runner:
     options.log_severity_level = 4
     try:
         source: str | bytes = str(path).encode().decode()
-    except UnicodeEncodeError:  # onnxruntime takes no other path; external data would not be found then
+    except UnicodeEncodeError:  # onnxruntime takes no other path, but for the folder a name that the system has for it
         source = path.read_bytes()
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        options.add_session_config_entry(_EXTERNAL_DATA, f"/proc/self/fd/{folder}")
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
