@@ -17,6 +17,7 @@ from tests.ir import builders
 from tests.ir.renaming import Renaming
 from xopt import cli, commands
 from xopt.data.dataset import Dataset
+from xopt.ir import export
 from xopt.ir.io import load, save
 
 MODEL_ARRAY = "pixel_values"
@@ -162,6 +163,32 @@ def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path, tmp_p
     graph = load(out / "model.onnx").graph
     assert [value.name for value in graph.inputs] == [f"pixel_values{ESCAPES}"]
     assert [value.name for value in graph.outputs] == [f"logits{ESCAPES}"]
+
+
+def test_a_quantized_export_with_few_positions_goes_all_the_way(xopt: Run, tmp_path: Path) -> None:
+    """Of onnxruntime's quantizer, which rounds the table of positions too."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Samples(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter([builders.feeds(builders.bert(layers=1, positions=32))] * 2)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.feeds, None)
+
+    plain, path = tmp_path / "plain.onnx", tmp_path / "q.onnx"
+    save(export(builders.bert(layers=1, positions=32)), plain)
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(plain, path, Samples(), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
+    assert "DequantizeLinear" in {node.op_type for node in load(path).graph}
+    for arguments in (["inspect", path], ["compile", path, "-o", tmp_path / "m.so"]):
+        answer = xopt(*arguments)
+        assert answer.status == 0, answer.err
+    answer = xopt("run", tmp_path / "m.so", "--dim", "seq=32", "--json")
+    assert answer.json["outputs"]["embedding"]["shape"] == [1, 32]
+    assert "give at most 32" in xopt("run", tmp_path / "m.so", "--dim", "seq=33").err
+    answer = xopt("optimize", path, "--no-peers", "-o", tmp_path / "out")
+    assert answer.status == 0, answer.err
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

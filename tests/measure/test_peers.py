@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.ir import builders
@@ -42,6 +44,23 @@ def test_torch_runs_a_model_whatever_its_names_are(tmp_path: Path) -> None:
     got = peers.torch_runner(path, hostile, 1)(hostile)
     (expected,) = ReferenceSession(plain).run(given).values()
     np.testing.assert_allclose(got[model("value", "embedding")], expected, atol=1e-4)  # sums of up to 128 float32
+
+
+@pytest.mark.parametrize("location", [None, "weights.data"])
+def test_onnxruntime_finds_a_model_whose_path_is_no_utf8(location: str | None, tmp_path: Path) -> None:
+    plain, given = builders.vit(layers=1), builders.feeds(builders.vit(layers=1))
+    save(plain, tmp_path / "m.onnx")
+    if location is not None:
+        proto, shown = onnx.load(tmp_path / "m.onnx"), tmp_path / "m.onnx"
+        onnx.save_model(proto, shown, save_as_external_data=True, location=location, size_threshold=256)
+    folder = tmp_path / os.fsdecode(b"caf\xe9 '\n")
+    folder.mkdir()
+    for file in [file for file in tmp_path.iterdir() if file.is_file()]:
+        file.rename(folder / (os.fsdecode(b"\xe9.onnx") if file.suffix == ".onnx" else file.name))
+    before = os.listdir("/proc/self/fd")
+    found = peers.onnxruntime_runner(folder / os.fsdecode(b"\xe9.onnx"), 1)(given)["logits"]
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    np.testing.assert_allclose(found, ReferenceSession(plain).run(given)["logits"], atol=1e-5)
 
 
 def test_onnxruntime_has_no_bfloat16(feeds: dict[str, np.ndarray]) -> None:

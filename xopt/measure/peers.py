@@ -78,13 +78,16 @@ def onnxruntime_runner(path: Path, threads: int) -> Runner:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    providers = ["CPUExecutionProvider"]
     try:
-        source: str | bytes = str(path).encode().decode()
-    except UnicodeEncodeError:  # onnxruntime takes no other path, but for the folder a name that the system has for it
-        source = path.read_bytes()
+        session = onnxruntime.InferenceSession(str(path).encode().decode(), options, providers=providers)
+    except UnicodeEncodeError:  # it takes no such path; the folder, for external data, has another one
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        options.add_session_config_entry(_EXTERNAL_DATA, f"/proc/self/fd/{folder}")
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        try:
+            options.add_session_config_entry(_EXTERNAL_DATA, f"/proc/self/fd/{folder}")
+            session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+        finally:
+            os.close(folder)
     names = [output.name for output in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(None, dict(feeds))))
 
