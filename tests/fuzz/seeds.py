@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,19 +38,30 @@ class Seed:
 @functools.cache
 def seeds() -> tuple[Seed, ...]:
     """All seeds, in the order that indices of cases count them."""
-    return tuple(_cached(name, build) for name, build in BUILDERS.items())
+    return tuple(_cached(name) for name in BUILDERS)
 
 
-def _cached(name: str, build: Callable[[Path], None]) -> Seed:
+def _cached(name: str) -> Seed:
     folder = FOLDER / name
     if not (folder / MODEL).is_file():
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
-            build(Path(temporary) / MODEL)
+            _in_process(name, Path(temporary) / MODEL)
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(temporary, folder)
     data = folder / DATA
     return Seed(name, (folder / MODEL).read_bytes(), data.read_bytes() if data.is_file() else b"")
+
+
+def _in_process(name: str, path: Path) -> None:
+    """Build a seed in a process of its own: exporters leave threads behind, and who forks must have none."""
+    script = "import sys; sys.path[:] = eval(sys.argv[1]); from tests.fuzz import seeds; seeds.build(*sys.argv[2:])"
+    subprocess.run([sys.executable, "-c", script, repr(sys.path), name, str(path)], check=True)
+
+
+def build(name: str, path: str) -> None:
+    """Write the seed of that name."""
+    BUILDERS[name](Path(path))
 
 
 def digits(path: Path) -> None:
