@@ -236,3 +236,13 @@ def test_xopt_ops(swish_op: str, inline: bool, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     compiled = openvino.Core().compile_model(write(exported, tmp_path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.testing.assert_allclose(compiled({"x": data})["y"], want, **FLOAT32)
+
+
+def test_integers_through_relu(tmp_path: Path) -> None:
+    """onnxruntime runs it by its function body, but only at the opset of that body."""
+    net = Net("integers")
+    net.output(net.op("Relu", net.input("x", [3], ir.DataType.INT64)), "y")
+    path = tmp_path / "relu.onnx"
+    save(export(net.build()), path)
+    (result,) = onnxruntime.InferenceSession(path).run(None, {"x": np.array([-2, 0, 3])})
+    np.testing.assert_array_equal(result, [0, 0, 3])

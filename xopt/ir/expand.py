@@ -32,10 +32,11 @@ class Expander:
             "RotaryEmbedding": self._rotary,
             "RMSNormalization": self._rms_norm,
             "Swish": self._swish,
+            "Relu": self._integer_relu,
         }
         for node in list(self._graph):
             expand = expansions.get(node.op_type) if not node.domain else None
-            if expand is not None:
+            if expand is not None and (node.op_type != "Relu" or _is_integer(node.inputs[0])):
                 result = expand(node)
                 result.shape = result.shape or node.outputs[0].shape
                 replace_uses(node.outputs[0], result)
@@ -97,6 +98,11 @@ class Expander:
         alpha = float(attribute(node, "alpha", 1.0) or 0.0)
         scaled = x if alpha == 1.0 else self._op(node, "Mul", [x, self._number(node, alpha, x)])
         return self._op(node, "Mul", [x, self._op(node, "Sigmoid", [scaled])])
+
+    def _integer_relu(self, node: ir.Node) -> ir.Value:
+        """onnxruntime has none for integers."""
+        x = operand(node, 0)
+        return self._op(node, "Max", [x, self._number(node, 0, x)])
 
     # Rotary embedding
 
@@ -381,3 +387,7 @@ class Expander:
             return self._op(node, "Reshape", [full, self._op(node, "Concat", sizes, axis=0)])
 
         return self._once(("grouped", value, groups, repeat), build)
+
+
+def _is_integer(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_integer()
