@@ -100,7 +100,7 @@ class Expander:
         return self._op(node, "Mul", [x, self._op(node, "Sigmoid", [scaled])])
 
     def _integer_relu(self, node: ir.Node) -> ir.Value:
-        """onnxruntime has none for integers."""
+        """Onnxruntime has none for integers."""
         x = operand(node, 0)
         return self._op(node, "Max", [x, self._number(node, 0, x)])
 
