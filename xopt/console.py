@@ -30,18 +30,35 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of the JSON on standard output and in report.json (docs/cli-json.md)."""
 INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LONGEST_CELL = 400
 """Characters of a name or a text in a table."""
 
 
 def emit(content: Mapping[str, Any]) -> None:
     """Print machine-readable output."""
-    print(json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False, default=str))
+    with _printing():
+        print(json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False, default=str))
 
 
 def out(text: object = "") -> None:
     """Lines of an answer, on standard output."""
-    print(_lines(text))
+    with _printing():
+        print(_lines(text))
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """What is printed inside reaches standard output, or InputError E-OUTPUT says that it cannot."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = "the disk is full" if error.errno in _FULL else f"cannot write ({error.strerror})"
+        raise InputError("E-OUTPUT", what, where="standard output", cure="send it somewhere else") from error
 
 
 def say(message: str) -> None:
@@ -70,7 +87,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     for row in rows:
         grid.add_row(*(cell(content) for content in row))
     width = None if sys.stdout.isatty() else 140
-    Console(width=width, highlight=False, markup=False).print(grid)
+    with _printing():
+        Console(width=width, highlight=False, markup=False).print(grid)
 
 
 @contextmanager
@@ -122,7 +140,6 @@ def run_guarded(command: Callable[[], None]) -> int:
         _open_streams()
         with _escaping():
             command()
-            sys.stdout.flush()
     except click.exceptions.Exit as signal:
         return signal.exit_code
     except click.UsageError as error:
@@ -144,9 +161,10 @@ def run_guarded(command: Callable[[], None]) -> int:
         cure = "take a smaller batch or smaller sizes of axes, or a machine with more"
         return _report(InputError("E-MEMORY", "there is not enough memory", cure=cure))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
             return _report(_unusable(error))
-        return _report(_full(error))
+        place = str(error.filename or tempfile.gettempdir())
+        return _report(InputError("E-OUTPUT", "the disk is full", where=place, cure="free some space"))
     except Exception as error:
         if os.environ.get("XOPT_DEBUG") == "1":
             say(traceback.format_exc())
@@ -172,17 +190,6 @@ def _unusable(error: OSError) -> XoptError:
     if any(path == one or path.startswith(f"{one}/") for one in named if path):
         return InputError("E-FILE", f"it cannot be used: {error.strerror}", where=path, cure="check the path")
     return _internal(error)
-
-
-def _full(error: OSError) -> InputError:
-    """Which disk is full: what could not be printed is still waiting to be."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return InputError("E-OUTPUT", "the disk is full", where="standard output", cure="send it somewhere else")
-    place = error.filename or tempfile.gettempdir()
-    return InputError("E-OUTPUT", "the disk is full", where=str(place), cure="free some space")
 
 
 @contextmanager

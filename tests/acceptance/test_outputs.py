@@ -19,7 +19,8 @@ from xopt.pipeline.verify import rounding_bound
 from xopt.search import steps
 
 PASSES = "prune-heads{keep=0.75, ffn=true}, merge-tokens{ratio=0.2}"
-FILES = {"manifest.json", "model.onnx", "model.so", "model.weights", "pipeline.yaml", "report.html", "report.json"}
+ARTIFACT = {"model.so", "model.weights", "manifest.json"}
+FILES = ARTIFACT | {"model.onnx", "pipeline.yaml", "report.html", "report.json", ".xopt-files.json"}
 Arrays = Mapping[str, np.ndarray]
 ROUNDING = 2e-5
 """Of the largest output: four blocks of float32 sums in another order."""
