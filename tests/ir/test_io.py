@@ -549,3 +549,17 @@ def test_scales_that_do_not_fit_the_integers(scales: int, zeros: int, axis: int,
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "q.onnx")
     with pytest.raises(InputError, match="do not fit"):
         load(tmp_path / "q.onnx")
+
+
+@pytest.mark.parametrize("claimed", [1, 2, 4, 1 << 40, -1])
+def test_a_split_that_claims_other_outputs_than_it_has(path: Path, claimed: int) -> None:
+    """ONNX's shape inference reads past the end of its list of sizes, and aborts."""
+
+    def split(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = 18
+        source = model.graph.node[-1].output[0]
+        parts = ["part0", "part1", "part2"]
+        model.graph.node.append(onnx.helper.make_node("Split", [source], parts, axis=-1, num_outputs=claimed))
+
+    edited(path, split)
+    assert "num_outputs" in str(refused(path, "E-FORMAT"))

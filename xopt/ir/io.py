@@ -93,6 +93,9 @@ def check_nodes(model: ir.Model) -> None:
         InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``.
     """
     check_references(model)
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (node for body in bodies for node in body.all_nodes()):
+        _check_split(node)
     for node in model.graph.all_nodes():
         if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
             raise InputError(
@@ -109,6 +112,15 @@ def check_nodes(model: ir.Model) -> None:
             onnx.checker.check_model(proto)
     except Exception as error:
         raise _malformed(error) from error
+
+
+def _check_split(node: ir.Node) -> None:
+    """Refuse a Split that claims other outputs than it has: ONNX's shape inference ends the process on fewer."""
+    claimed = node.attributes.get("num_outputs")
+    if node.op_type != "Split" or claimed is None or claimed.is_ref() or claimed.value == len(node.outputs):
+        return
+    what = f"num_outputs of Split is {claimed.value}, and it has {len(node.outputs)}"
+    raise InputError("E-FORMAT", what, where=f"node {node.name!r}", cure="export the model again")
 
 
 def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:
