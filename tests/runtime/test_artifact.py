@@ -12,26 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ir import builders
-from xopt import targets
 from xopt.errors import InputError
 from xopt.runtime.manifest import digest, manifest_path, weights_path
 from xopt.runtime.session import Session
 
 FEEDS = {"input_ids": np.array([[1, 2, 3]]), "attention_mask": np.ones((1, 3), np.int64)}
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = builders.bert(layers=1, width=16, heads=2, pooled="none")
-    return targets.compile(model, "cpu:avx2", tmp_path_factory.mktemp("artifact") / "model.so")
-
-
-@pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    for file in (artifact, weights_path(artifact), manifest_path(artifact)):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path / artifact.name
 
 
 def manifest(library: Path) -> dict[str, Any]:

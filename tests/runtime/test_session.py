@@ -25,19 +25,6 @@ from xopt.runtime.session import Session
 IDS = {"input_ids": np.array([[1, 2, 3]]), "attention_mask": np.ones((1, 3), np.int64)}
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = builders.bert(layers=1, width=16, heads=2, pooled="none")
-    return targets.compile(model, "cpu:avx2", tmp_path_factory.mktemp("artifact") / "model.so")
-
-
-@pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    for file in (artifact, weights_path(artifact), manifest_path(artifact)):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path / artifact.name
-
-
 def aligned(array: np.ndarray) -> np.ndarray:
     buffer = np.empty(array.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
