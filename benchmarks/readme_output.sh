@@ -2,7 +2,6 @@
 # Make the session that README.md shows: optimize the digits example for this CPU. Needs `make setup`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONSAFEPATH=1
 .venv/bin/python examples/digits/train.py --data-only
 cd examples/digits
 exec ../../.venv/bin/xopt optimize digits_vit.onnx --target cpu \

@@ -56,7 +56,7 @@ def _cached(name: str) -> Seed:
 def _in_process(name: str, path: Path) -> None:
     """Build a seed in a process of its own: exporters leave threads behind, and who forks must have none."""
     script = "import sys; sys.path[:] = eval(sys.argv[1]); from tests.fuzz import seeds; seeds.build(*sys.argv[2:])"
-    subprocess.run([sys.executable, "-c", script, repr(sys.path), name, str(path)], check=True)
+    subprocess.run([sys.executable, "-c", script, repr([*sys.path, str(ROOT)]), name, str(path)], check=True)
 
 
 def build(name: str, path: str) -> None:

@@ -223,7 +223,7 @@ def test_text_that_is_no_report(tmp_path: Path, text: str) -> None:
 
 
 def test_a_device_is_no_report() -> None:
-    with pytest.raises(InputError, match="a report is a file"):
+    with pytest.raises(InputError, match="the report is a device"):
         record.read(Path("/dev/zero"))
 
 

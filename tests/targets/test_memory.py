@@ -33,8 +33,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def guarded(guard: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``memory/guarded.py`` between guard pages."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "LD_PRELOAD": str(guard), "TVM_NUM_THREADS": "2", "PYTHONPATH": paths}
+    environment = {**os.environ, "LD_PRELOAD": str(guard), "TVM_NUM_THREADS": "2"}
     command = [sys.executable, "-m", "tests.targets.memory.guarded", *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
