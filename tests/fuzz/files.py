@@ -228,8 +228,8 @@ def _archive(content: bytes, random: Random) -> bytes:
     buffer = io.BytesIO()
     method = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     with zipfile.ZipFile(buffer, "w", method) as archive:
-        for member in [*members, *([extra] if extra else [])]:
-            archive.writestr(*member)
+        for name, data in [*members, *([extra] if extra else [])]:
+            archive.writestr(zipfile.ZipInfo(name), data, method)  # a name alone gets the time of day
     return buffer.getvalue()
 
 
