@@ -210,6 +210,16 @@ def test_refused_with_a_reason(middle: str, last: str, constants: str, reason: s
     assert not report.attention
 
 
+def test_keys_of_another_batch_are_no_attention() -> None:
+    """They broadcast where one of the batches is 1 when the model runs; ``Attention`` has one batch."""
+    inputs = "float[B, 2, S, 4] qt, float[C, 2, S, 4] k4, float[C, 2, S, 4] vt"
+    body = "kt = Transpose <perm: ints = [0, 1, 3, 2]> (k4) " + SCORES + VALUES.format("s") + "y = Identity(o)"
+    model = model_of(f"({inputs}) => (float[D, 2, S, 4] y) <float scale = {{0.5}}>", body)
+    report = canonicalize(model)
+    assert [refused.reason for refused in report.refused if refused.what == "attention"] == ["batch-sizes"]
+    assert not report.attention
+
+
 def test_weights_that_are_read_stay() -> None:
     model = build("", output="e = ReduceMax <keepdims: int = 1> (w) f = Add(o, e) " + OUTPUT.replace("(o)", "(f)"))
     report = canonicalize(check(model))

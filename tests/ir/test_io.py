@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.ir.renaming import Renaming
 from xopt.errors import InputError
-from xopt.ir import canonicalize, export, io, load, save
+from xopt.ir import canonicalize, export, io, load, native, save
 from xopt.runtime.reference import ReferenceSession
 
 TEXT = """
@@ -553,8 +553,6 @@ def test_scales_that_do_not_fit_the_integers(scales: int, zeros: int, axis: int,
 
 @pytest.mark.parametrize("claimed", [1, 2, 4, 1 << 40, -1])
 def test_a_split_that_claims_other_outputs_than_it_has(path: Path, claimed: int) -> None:
-    """ONNX's shape inference reads past the end of its list of sizes, and aborts."""
-
     def split(model: onnx.ModelProto) -> None:
         model.opset_import[0].version = 18
         source = model.graph.node[-1].output[0]
@@ -563,3 +561,24 @@ def test_a_split_that_claims_other_outputs_than_it_has(path: Path, claimed: int)
 
     edited(path, split)
     assert "num_outputs" in str(refused(path, "E-FORMAT"))
+
+
+def test_native_code_that_crashes_ends_a_process_of_its_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Split with more parts than it claims, ONNX's shape inference reads sizes that are not there."""
+
+    def split(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = 18
+        source = model.graph.node[-1].output[0]
+        model.graph.node.append(
+            onnx.helper.make_node("Split", [source], ["part0", "part1", "part2"], axis=-1, num_outputs=2)
+        )
+
+    edited(path, split)
+    monkeypatch.setattr(io, "check_splits", lambda model: None)
+    assert "crashes (SIG" in str(refused(path, "E-FORMAT"))
+
+
+def test_native_code_that_does_not_end_is_stopped(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "SECONDS", 1)
+    monkeypatch.setattr(native, "_CHILD", native._CHILD.replace("model =", "while True: pass\nmodel ="))
+    assert "more than 1 s" in str(refused(path, "E-FORMAT"))

@@ -20,6 +20,7 @@ import psutil
 
 from xopt import files
 from xopt.errors import InputError
+from xopt.ir.native import check_native
 from xopt.ir.references import check_references
 from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
 from xopt.ir.untrusted import bounded_memory, check_grids, check_proto, check_weights, drop_value_info
@@ -81,6 +82,7 @@ def check_graph(model: ir.Model) -> None:
     Raises:
         InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``, ``E-NAN-WEIGHTS``.
     """
+    check_splits(model)
     check_nodes(model)
     check_grids(model)
     check_weights(model)
@@ -93,9 +95,6 @@ def check_nodes(model: ir.Model) -> None:
         InputError: ``E-FORMAT``, ``E-UNSUPPORTED-OP``.
     """
     check_references(model)
-    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for node in (node for body in bodies for node in body.all_nodes()):
-        _check_split(node)
     for node in model.graph.all_nodes():
         if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
             raise InputError(
@@ -109,18 +108,27 @@ def check_nodes(model: ir.Model) -> None:
             proto = without_weights(model)
             for value in [*proto.graph.input, *proto.graph.output]:
                 value.type.tensor_type.shape.SetInParent()  # the checker wants a shape, which a model need not declare
+            check_native(proto)
             onnx.checker.check_model(proto)
+    except InputError:
+        raise
     except Exception as error:
         raise _malformed(error) from error
 
 
-def _check_split(node: ir.Node) -> None:
-    """Refuse a Split that claims other outputs than it has: ONNX's shape inference ends the process on fewer."""
-    claimed = node.attributes.get("num_outputs")
-    if node.op_type != "Split" or claimed is None or claimed.is_ref() or claimed.value == len(node.outputs):
-        return
-    what = f"num_outputs of Split is {claimed.value}, and it has {len(node.outputs)}"
-    raise InputError("E-FORMAT", what, where=f"node {node.name!r}", cure="export the model again")
+def check_splits(model: ir.Model) -> None:
+    """Refuse a Split that claims other outputs than it has.
+
+    Raises:
+        InputError: ``E-FORMAT``.
+    """
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for node in (node for body in bodies for node in body.all_nodes()):
+        claimed = node.attributes.get("num_outputs")
+        if node.op_type != "Split" or claimed is None or claimed.is_ref() or claimed.value == len(node.outputs):
+            continue
+        what = f"num_outputs of Split is {claimed.value}, and it has {len(node.outputs)}"
+        raise InputError("E-FORMAT", what, where=f"node {node.name!r}", cure="export the model again")
 
 
 def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:

@@ -53,8 +53,14 @@ def broadcast(*shapes: Dims) -> Dims:
 
 
 def _common(sizes: Sequence[Poly]) -> Poly:
-    """The size that is not 1: a number before a named dimension, that before a composite one."""
-    return min((size for size in sizes if size != ONE), key=lambda s: (s.constant is None, not s.is_name), default=ONE)
+    """The size that is not 1: a number, or a multiple of all others; else the first named one, else the first."""
+    wide = [size for size in sizes if size != ONE]
+
+    def rank(size: Poly) -> tuple[bool, bool, bool]:
+        multiple = all(size.exactly(other) is not None for other in wide)
+        return size.constant is None, not multiple, not size.is_name
+
+    return min(wide, key=rank, default=ONE)
 
 
 # Shapes: (symbols, node) -> dimensions of each output, or None.
@@ -116,8 +122,8 @@ def _quotient(total: Poly, rest: Poly) -> Poly:
 
 def _squeeze(s: Known, node: ir.Node) -> Shapes:
     dims, axes = s.dims(node.inputs[0]), axes_of(s, node)
-    if dims is None:
-        return None
+    if dims is None or (axes is None and any(d.constant is None for d in dims)):
+        return None  # without axes every dimension goes that is 1 when the model runs
     gone = {axis % len(dims) for axis in axes} if axes is not None else {i for i, d in enumerate(dims) if d == ONE}
     return [tuple(dim for i, dim in enumerate(dims) if i not in gone)]
 

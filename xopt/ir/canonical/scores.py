@@ -17,8 +17,8 @@ from xopt.ir.canonical.layout import Axes, after, axis, before
 from xopt.ir.canonical.masks import LOWEST
 from xopt.ir.canonical.operands import scaling
 from xopt.ir.edit import attribute, consumers, producer, scalar
-from xopt.ir.poly import ONE
-from xopt.ir.shape_rules import integer
+from xopt.ir.poly import ONE, product
+from xopt.ir.shape_rules import Dims, integer
 from xopt.ir.symbolic import Symbols
 
 QUERY, KEY, DEPTH, VALUE = "query", "key", "depth", "value"
@@ -177,8 +177,14 @@ def _factors(symbols: Symbols, node: ir.Node, axes: Axes) -> tuple[Axes, Axes]:
     return q_axes, (*_present(axes[:-2], k_dims), depth, axes[-1])
 
 
-def _present(axes: Axes, dims: tuple[object, ...]) -> Axes:
-    """Batch axes, those that are broadcast left out."""
+def _present(axes: Axes, dims: Dims) -> Axes:
+    """Batch axes, those that are broadcast left out.
+
+    Raises:
+        NotAttentionError: sizes that may differ, of which one broadcasts if the other is 1 when the model runs.
+    """
+    if any(dim not in (ONE, product(digit.count for digit in row)) for row, dim in zip(axes, dims)):
+        raise NotAttentionError("batch-sizes")
     return tuple(() if dim == ONE else row for row, dim in zip(axes, dims))
 
 
