@@ -90,12 +90,20 @@ def _transpose(call: Call) -> Value:
     return call.emit(relax.op.permute_dims(call.x(), [int(axis) for axis in order]))
 
 
+TENSORS_AT_ONCE = 16
+"""Of a concatenation in one kernel, which asks for each element from which of them it comes."""
+
+
 def _concat(call: Call) -> Value:
     tensors = call.xs()
-    if len(tensors) == 1:
-        return tensors[0]
     axis = call.axis(0, len(call.lowering.shape_of(tensors[0])))
-    return call.emit(relax.op.concat(_same_but(call, tensors, axis), axis))
+    while len(tensors) > 1:
+        groups = [tensors[i : i + TENSORS_AT_ONCE] for i in range(0, len(tensors), TENSORS_AT_ONCE)]
+        tensors = [
+            call.emit(relax.op.concat(_same_but(call, group, axis), axis)) if len(group) > 1 else group[0]
+            for group in groups
+        ]
+    return tensors[0]
 
 
 def _same_but(call: Call, tensors: list[relax.Expr], axis: int) -> list[relax.Expr]:

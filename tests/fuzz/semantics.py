@@ -93,7 +93,8 @@ def _ints(array: np.ndarray, random: Random) -> np.ndarray:
         array = np.ascontiguousarray(array[::-1]) if array.ndim == 1 else array * -1
     else:
         place = random.randrange(array.size)
-        array.flat[place] = random.choice((*COUNTS, int(array.flat[place]) + random.choice((-1, 1))))
+        beside = array.flat[place : place + 1] + random.choice((-1, 1))  # may wrap around
+        array.flat[place] = random.choice((*COUNTS, beside[0]))
     return array
 
 

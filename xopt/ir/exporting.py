@@ -37,7 +37,7 @@ def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
     _store_tied_once(plain.graph)
     remove_dead(plain)
     NameFixPass()(plain)
-    infer_shapes(plain)
+    infer_shapes(plain, names=False)
     return plain
 
 

@@ -16,12 +16,16 @@ LARGEST_CONSTANT = 1024
 """Bytes up to which a constant may matter to shapes; weights are larger."""
 
 
-def infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model, *, names: bool = True) -> None:
     """Infer the shape and type of every value anew, in place.
 
     What the exporter wrote about intermediate values is forgotten first: passes make it wrong, and other tools trip
     over it. Inputs keep their shapes and the names of their symbolic dimensions; outputs keep a declared name where
     inference finds none. Runs on a copy without weights, so it works beyond 2 GB.
+
+    Args:
+        names: also name the dimensions that ONNX's inference leaves open. Of two that meet in a broadcast the first
+            named one is taken, which a runtime that trusts the file would stumble over if it is the other.
 
     Raises:
         InputError: ``E-FORMAT``, the graph contradicts itself (shapes or types that cannot be).
@@ -36,7 +40,8 @@ def infer_shapes(model: ir.Model) -> None:
             value.shape = shape
         raise _unfit(error) from error
     _merge(model, ir.from_proto(proto))
-    name_dims(model.graph)
+    if names:
+        name_dims(model.graph)
     for value, shape in declared.items():
         value.shape = _named(value.shape, shape)
 
