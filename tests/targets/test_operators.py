@@ -57,6 +57,7 @@ CASES = [
     case("Reshape", {"x": X, "s": ints(0, -1)}), case("Flatten", {"x": X}, axis=2),
     case("Transpose", {"x": X}, perm=[2, 0, 1]), case("Squeeze", {"x": ["b", 1, 6], "a": ints(1)}),
     case("Unsqueeze", {"x": X, "a": ints(0, -1)}), case("Concat", {"x": X, "y": X}, axis=1),
+    case("Concat", {f"x{i:02}": X for i in range(40)}, axis=1),
     case("Split", {"x": X, "s": ints(1, 3)}, axis=1, outputs=2),
     case("Split", {"x": X}, axis=-1, num_outputs=3, outputs=3),
     case("Slice", {"x": X, "s": ints(1), "e": ints(2**62), "a": ints(1), "t": ints(2)}),
