@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -53,14 +54,19 @@ def broadcast(*shapes: Dims) -> Dims:
 
 
 def _common(sizes: Sequence[Poly]) -> Poly:
-    """The size that is not 1: a number, or a multiple of all others; else the first named one, else the first."""
-    wide = [size for size in sizes if size != ONE]
+    """The size that is not 1, of those that may be."""
+    return reduce(_wider, dict.fromkeys(sizes), ONE)
 
-    def rank(size: Poly) -> tuple[bool, bool, bool]:
-        multiple = all(size.exactly(other) is not None for other in wide)
-        return size.constant is None, not multiple, not size.is_name
 
-    return min(wide, key=rank, default=ONE)
+def _wider(a: Poly, b: Poly) -> Poly:
+    """Of two sizes that broadcast: a number or a multiple of the other, which is surely it; else the first name."""
+    if ONE in (a, b):
+        return a if b == ONE else b
+    if a.constant is not None or b.constant is not None:
+        return a if a.constant is not None else b
+    if b.exactly(a) is not None:
+        return b
+    return a if a.is_name or not b.is_name or a.exactly(b) is not None else b
 
 
 # Shapes: (symbols, node) -> dimensions of each output, or None.
