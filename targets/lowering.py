@@ -225,6 +225,8 @@ class Lowering:
         }
         numbers = [self.dims.variables[name] for name in sorted(read - bound) if name in self.dims.variables]
         function = te.create_prim_func([*placeholders, *numbers, result])
+        if numbers:  # TVM fuses a number and a size of one name into a function that defines it twice
+            function = function.with_attr("op_pattern", _OPAQUE)
         variable = self.builder.add_func(function.without_attr("global_symbol"), name)
         out = relax.TensorType(list(shape), result.dtype)
         return self.emit(relax.call_tir(variable, [*inputs, *numbers], out_ty=out))

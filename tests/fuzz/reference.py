@@ -34,6 +34,7 @@ STEP = 0.03
 
 
 SUMS = frozenset(("MatMul", "Gemm", "Conv", "Pow", "ReduceSum", "ReduceMean", "ReduceL2"))
+NORMS = frozenset(("LayerNormalization", "RMSNormalization", "LpNormalization"))
 LARGE = 1e35
 
 
@@ -158,17 +159,20 @@ def tolerance(model: Path, given: Arrays, want: Arrays) -> float | None:
 
 
 def _overflows(model: onnx.ModelProto, given: Arrays) -> bool:
-    """Whether a sum inside is larger than ``LARGE``."""
+    """Whether a sum inside, or that of the squares in a norm, is larger than ``LARGE``."""
     model = copy.deepcopy(model)
     floats = _floats(model)
     sums = [node.output[0] for node in model.graph.node if node.op_type in SUMS and node.output[0] in floats]
+    normed = [node.input[0] for node in model.graph.node if node.op_type in NORMS and node.input[0] in floats]
+    shown = list(dict.fromkeys([*sums, *normed]))
     del model.graph.output[:]
-    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sums)
+    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in shown)
     try:
-        found = run(session(model.SerializeToString()), given) if sums else {}
+        found = run(session(model.SerializeToString()), given) if shown else {}
     except Refused:
         return False
-    return any(bool((np.abs(array) > LARGE).any()) for array in found.values())
+    large = any(bool((np.abs(found[name]) > LARGE).any()) for name in sums)
+    return large or any(bool((np.square(found[name], dtype=np.float64).sum(-1) > LARGE).any()) for name in normed)
 
 
 def noisy(model: onnx.ModelProto, seed: int) -> bytes:

@@ -8,6 +8,9 @@ import pytest
 
 from tests.ir.canonical import check, model_of
 from xopt.ir import canonicalize
+from xopt.ir.canonical.elements import Reader
+from xopt.ir.poly import Poly
+from xopt.ir.symbolic import Symbols
 from xopt.runtime.reference import ReferenceSession
 
 WEIGHTS = "int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8}, float scale = {0.5}"
@@ -208,6 +211,22 @@ def test_refused_with_a_reason(middle: str, last: str, constants: str, reason: s
     report = canonicalize(model)
     assert [refused.reason for refused in report.refused if refused.what == "attention"] == [reason]
     assert not report.attention
+
+
+@pytest.mark.parametrize("rows", ["Div(b, two)", "Sub(b, one)", "Identity(b)"])
+def test_rows_of_a_mask_that_may_be_one_when_the_model_runs(rows: str) -> None:
+    """Which row a sample takes is known only where there are as many rows as samples."""
+    body = (
+        f"sb = Shape <start: int = 0, end: int = 1> (q) b = Squeeze(sb) n = {rows} half = Range(zero, n, one) "
+        "g = Gather(given, half) t = Unsqueeze(g, middle) c = Cast <to: int = 9> (t) m = Where(c, s, low)"
+    )
+    constants = NUMBERS + ", int64 two = {2}, int64[2] middle = {1, 2}"
+    model = build(body, "m", constants, inputs=INPUTS + ", float[B, S] given")
+    symbols, t = Symbols(model.graph), next(v for node in model.graph for v in node.outputs if v.name == "t")
+    ranges = dict(zip("bhqk", map(Poly.of, ("B", 2, "S", "S"))))
+    element = Reader(symbols, ranges).broadcast(t, tuple(map(Poly.of, "bhqk")))
+    assert (element is not None) == (rows == "Identity(b)")
+    check(model)
 
 
 def test_keys_of_another_batch_are_no_attention() -> None:

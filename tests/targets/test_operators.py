@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.ir.canonical import model_of
 from tests.targets.running import node_model, reference, run_node
 from xopt.errors import InputError
 
@@ -140,6 +141,18 @@ def test_dynamic_dimension_in_range_and_fill() -> None:
     assert result[0].tolist() == [0, 1, 2, 3, 4]
     assert result[1].tolist() == [[2.0] * 5] * 2
     assert result[2].tolist() == [2, 5]
+
+
+def test_positions_after_a_past_are_fused_with_what_reads_them() -> None:
+    """The start of the Range is a number, and the past's length is also asked for by the fused function."""
+    model = model_of(
+        "(float[b, s, 4] x, float[b, p, 4] past) => (float[s] y) <int64 one = {1}, float half = {0.5}>",
+        "ps = Shape <start: int = 1, end: int = 2> (past) xs = Shape <start: int = 1, end: int = 2> (x) "
+        "before = Squeeze(ps) count = Squeeze(xs) end = Add(before, count) "
+        "r = Range(before, end, one) f = Cast <to: int = 1> (r) y = Mul(f, half)",
+    )
+    (y,) = run_node(model, {"x": np.zeros((2, 3, 4), np.float32), "past": np.zeros((2, 5, 4), np.float32)})
+    assert y.tolist() == [2.5, 3.0, 3.5]
 
 
 @pytest.mark.parametrize(

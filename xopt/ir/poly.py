@@ -77,6 +77,11 @@ class Poly:
         return self.is_symbol and "(" not in self.terms[0][0][0]
 
     @property
+    def is_of_axes(self) -> bool:
+        """Whether this is computed from sizes of named axes by nothing but sums and products."""
+        return not any(symbol[0] in "?!" or "(" in symbol for symbol in self.symbols)
+
+    @property
     def is_symbol(self) -> bool:
         """Whether this is one symbol and nothing else."""
         return len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1

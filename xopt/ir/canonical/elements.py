@@ -93,11 +93,26 @@ class Reader:
         return Element("index", position=numbers[place]) if place is not None and place < len(numbers) else None
 
     def broadcast(self, value: ir.Value, at: Indices) -> Element | None:
-        """The element that broadcasting ``value`` puts at ``at``; None when its shape is unknown."""
+        """The element that broadcasting ``value`` puts at ``at``; None when its shape is unknown.
+
+        Named axes that meet are taken to be equal, as the exporter of a model took them to be.
+        """
         dims = self.symbols.dims(value)
         if dims is None or len(dims) > len(at):
             return None
-        return self.element(value, tuple(ZERO if dim == ONE else i for dim, i in zip(dims, at[len(at) - len(dims) :])))
+        indices = at[len(at) - len(dims) :]
+        if not all(self._spans(dim, index) for dim, index in zip(dims, indices)):
+            return None
+        return self.element(value, tuple(ZERO if dim == ONE else i for dim, i in zip(dims, indices)))
+
+    def _spans(self, dim: Poly, index: Poly) -> bool:
+        """Whether an axis of size ``dim`` is 1, or as long as what ``index`` runs over: others may turn out to be 1."""
+        if dim == ONE:
+            return True
+        size = self.ranges.get(next(iter(index.symbols))) if index.is_symbol else None
+        if size is None:
+            return dim.is_of_axes
+        return size == dim or (dim.is_of_axes and (size - dim).constant is None)
 
     def _computed(self, node: ir.Node, at: Indices) -> Element | None:
         """Element of an elementwise op, Range, Trilu or fill."""
