@@ -68,16 +68,14 @@ def check(path: Path, apart: Mapping[str, Path | None] = NOTHING) -> None:
     for words, other in apart.items():
         if other is not None and place in (resolved(other), *resolved(other).parents):
             raise InputError("E-OUTPUT", f"{words} lies in the output folder", where=str(path), cure=CURE)
-    if place.exists() and not place.is_dir():
-        raise InputError("E-OUTPUT", "the output is a file", where=str(path), cure="name a folder")
-    if place.is_dir():
-        _check_folder(place, path)
-        ownership.refuse_strangers(place, f"{CURE}, or move them away")
-    nearest = next(folder for folder in place.parents if folder.exists())
-    try:
-        Path(tempfile.mkdtemp(dir=nearest, prefix=f".{place.name[:100]}.")).rmdir()
-    except OSError as error:
-        raise unwritable(nearest, error) from error
+    with _errors(path):
+        if place.exists() and not place.is_dir():
+            raise InputError("E-OUTPUT", "the output is a file", where=str(path), cure="name a folder")
+        if place.is_dir():
+            _check_folder(place, path)
+            ownership.refuse_strangers(place, f"{CURE}, or move them away")
+        nearest = next(folder for folder in place.parents if folder.exists())
+        Path(tempfile.mkdtemp(dir=nearest, prefix=".xopt-")).rmdir()
 
 
 def _check_folder(place: Path, path: Path) -> None:
@@ -188,10 +186,15 @@ def _leave(work: Path) -> None:
 
 
 def _is_ours(work: Path) -> bool:
-    """Whether a folder is a work folder: its lock says so. An empty one, or one with an empty lock, is nobody's."""
+    """Whether a folder is a work folder: its lock says so. An empty one, or one with an empty lock, is nobody's.
+
+    A link to a folder is never made here: what it leads to is not ours to clear away.
+    """
     if work.is_symlink() or not work.is_dir():
         return False
     names, lock = os.listdir(work), work / LOCK
+    if any((work / name).is_symlink() for name in names):
+        return False
     if lock.is_symlink() or not lock.is_file():
         return not names
     with suppress(FileNotFoundError), lock.open("rb") as file:
@@ -204,9 +207,12 @@ def _recover(work: Path, place: Path) -> None:
     """Bring to an end, or undo, what a killed run was about."""
     if (work / "old").exists() and not place.exists():
         (work / "old").rename(place)
-    for name in ("swap", "old"):
-        if (work / name).is_dir():
-            _clear(work / name, place)
+    for left in (work / "swap", work / "old"):
+        if left.is_dir():
+            _clear(left, place)
+        if left.exists():
+            what = f"{place.name} was replaced while files in it were changed, and those are still in {work.name}"
+            raise InputError("E-OUTPUT", what, where=str(left), cure="move it away")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,9 +36,10 @@ def strangers(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not _ours(entry, listed))
 
 
-def is_listed(folder: Path) -> bool:
-    """Whether a folder is one that xopt has written, or is empty."""
-    return bool(_read(folder)) or not os.listdir(folder)
+def is_listed(folder: Path, names: re.Pattern[str]) -> bool:
+    """Whether a folder is empty, or one in which xopt has written files of such names, and no others."""
+    listed = _read(folder).keys() - {LISTING, PARTIAL}
+    return bool(listed) and all(map(names.fullmatch, listed)) or not os.listdir(folder)
 
 
 def refuse_stranger(path: Path, cure: str) -> None:
@@ -75,12 +77,16 @@ def adding(path: Path) -> Iterator[None]:
 
     Meanwhile its name alone is listed: after a crash half of a file is still known for ours.
     """
-    folder = path.parent
+    folder, data = path.parent, re.compile(re.escape(path.stem) + r"-[0-9a-f]{16}\.data")
     _write(folder, {**_read(folder), path.name: None})
     before = set(os.listdir(folder))
-    yield
-    written = {name for name in os.listdir(folder) if name not in before and name.startswith(path.stem)} | {path.name}
-    _write(folder, {**_read(folder), **{name: _digest(folder / name) for name in written}})
+    try:
+        yield
+    finally:  # also after an error: a name without a digest would make whatever is put there ours
+        others = {name: digest for name, digest in _read(folder).items() if name != path.name}
+        added = (name for name in os.listdir(folder) if name not in before and data.fullmatch(name))
+        written = [name for name in (path.name, *added) if (folder / name).is_file()]
+        _write(folder, {**others, **{name: _digest(folder / name) for name in written}})
 
 
 @contextmanager
@@ -95,10 +101,11 @@ def noted(path: Path) -> Iterator[None]:
 
 def remove(folder: Path) -> None:
     """Remove what is ours from a folder, the listing last; strangers stay."""
-    kept = {*strangers(folder), LISTING}
-    for name in os.listdir(folder):
-        if name not in kept:
-            (folder / name).unlink()
+    listed = _read(folder)
+    with os.scandir(folder) as entries:
+        ours = [entry.name for entry in entries if entry.name != LISTING and _ours(entry, listed)]
+    for name in ours:
+        (folder / name).unlink()
     if _read(folder):
         (folder / LISTING).unlink()
 

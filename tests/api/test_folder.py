@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from xopt import folder
+from xopt import folder, ownership
 from xopt.errors import InputError
 from xopt.ownership import LISTING
 
@@ -202,6 +202,37 @@ def test_what_comes_in_the_last_moment_is_kept(tmp_path: Path, monkeypatch: pyte
     assert names(tmp_path) == ["out"]
 
 
+def test_what_comes_while_old_results_are_removed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at the files and their removal, which may be seconds: digests are computed."""
+    write(tmp_path / "out", "one")
+    compute = ownership._digest
+
+    def slowly(path: Path, *, sync: bool = False) -> str:
+        foreign_file(tmp_path / "out")
+        return compute(path, sync=sync)
+
+    monkeypatch.setattr(ownership, "_digest", slowly)
+    ownership.remove(tmp_path / "out")
+    assert names(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_what_failed_to_be_written_again_makes_nobody_s_file_ours(tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    with pytest.raises(OSError, match="full"), ownership.noted(tmp_path / "out" / "report.json"):
+        raise OSError(errno.ENOSPC, "full")
+    folder.check(tmp_path / "out")
+    (tmp_path / "out" / "report.json").write_text("my words")
+    refused(tmp_path / "out", "changed")
+
+
+def test_what_comes_while_a_file_is_written_is_not_ours(tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    with ownership.adding(tmp_path / "out" / "000.onnx"):
+        for name in ("000.onnx", "000-0123456789abcdef.data", "000-notes.txt"):
+            (tmp_path / "out" / name).touch()
+    assert ownership.strangers(tmp_path / "out") == ["000-notes.txt"]
+
+
 # -- which place is meant? ---------------------------------------------------------------------------------------------
 
 
@@ -214,6 +245,11 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
         assert (tmp_path / "disk" / "out" / "report.json").read_text() == text
     assert names(tmp_path) == ["disk", "link"]
     assert names(tmp_path / "disk") == ["out"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 200])
+def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
+    refused(tmp_path / name, "too long")
 
 
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
@@ -291,6 +327,33 @@ def test_a_users_folder_in_the_way_is_left_alone(tmp_path: Path, lock: str | Non
     with pytest.raises(InputError, match="in the way"):
         write(tmp_path / "out", "one")
     assert (tmp_path / WORK / "steps" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["swap", "old", "new", "steps"])
+def test_a_link_in_a_work_folder_is_not_followed(tmp_path: Path, name: str) -> None:
+    """Such as one in a folder that a stranger has packed: it may lead to other results of the user's."""
+    write(tmp_path / "mine", "one")
+    (tmp_path / WORK).mkdir()
+    (tmp_path / WORK / "lock").write_text(f"{folder.MARK}1\n")
+    (tmp_path / WORK / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="in the way"):
+        write(tmp_path / "out", "two")
+    assert names(tmp_path / "mine") == CONTENT
+
+
+def test_what_stays_in_a_work_folder_is_said_before_any_work(tmp_path: Path) -> None:
+    """A changed file of old results, whose place was taken by that of the new ones."""
+    for text in ("one", "two"):
+        write(tmp_path / "out", text)
+        with folder.claimed(tmp_path / "out") as claim:
+            claim.steps.mkdir(exist_ok=True)
+    shutil.copytree(tmp_path / "out", tmp_path / WORK / "swap")
+    (tmp_path / WORK / "swap" / "report.json").write_text("changed by hand")
+    with pytest.raises(InputError, match="are still in"), folder.claimed(tmp_path / "out"):
+        pass
+    assert (tmp_path / WORK / "swap" / "report.json").read_text() == "changed by hand"
+    shutil.rmtree(tmp_path / WORK / "swap")
+    write(tmp_path / "out", "three")
 
 
 KILLED = """

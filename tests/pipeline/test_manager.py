@@ -17,6 +17,7 @@ from tests.ir import builders
 from tests.ir.renaming import Renaming
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError, InternalError, VerificationError
+from xopt.folder import replacing
 from xopt.passes import Canonicalize
 from xopt.pipeline import registry
 from xopt.pipeline.base import Between, Effect, Pass, PassReport
@@ -268,6 +269,13 @@ def test_dump_writes_numbered_files_and_spares_foreign_ones(model: ir.Model, tmp
         (foreign / name).touch()
     with pytest.raises(InputError, match=r"E-OUTPUT.*holds other files"):
         PassManager([Scale()], instruments=[DumpIR(foreign)]).run(model, PassContext())
+
+    results = tmp_path / "results"
+    with replacing(results) as fresh:
+        (fresh / "model.onnx").write_text("hours of work")
+    with pytest.raises(InputError, match=r"E-OUTPUT.*holds other files"):
+        PassManager([Scale()], instruments=[DumpIR(results)]).run(model, PassContext())
+    assert (results / "model.onnx").read_text() == "hours of work"
 
     (folder / "000_input.onnx").write_text("changed")
     with pytest.raises(InputError, match=r"E-OUTPUT.*changed since"):

@@ -150,6 +150,28 @@ def test_a_kill_while_the_files_are_written_or_move(
     assert len(names(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+@pytest.mark.parametrize("change", [changed_weights, foreign_manifest, folder_in_the_way])
+def test_what_a_user_has_put_there_after_a_kill_stays(
+    tmp_path: Path, moved: int, change: Callable[[Path], None]
+) -> None:
+    library = tmp_path / "model.so"
+    write(library, "one")
+    code = KILLED.format(path=[str(Path.cwd()), *sys.path])
+    subprocess.run([sys.executable, "-c", code, library, str(moved)], timeout=60)
+    change(library)
+    before = {path: path.lstat() for path in tmp_path.iterdir() if path.name[0] != "."}
+    trio.settle(library)
+    for touch in (lambda: trio.check(library), lambda: write(library, "three")):
+        with pytest.raises(InputError, match="would be replaced"):
+            touch()
+    assert {path: path.lstat() for path in tmp_path.iterdir() if path.name[0] != "."} == before
+
+
+def test_a_name_that_is_too_long_is_nothing_to_settle(tmp_path: Path) -> None:
+    trio.settle(tmp_path / f"{'x' * 250}.so")
+
+
 def test_reading_leaves_no_trace(tmp_path: Path) -> None:
     write(tmp_path / "model.so", "one")
     times = tmp_path.stat().st_mtime_ns

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from xopt.pipeline.context import PassContext
     from xopt.pipeline.manager import StepResult
+
+_DUMP = re.compile(r"\d{3,}_.*\.(onnx|data)")
+"""Names of the files of a dump."""
 
 
 class Instrument:
@@ -89,7 +93,7 @@ class DumpIR(Instrument):
     def _prepare(self) -> None:
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not ownership.is_listed(self.folder):
+            if not ownership.is_listed(self.folder, _DUMP):
                 what = "the folder for dumps holds other files"
                 raise InputError("E-OUTPUT", what, where=str(self.folder), cure="name an empty or a new folder")
             ownership.remove(self.folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,9 +51,10 @@ def check(library: Path) -> None:
 
 def settle(library: Path) -> None:
     """Bring the replacing of an artifact to an end that a killed run has begun, where that is possible."""
-    if library.with_name(folder.work_name(library)).is_dir():
-        with suppress(InputError, OSError), folder.workplace(library) as work:
-            _move(work / "swap", library)
+    with suppress(InputError, OSError):
+        if library.with_name(folder.work_name(library)).is_dir():
+            with folder.workplace(library) as work:
+                _move(work / "swap", library)
 
 
 def _trio(library: Path) -> list[Path]:
@@ -61,30 +62,34 @@ def _trio(library: Path) -> list[Path]:
 
 
 def _move(complete: Path, library: Path) -> None:
-    """Move what is left of a complete artifact to its place."""
+    """Move what is left of a complete artifact to its place, unless a user has put other files there meanwhile."""
     if complete.is_dir():
+        _refuse_foreign(library, complete / manifest_path(library).name)
         for target in _trio(library):
             with suppress(FileNotFoundError):
                 os.replace(complete / target.name, target)
         complete.rmdir()
 
 
-def _refuse_foreign(library: Path) -> None:
+def _refuse_foreign(library: Path, *manifests: Path) -> None:
+    """InputError E-OUTPUT where one of the three files is neither of the manifest beside it nor of the others."""
     present = [path for path in _trio(library) if os.path.lexists(path)]
-    known = _digests(manifest_path(library))
+    known = [_digests(manifest) for manifest in (manifest_path(library), *manifests)]
     foreign = [path for path in present if not _is_ours(path, known)]
     if foreign:
         names = ", ".join(repr(path.name) for path in foreign)
         what = f"{names} would be replaced, and xopt has not written {'it' if len(foreign) == 1 else 'them'} as it is"
-        raise InputError("E-OUTPUT", what, where=str(library.parent), cure="name another library with -o")
+        cure = "move it away, or name another library with -o"
+        raise InputError("E-OUTPUT", what, where=str(library.parent), cure=cure)
 
 
-def _is_ours(path: Path, known: dict[str, str]) -> bool:
+def _is_ours(path: Path, known: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a file is as one of the manifests says; of the manifest beside it, which comes first, whether it is one."""
     facts = path.lstat()
     if not stat.S_ISREG(facts.st_mode) or not stat.S_IMODE(facts.st_mode) & 0o222:
         return False
     with suppress(OSError):
-        return bool(known) and (path.suffix == ".json" or known.get(path.name) == digest(path))
+        return bool(known[0]) if path.suffix == ".json" else digest(path) in [one.get(path.name) for one in known]
     return False
 
 
