@@ -39,7 +39,7 @@ def strangers(folder: Path) -> list[str]:
 def is_listed(folder: Path, names: re.Pattern[str]) -> bool:
     """Whether a folder is empty, or one in which xopt has written files of such names, and no others."""
     listed = _read(folder).keys() - {LISTING, PARTIAL}
-    return bool(listed) and all(map(names.fullmatch, listed)) or not os.listdir(folder)
+    return all(map(names.fullmatch, listed)) if listed else not os.listdir(folder)
 
 
 def refuse_stranger(path: Path, cure: str) -> None:

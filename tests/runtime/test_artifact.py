@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,52 @@ def test_more_or_fewer_tensors_than_the_code_has(copy: Path, part: str, change: 
     content[part] = change(content[part])
     rewrite(copy, content)
     feeds = FEEDS | {"more": FEEDS["input_ids"]}
-    session = Session.load(copy)
     with pytest.raises(InputError) as caught:
-        session.run({info.name: feeds[info.name] for info in session.inputs})
+        Session.load(copy).run({info["name"]: feeds[info["name"]] for info in content["inputs"]})
     assert caught.value.code in ("E-ARTIFACT", "E-DATA")
+
+
+@pytest.mark.parametrize("axes", [33, 65, 500_000])
+def test_a_tensor_of_many_axes_is_refused_at_once(copy: Path, axes: int) -> None:
+    for part in ("inputs", "weights"):
+        for size in (1, 1 << 48):
+            content = manifest(copy)
+            info = content[part][0]
+            content[part][0] = info | {"shape": [*info["shape"], *[size] * (axes - len(info["shape"]))]}
+            rewrite(copy, content)
+            start = time.process_time()
+            assert f"{axes} axes" in refused(copy)
+            assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("size", [-64, 64, 1 << 40])
+def test_weights_of_another_size_are_refused_before_they_are_read(copy: Path, size: int) -> None:
+    with weights_path(copy).open("r+b") as file:
+        file.truncate(file.seek(0, 2) + size)
+    assert "the manifest describes" in refused(copy)
+
+
+def test_weights_that_no_memory_has_a_place_for(copy: Path) -> None:
+    content = manifest(copy)
+    content["weights"].append({"name": "w", "dtype": "int8", "shape": [1 << 43], "offset": 1 << 20, "bytes": 1 << 43})
+    rewrite(copy, content)
+    with weights_path(copy).open("r+b") as file:
+        file.truncate((1 << 43) + (1 << 20))
+    with pytest.raises(InputError, match="E-MEMORY"):
+        Session.load(copy)
+
+
+@pytest.mark.parametrize("name", [lambda path: path, weights_path, manifest_path])
+def test_a_file_that_cannot_be_read(copy: Path, name: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def denied(path: Path, *given: Any, **named: Any) -> Any:
+        if path == name(copy):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert f"{name(copy).name} cannot be read (Permission denied)" in refused(copy)
 
 
 def test_weights_of_other_shapes_are_refused(copy: Path) -> None:

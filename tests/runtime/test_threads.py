@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,6 +101,22 @@ def test_a_fork_waits_for_the_runs_of_other_threads(artifacts: list[Path]) -> No
     finally:
         stop.set()
         busy.join(DEADLINE)
+
+
+def test_sessions_may_be_made_while_another_thread_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised before a fork is passed over, and the next fork would wait for ever."""
+
+    class Changing(set[Session]):
+        times = 0
+
+        def __iter__(self) -> Iterator[Session]:
+            self.times += 1
+            if self.times < 3:
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    monkeypatch.setattr("xopt.runtime.session._sessions", Changing())
+    assert in_child(lambda: in_child(lambda: True))
 
 
 def test_a_child_does_not_use_its_parent_s_gpu(artifacts: list[Path]) -> None:

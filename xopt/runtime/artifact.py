@@ -8,6 +8,8 @@ import mmap
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,8 @@ def read_manifest(library: Path) -> Manifest:
     for file in (library, manifest_path(library), weights_path(library)):
         if not file.is_file():
             raise refused(f"{file.name} is missing", library, "keep the artifact's files together")
-    try:
-        with manifest_path(library).open("rb") as opened:
-            text = opened.read(LARGEST_MANIFEST + 1)
-    except OSError as error:
-        raise refused(f"{manifest_path(library).name} cannot be read ({error.strerror})", library) from error
+    with _reading(manifest_path(library), library), manifest_path(library).open("rb") as opened:
+        text = opened.read(LARGEST_MANIFEST + 1)
     manifest = Manifest.from_json(text, str(manifest_path(library)))
     missing = [name for name in manifest.features if name not in machine_features()]
     if missing:
@@ -63,10 +62,11 @@ def read_manifest(library: Path) -> Manifest:
 
 def read_code(library: Path, manifest: Manifest) -> bytes:
     """The library's bytes, which have the manifest's digest and are a whole library for this machine."""
-    size = library.stat().st_size
-    if size > LARGEST_CODE:
-        raise refused(f"{library.name} has {size} bytes, more than any library", library)
-    code = library.read_bytes()
+    with _reading(library, library):
+        size = library.stat().st_size
+        if size > LARGEST_CODE:
+            raise refused(f"{library.name} has {size} bytes, more than any library", library)
+        code = library.read_bytes()
     _compare(library, hashlib.sha256(code).hexdigest(), manifest, library)
     if (problem := _incomplete(code)) is not None:
         raise refused(f"{library.name} {problem}", library)
@@ -125,18 +125,40 @@ def load_code(runtime: Any, code: bytes) -> Any:
 def read_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
     """The weights as tensors of this process's own memory, whose bytes have the manifest's digest."""
     path = weights_path(library)
-    size = path.stat().st_size
-    if any(info.offset + info.bytes > size for info in manifest.weights):
-        raise refused(f"{path.name} has {size} bytes, and the manifest describes more", library)
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    content, state, filled = memoryview(memory), hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
+    size = max((info.offset + info.bytes for info in manifest.weights), default=0)
+    state, filled = hashlib.sha256(), 0
+    with _reading(path, library), path.open("rb", buffering=0) as file:
+        if (found := os.fstat(file.fileno()).st_size) != size:
+            more = "more" if size > found else "less"
+            raise refused(f"{path.name} has {found} bytes, and the manifest describes {more}", library)
+        content = _memory(size, library)
         while filled < size and (count := file.readinto(content[filled : filled + _CHUNK])):
             state.update(content[filled : filled + count])
             filled += count
     _compare(path, state.hexdigest() if filled == size else "", manifest, library)
     return [runtime.from_dlpack(_weight(content, info)) for info in manifest.weights]
+
+
+def _memory(size: int, library: Path) -> memoryview:
+    """So many bytes of this process's own; InputError E-MEMORY where there is no place for them."""
+    import psutil
+
+    if size > (free := psutil.virtual_memory().available):
+        what = f"the weights take {size >> 20} MB, and {free >> 20} MB of memory are free"
+        raise InputError("E-MEMORY", what, where=str(library), cure="use a machine with more memory")
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+@contextmanager
+def _reading(file: Path, library: Path) -> Iterator[None]:
+    """An ``OSError`` of the block as an E-ARTIFACT about one of the files."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(f"{file.name} cannot be read ({error.strerror or error})", library, "check the files") from error
 
 
 def _weight(content: memoryview, info: WeightInfo) -> npt.NDArray[Any]:

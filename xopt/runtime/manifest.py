@@ -24,6 +24,7 @@ ALIGNMENT = 64
 LARGEST_MANIFEST = 1 << 26
 """Bytes."""
 LARGEST_NUMBER = 1 << 48
+HIGHEST_RANK = 32
 DEVICES = (1, 2)
 """Kinds of memory as DLPack numbers them: the CPU's, a CUDA device's."""
 DTYPES = frozenset(
@@ -146,6 +147,13 @@ def _dtype(value: Any) -> str:
     return str(value)
 
 
+def _sizes(value: Any) -> list[Any]:
+    """The sizes of the axes of a tensor."""
+    if len(_of(value, list)) > HIGHEST_RANK:
+        raise ValueError(f"a tensor has {len(value)} axes")
+    return list(value)
+
+
 def _axis(value: Any) -> int | str:
     return _text(value) if isinstance(value, str) else _natural(value)
 
@@ -162,7 +170,7 @@ def _tensors(items: Any) -> tuple[TensorInfo, ...]:
         TensorInfo(
             _text(item["name"]),
             _dtype(item["dtype"]),
-            tuple(_axis(size) for size in _of(item["shape"], list)),
+            tuple(_axis(size) for size in _sizes(item["shape"])),
             _range(item.get("values")),
         )
         for item in _of(items, list)
@@ -177,7 +185,7 @@ def _weights(items: Any) -> tuple[WeightInfo, ...]:
 
 
 def _weight(item: Any) -> WeightInfo:
-    shape = tuple(_natural(size) for size in _of(item["shape"], list))
+    shape = tuple(_natural(size) for size in _sizes(item["shape"]))
     info = WeightInfo(
         _text(item["name"]), _dtype(item["dtype"]), shape, _natural(item["offset"]), _natural(item["bytes"])
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -169,9 +169,16 @@ _held: list[Session] = []
 def _before_fork() -> None:
     """Wait until no other thread is within a run: a child would inherit its locks, and never see them released."""
     _forking.acquire()
-    _held.extend(_sessions)
+    _held.extend(_living())
     for session in _held:
         session._lock.acquire()
+
+
+def _living() -> list[Session]:
+    """All sessions; another thread may load one meanwhile."""
+    while True:
+        with suppress(RuntimeError):  # the set has changed while it was gone through
+            return list(_sessions)
 
 
 def _after_fork() -> None:

@@ -84,7 +84,7 @@ def _refuse_foreign(library: Path, *manifests: Path) -> None:
 
 
 def _is_ours(path: Path, known: Sequence[Mapping[str, str]]) -> bool:
-    """Whether a file is as one of the manifests says; of the manifest beside it, which comes first, whether it is one."""
+    """Whether a file is as a manifest says; the first is the one beside it, which must be one to be replaced."""
     facts = path.lstat()
     if not stat.S_ISREG(facts.st_mode) or not stat.S_IMODE(facts.st_mode) & 0o222:
         return False
