@@ -17,6 +17,7 @@ import pytest
 from tests.ir import builders
 from xopt import targets
 from xopt.errors import InputError
+from xopt.runtime import session as runtime
 from xopt.runtime import threads
 from xopt.runtime.session import Session
 
@@ -103,20 +104,39 @@ def test_a_fork_waits_for_the_runs_of_other_threads(artifacts: list[Path]) -> No
         busy.join(DEADLINE)
 
 
-def test_sessions_may_be_made_while_another_thread_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_may_be_made_while_another_thread_forks(
+    artifacts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is raised before a fork is passed over, and the next fork would wait for ever."""
 
-    class Changing(set[Session]):
+    class Changing(list[Session]):
         times = 0
 
         def __iter__(self) -> Iterator[Session]:
+            yield from super().__iter__()
             self.times += 1
             if self.times < 3:
                 raise RuntimeError("Set changed size during iteration")
-            return super().__iter__()
 
-    monkeypatch.setattr("xopt.runtime.session._sessions", Changing())
-    assert in_child(lambda: in_child(lambda: True))
+    monkeypatch.setattr(runtime, "_sessions", Changing([Session.load(artifacts[0])]))
+    assert in_child(lambda: not runtime._forking.locked())
+    assert not runtime._forking.locked()
+
+
+def test_the_code_of_a_session_goes_with_it(artifacts: list[Path]) -> None:
+    """But for the code of the threads, which all sessions share."""
+    script = f"""
+from xopt.runtime.session import Session
+import gc, numpy as np
+feeds = {{"input_ids": np.zeros((2, 24), np.int64), "attention_mask": np.ones((2, 24), np.int64)}}
+mapped = []
+for path in {[str(path) for path in artifacts]!r} * 3:
+    Session.load(path, threads=2).run(feeds)
+    gc.collect()
+    mapped.append(open("/proc/self/maps").read().count("memfd:xopt-model"))
+assert mapped[0] > 0 and set(mapped) == {{mapped[0]}}, mapped
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=DEADLINE, check=True)
 
 
 def test_a_child_does_not_use_its_parent_s_gpu(artifacts: list[Path]) -> None:

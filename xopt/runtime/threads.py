@@ -7,6 +7,7 @@ at once have some each.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import operator
 import os
@@ -81,12 +82,15 @@ def install(path: Path) -> None:
     """Let the parallel loops of a library that was loaded from ``path`` run on this process's pool."""
     global _pool
     library = ctypes.CDLL(str(path))
-    if not hasattr(library, "xopt_pool_install"):  # code for a GPU
-        return
-    with _installing:
-        _pool = _pool or _Pool(path)
-    library.xopt_pool_install.argtypes = (ctypes.c_void_p,)
-    library.xopt_pool_install(_pool.launch)
+    try:
+        if not hasattr(library, "xopt_pool_install"):  # code for a GPU
+            return
+        with _installing:
+            _pool = _pool or _Pool(path)
+        library.xopt_pool_install.argtypes = (ctypes.c_void_p,)
+        library.xopt_pool_install(_pool.launch)
+    finally:
+        _ctypes.dlclose(library._handle)  # it goes with its session; ctypes would keep it for ever
 
 
 @contextmanager
