@@ -128,6 +128,44 @@ def test_the_labels_suggest_the_metric(labels: np.ndarray | None, expected: str)
     assert metrics.default_for(Dataset({"x": np.zeros((4, 6))}, labels)).name == expected
 
 
+LOGITS = {"y": np.zeros((2, 3, 5), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "batch", "says"),
+    [
+        ("top-1", Batch({}, {"y": np.zeros((2, 3))}, np.zeros((2, 3))), "one label for a sample, got 6 for 2"),
+        ("spearman", Batch({"attention_mask": np.ones((2, 4))}, LOGITS, np.ones(1)), "does not fit"),
+        ("perplexity", Batch({}, LOGITS, np.zeros((2, 2), np.int64)), "no labels of tokens"),
+        ("perplexity", Batch({}, LOGITS, np.zeros(2, np.int64)), "no labels of tokens"),
+        ("perplexity", Batch({}, LOGITS, np.zeros((2, 3))), "no labels of tokens"),
+        ("perplexity", Batch({}, LOGITS, np.full((2, 3), 5)), "from 5 to 5, the model knows 5 tokens"),
+        ("perplexity", Batch({}, LOGITS, np.full((2, 3), -1)), "from -1 to -1, the model knows 5 tokens"),
+        ("agreement", Batch({}, LOGITS, None, {"y": np.zeros((2, 4, 5))}), "6 predictions, the original has 8"),
+    ],
+)
+def test_labels_and_outputs_that_do_not_fit(metric: str, batch: Batch, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        metrics.get(metric).score([batch])
+
+
+def test_an_output_may_be_one_number() -> None:
+    number = {"loss": np.array(3.0, np.float32)}
+    assert metrics.get("cosine").score([Batch({}, number, None, number)] * 2) == 1.0
+    assert metrics.get(lambda outputs, _: outputs["loss"].sum()).score([Batch({}, number)] * 2) == 6.0
+
+
+def test_an_output_may_be_empty() -> None:
+    outputs = {"y": np.ones((2, 3)), "none": np.ones((0, 3))}
+    assert metrics.get("cosine").score([Batch({}, outputs, None, outputs)]) == 1.0
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    logits = np.zeros((1, 2, 3), np.float32)
+    logits[..., 0] = 1e4
+    assert metrics.get("perplexity").score([Batch({}, {"y": logits}, np.ones((1, 2), np.int64))]) == math.inf
+
+
 def test_what_does_not_suit_is_an_input_error() -> None:
     no_labels = Batch({}, {"logits": np.zeros((2, 3))})
     for name in ("top-1", "spearman"):

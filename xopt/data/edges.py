@@ -39,7 +39,7 @@ def _edges(value: ir.Value, usual: np.ndarray) -> np.ndarray:
     array[0] = 0
     if len(array) > 1 and array.dtype.kind in "iub":
         last = table_rows(value) if array.dtype.kind != "b" else None
-        array[1] = usual.max() if last is None else last - 1
+        array[1] = usual.max() if last is None else min(last - 1, np.iinfo(array.dtype).max)
     return array
 
 

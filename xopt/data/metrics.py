@@ -74,8 +74,7 @@ class Top1(Metric):
     name = "top-1"
 
     def score(self, batches: Iterable[Batch]) -> float:
-        hits = [_floats(b.outputs, 2).argmax(-1) == np.ravel(_labels(b, self.name)) for b in batches]
-        return float(np.concatenate(hits).mean())
+        return float(np.concatenate([_hits(b, self.name) for b in batches]).mean())
 
 
 class Agreement(Metric):
@@ -98,7 +97,7 @@ class Cosine(Metric):
         cosines: dict[str, list[np.ndarray]] = {}
         for batch in batches:
             for name, original in _original(batch).items():
-                if original.dtype.kind == "f":
+                if original.dtype.kind == "f" and original.size:
                     cosines.setdefault(name, []).append(_row_cosines(original, batch.outputs[name]))
         if not cosines:
             raise InputError("E-DATA", "no output has floating-point numbers", where="metric cosine")
@@ -139,7 +138,10 @@ class Perplexity(Metric):
             count += int(kept.sum())
         if count == 0:
             raise InputError("E-DATA", "no token is left to predict", where="metric perplexity")
-        return math.exp(total / count)
+        try:
+            return math.exp(total / count)
+        except OverflowError:  # beyond 700 nats a token
+            return math.inf
 
     def drop(self, original: float, now: float) -> float:
         return math.log(now) - math.log(original)
@@ -154,9 +156,9 @@ class Custom(Metric):
 
     def score(self, batches: Iterable[Batch]) -> float:
         kept = list(batches)
-        outputs = {name: np.concatenate([b.outputs[name] for b in kept]) for name in kept[0].outputs}
         labels = [b.labels for b in kept if b.labels is not None]
         try:
+            outputs = {n: np.concatenate([np.atleast_1d(b.outputs[n]) for b in kept]) for n in kept[0].outputs}
             return float(self.function(outputs, np.concatenate(labels) if labels else None))
         except FAILURES as error:
             raise InputError(
@@ -218,15 +220,30 @@ def _has(outputs: Outputs, rank: int) -> bool:
 def _agreeing(batch: Batch) -> np.ndarray:
     rank = 2 if _has(batch.outputs, 2) else 3
     now, original = (_floats(outputs, rank).argmax(-1).ravel() for outputs in (batch.outputs, _original(batch)))
+    if now.shape != original.shape:
+        raise InputError(
+            "E-DATA", f"{now.size} predictions, the original has {original.size}", where="metric agreement"
+        )
     same: np.ndarray = now == original
     return same
 
 
+def _hits(batch: Batch, metric: str) -> np.ndarray:
+    """For each sample whether its largest logit is at the label."""
+    chosen, labels = _floats(batch.outputs, 2).argmax(-1), np.ravel(_labels(batch, metric))
+    if chosen.shape != labels.shape:
+        what = f"{metric} needs one label for a sample, got {labels.size} for {chosen.size}"
+        raise InputError("E-DATA", what, where="array 'labels'")
+    hits: np.ndarray = chosen == labels
+    return hits
+
+
 def _row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row of a with the same row of b, both [n, ...], in float64; 0 where one row is zero."""
+    """Cosine of each row of a with the same row of b, both [n, ...] or numbers, in float64; 0 where a row is zero."""
     if a.shape != b.shape:
         raise InputError("E-DATA", f"outputs of shape {list(b.shape)}, the original's are {list(a.shape)}")
-    x, y = (m.reshape(len(m), -1).astype(np.float64) for m in (a, b))
+    x, y = (np.atleast_1d(m).astype(np.float64) for m in (a, b))
+    x, y = (m.reshape(len(m), -1) for m in (x, y))
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     equal = (x == y).all(axis=1)
     cosines = np.divide((x * y).sum(1), norms, out=np.zeros(len(x)), where=norms > 0)
@@ -240,6 +257,9 @@ def _embeddings(batch: Batch) -> np.ndarray:
     tokens = _floats(batch.outputs, 3)
     mask = batch.inputs.get("attention_mask")
     weight = np.ones(tokens.shape[:2], np.float32) if mask is None else mask.astype(np.float32)
+    if weight.shape != tokens.shape[:2]:
+        what = f"attention_mask {list(weight.shape)} does not fit an output {list(tokens.shape)}"
+        raise InputError("E-DATA", what, where="metric spearman")
     summed: np.ndarray = (tokens * weight[..., None]).sum(1)
     mean: np.ndarray = summed / np.maximum(weight.sum(1, keepdims=True), 1)
     return mean
@@ -247,15 +267,23 @@ def _embeddings(batch: Batch) -> np.ndarray:
 
 def _next_token_nats(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood [n, S - 1] of the tokens from the second on, and which of them count."""
-    logits = _floats(batch.outputs, 3)[:, :-1].astype(np.float64)
+    logits = _floats(batch.outputs, 3)
     tokens = batch.labels if batch.labels is not None else batch.inputs.get("input_ids")
     if tokens is None:
         raise InputError("E-DATA", "perplexity needs labels or an input named 'input_ids'", where="metric perplexity")
-    wanted = tokens[:, 1:]
+    if tokens.shape != logits.shape[:2] or tokens.dtype.kind not in "iu":
+        what = f"{tokens.dtype}{list(tokens.shape)} are no labels of tokens for an output {list(logits.shape)}"
+        raise InputError("E-DATA", what, where="metric perplexity", cure="give integers [samples, tokens]")
+    logits, wanted = logits[:, :-1].astype(np.float64), tokens[:, 1:]
     kept = wanted != -100
     mask = batch.inputs.get("attention_mask")
     if mask is not None and mask.shape == tokens.shape:
         kept = kept & mask[:, 1:].astype(bool)
+    if (kept & ((wanted < 0) | (wanted >= logits.shape[-1]))).any():
+        what = (
+            f"labels are from {wanted[kept].min()} to {wanted[kept].max()}, the model knows {logits.shape[-1]} tokens"
+        )
+        raise InputError("E-DATA", what, where="metric perplexity", cure="mark what is left out with -100")
     top = logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
     chosen = np.take_along_axis(logits, np.where(kept, wanted, 0)[..., None].astype(np.int64), -1)[..., 0]
