@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -36,9 +37,18 @@ LONGEST_CELL = 400
 
 
 def emit(content: Mapping[str, Any]) -> None:
-    """Print machine-readable output."""
+    """Print machine-readable output; numbers that are not finite become null."""
     with _printing():
-        print(json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False, default=str))
+        print(json.dumps({"schema": SCHEMA, **finite(content)}, indent=2, allow_nan=False, default=str))
+
+
+def finite(value: Any) -> Any:
+    """The same as JSON can say it: what is not finite is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def out(text: object = "") -> None:
@@ -63,7 +73,10 @@ def _printing() -> Iterator[None]:
 
 def say(message: str) -> None:
     """A message for the user, on standard error."""
-    print(_lines(message), file=sys.stderr)
+    try:
+        print(_lines(message), file=sys.stderr)
+    except OSError:  # nobody can be told; the exit status says it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _lines(text: object) -> str:
@@ -88,7 +101,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
         grid.add_row(*(cell(content) for content in row))
     width = None if sys.stdout.isatty() else 140
     with _printing():
-        Console(width=width, highlight=False, markup=False).print(grid)
+        Console(width=width, highlight=False, markup=False, emoji=False).print(grid)
 
 
 @contextmanager
@@ -226,8 +239,14 @@ def _usage(error: Any) -> InputError:
 
 def _internal(error: Exception) -> InternalError:
     """Our own fault: the trace goes to a file."""
-    with tempfile.NamedTemporaryFile("w", prefix="xopt-trace-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        file.write(_lines(f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"))
     text = " ".join(str(error).split())[:300]
-    cure = f"please report it with {Path(file.name)}"
+    trace = _lines(f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="xopt-trace-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(trace)
+        cure = f"please report it with {Path(file.name)}"
+    except OSError:
+        cure = "please report it with what XOPT_DEBUG=1 prints (no file could be written)"
     return InternalError("E-INTERNAL", f"{type(error).__name__}: {text}", cure=cure)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
+import json
 import logging
 import pickle
+import re
+import shlex
+import subprocess
 import sys
+import tempfile
 import unicodedata
 import warnings
 from pathlib import Path
@@ -59,6 +65,32 @@ def test_text_and_tables_are_harmless(capsys: pytest.CaptureFixture[str]) -> Non
     assert is_harmless(out)
     assert out.count(SHOWN) >= 2  # the others are folded
     assert len(out) < 20_000
+
+
+def test_words_between_colons_are_no_pictures(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(":smile:", [":warning:"], [(":smile:",)])
+    assert capsys.readouterr().out.split() == [":smile:", ":warning:", ":smile:"]
+
+
+def test_an_error_that_nobody_can_be_told_keeps_its_status() -> None:
+    command = f"{shlex.quote(sys.executable)} -c 'from xopt.cli import main; main()' inspect none 2>/dev/full"
+    assert subprocess.run(["sh", "-c", command], timeout=120, check=False).returncode == 2
+
+
+def test_a_fault_of_ours_is_one_line_though_no_trace_can_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    assert console.run_guarded(lambda: 1 // 0) == 1  # type: ignore[arg-type, return-value]
+    assert re.fullmatch(r"xopt: error\[E-INTERNAL\]: ZeroDivisionError: .*XOPT_DEBUG=1.*\n", capsys.readouterr().err)
+
+
+def test_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit({"a": [float("nan"), {"b": float("-inf")}], "c": 1.5})
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "a": [None, {"b": None}], "c": 1.5}
 
 
 def test_progress_is_harmless(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

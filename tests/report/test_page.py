@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.report import sample
-from xopt import folder
+from xopt import console, folder
 from xopt.errors import InputError
 from xopt.report import chart, page, record, summary
 
@@ -112,6 +112,17 @@ def test_text_from_a_model_cannot_become_markup() -> None:
     assert evil not in page.render(report)
 
 
+def test_text_in_the_chart_cannot_become_a_link() -> None:
+    report = sample.report()
+    evil = '<a href="https://elsewhere">&lt;'
+    report["metric"]["name"] = report["steps"][-1]["pass"] = report["steps"][-1]["reason"] = evil
+    report["runtimes"][evil] = report["runtimes"]["onnxruntime"]
+    drawn = chart.figure(report)
+    drawn = drawn[drawn.rindex("Plotly.newPlot") :]
+    assert "elsewhere" in drawn and "&amp;lt;" in drawn.replace(r"\u0026", "&")
+    assert "<a" not in drawn and r"\u003ca" not in drawn
+
+
 def test_what_a_page_says_is_what_it_shows(tmp_path: Path) -> None:
     """Not in another direction, and without characters that no file holds, as they are in paths that are not UTF-8."""
     report = sample.report()
@@ -166,6 +177,21 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     assert again["steps"][0]["quality"] is None and again["steps"][0]["drop"] is None
 
 
+def test_a_report_of_numbers_that_are_not_finite_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = copy.deepcopy(sample.report())
+    report["metric"]["baseline"] = report["final"]["quality"] = float("nan")
+    for step in report["steps"]:
+        step["quality"] = float("inf")
+    report["verification"] = {"compared": True, "outputs": {"y": {"max_abs": 1e20, "scale": 1e30}}}
+    (tmp_path / "report.json").write_text(record.to_json(report))
+    for shown in (report, record.read(tmp_path / "report.json")):
+        assert "not finite before" in page.render(shown)
+        summary.print_report(shown)
+        assert "of the original not finite" in capsys.readouterr().out
+        console.emit(summary.brief(shown))
+        assert json.loads(capsys.readouterr().out)["metric"]["baseline"] is None
+
+
 # -- altered reports ---------------------------------------------------------------------------------------------------
 def altered() -> list[tuple[str, Any]]:
     """The report with each part of it left out, or something else in its place."""
@@ -174,7 +200,7 @@ def altered() -> list[tuple[str, Any]]:
     def visit(part: Any, place: tuple[Any, ...]) -> None:
         keys: list[Any] = list(part) if isinstance(part, dict) else list(range(len(part)))
         for key in keys:
-            for value in (..., None, "text", 0, 10**400, [[]]):
+            for value in (..., None, "text", 0, 10**400, 1e299, [[]]):
                 changed = copy.deepcopy(sample.report())
                 inner = changed
                 for step in place:

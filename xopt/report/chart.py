@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from xopt.errors import visible
 
@@ -49,23 +50,32 @@ def points(report: Mapping[str, Any]) -> list[Point]:
         kept = step["kept"] or step["effect"] == "exact"
         note = ", ".join(exact) if step["effect"] == "exact" else step["reason"]
         exact = []
-        if step["quality"] is None:
+        if not _is_finite(step["quality"]):
             continue
         latency = step["latency_ms"]
         x = latency["median"] if measured and latency else step["macs"]
         p90 = latency["p90"] if measured and latency else None
-        found.append(Point(visible(name), KEPT if kept else LEFT_OUT, x, step["quality"], p90, visible(note)))
+        found.append(Point(_plain(name), KEPT if kept else LEFT_OUT, x, step["quality"], p90, _plain(note)))
     final = report["final"]
     for name, times in report["runtimes"].items():
         portable = name == "onnxruntime-optimized"
         y = _portable_quality(final) if portable else report["metric"]["baseline"]
-        if y is None:
+        if not _is_finite(y):
             continue
         kind = PORTABLE if portable else PEER
         found.append(
-            Point("onnxruntime" if portable else visible(name), kind, times["median_ms"], y, times["p90_ms"], "")
+            Point("onnxruntime" if portable else _plain(name), kind, times["median_ms"], y, times["p90_ms"], "")
         )
     return found
+
+
+def _plain(text: str) -> str:
+    """Text as plotly shows it: it takes tags, links among them, and entities for what they mean."""
+    return html.escape(visible(text), quote=False)
+
+
+def _is_finite(quality: float | None) -> TypeGuard[float]:
+    return quality is not None and math.isfinite(quality)
 
 
 def _portable_quality(final: Mapping[str, Any]) -> float | None:
@@ -88,20 +98,20 @@ def figure(report: Mapping[str, Any]) -> str:
     budget = _budget(report["metric"])
     timed = any(step["latency_ms"] for step in report["steps"])
     x_title = _x_title(report) if timed else "multiply-accumulates of one run"
-    chart.update_layout(_layout(x_title, report["metric"]["name"], found, budget))
+    chart.update_layout(_layout(x_title, _plain(report["metric"]["name"]), found, budget))
     if budget is not None:
         chart.add_hline(
             budget,
             line={"dash": "dot", "color": "#c9a227", "width": 1.5},
             annotation={"text": "budget", "font": {"color": "#8a6d0b", "size": 12}, "x": 1, "xanchor": "right"},
         )
-    html: str = chart.to_html(
+    page: str = chart.to_html(
         full_html=False,
         include_plotlyjs=True,
         div_id="chart",
         config={"displaylogo": False, "displayModeBar": False, "responsive": True},
     )
-    return html
+    return page
 
 
 def _trace(go: Any, kind: str, look: Mapping[str, Any], chosen: Sequence[Point]) -> Any:
@@ -122,7 +132,7 @@ def _trace(go: Any, kind: str, look: Mapping[str, Any], chosen: Sequence[Point])
 
 def _budget(metric: Mapping[str, Any]) -> float | None:
     """The quality that must be kept, where it is a difference."""
-    if metric["max_drop"] is None or not metric["higher_is_better"]:
+    if metric["max_drop"] is None or not metric["higher_is_better"] or not _is_finite(metric["baseline"]):
         return None
     return float(metric["baseline"] - metric["max_drop"])
 

@@ -13,7 +13,7 @@ from xopt.errors import InputError, visible
 from xopt.ir.io import output_errors, replacing
 from xopt.report.chart import figure
 from xopt.report.record import LARGEST_FILE
-from xopt.report.summary import judgement, verdict
+from xopt.report.summary import judgement, quality, verdict
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:
@@ -61,6 +61,7 @@ def render(report: Mapping[str, Any]) -> str:
     environment.filters["ms"] = console.milliseconds
     environment.filters["options"] = _options
     environment.filters["verdict"] = verdict
+    environment.filters["quality"] = quality
     page: str = environment.get_template("page.html.j2").render(
         report=report,
         signature=UNSIGNED,
@@ -82,8 +83,8 @@ def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """The result in four numbers: title, value, what it is compared with."""
     final, metric, before = report["final"], report["metric"], report["structure"]["before"]
     cards = [_latency_card(report)]
-    lost = f"{metric['baseline']:.4f} before"
-    cards.append({"title": metric["name"], "value": _number(final["quality"]), "note": lost})
+    lost = f"{quality(metric['baseline'])} before"
+    cards.append({"title": metric["name"], "value": quality(final["quality"]), "note": lost})
     for title, key, unit in (("MACs", "macs", ""), ("weights", "bytes", "B")):
         share = final[key] / before[key] if before[key] else 1.0
         note = f"{share:.0%} of {console.size(before[key], unit)}"
@@ -135,7 +136,3 @@ def _ops(structure: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 def _options(options: Mapping[str, Any]) -> str:
     shown = ", ".join(f"{key}={value}" for key, value in options.items() if value not in (None, "", [], ()))
     return shown
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xopt import files
-from xopt.console import SCHEMA
+from xopt.console import SCHEMA, finite
 from xopt.errors import InputError
 from xopt.measure.accuracy import ARTIFACT
 from xopt.report import shape
@@ -94,7 +94,7 @@ def _precision(outcome: Outcome, name: str) -> dict[str, Any] | None:
 
 def to_json(report: Mapping[str, Any]) -> str:
     """The text of report.json; numbers that are not finite become null."""
-    return json.dumps(_finite(report), indent=1) + "\n"
+    return json.dumps(finite(report), indent=1) + "\n"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -119,11 +119,3 @@ def _facts(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
     canonical = model.clone()
     ir.canonicalize(canonical)
     return facts.describe(canonical, dims)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

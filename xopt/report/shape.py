@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-LARGEST = 1e18
+LARGEST = 1e300
 """Of a number in a report."""
 LONGEST = 10_000
 """Items of a list or an object."""
@@ -110,7 +110,7 @@ REPORT = {
     "metric": {
         "name": _is_text,
         "higher_is_better": _is_flag,
-        "baseline": _is_number,
+        "baseline": _Maybe(_is_number),
         "max_drop": _Maybe(_is_number),
         "samples": _is_count,
         "data": _is_text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,14 +40,14 @@ def print_report(report: Mapping[str, Any]) -> None:
                 step["text"],
                 verdict(step),
                 step["reason"],
-                f"{step['quality']:.4f}" if step["quality"] is not None else "",
+                quality(step["quality"]),
                 console.milliseconds(latency and latency["median"]),
                 console.size(step["macs"]),
                 console.size(step["bytes"], "B"),
             )
         )
     data = f"{metric['data']}, {metric['samples']} samples"
-    title = f"{metric['name']} of the original {metric['baseline']:.4f} ({data})"
+    title = f"{metric['name']} of the original {quality(metric['baseline'])} ({data})"
     console.table(title, ["pass", "", "reason", metric["name"], "ms", "MACs", "size"], rows, left=3)
     for line in judgement(report):
         console.out(line)
@@ -63,6 +64,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.say(f"{name} is left out: {reason}")
     if report["output"]:
         console.out(f"\nreport: {report['output']}/report.html")
+
+
+def quality(value: float | None) -> str:
+    """A metric for the user: null in a report is a number that was not finite."""
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "not finite"
 
 
 def judgement(report: Mapping[str, Any]) -> list[str]:
