@@ -109,6 +109,7 @@ def plan(
     from xopt.search import job
 
     _check_numbers(dims, batch=batch, seed=seed)
+    batch, seed = int(batch), int(seed)  # of numpy's kinds JSON has none
     if max_drop is not None and not (_is_number(max_drop) and 0 <= max_drop < math.inf):
         raise InputError("E-OPTION", f"max_drop={max_drop!r} is no loss", cure="give a number from 0 on, such as 0.01")
     threads = count(threads)
@@ -265,6 +266,7 @@ def tune(
     from xopt.tuning.run import Tuner
 
     _check_numbers(dims, batch=batch, trials=trials)
+    batch, trials = int(batch), int(trials)
     for name, seconds in (("timeout", timeout), ("candidate_timeout", candidate_timeout)):
         if not (_is_number(seconds) and 0 <= seconds < math.inf):
             raise InputError("E-OPTION", f"{name}={seconds!r} is no time", cure="give seconds from 0 on")

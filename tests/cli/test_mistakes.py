@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -176,6 +177,12 @@ MODEL = ir.from_onnx_text(
 def test_wrong_types_in_python(arguments: dict[str, object]) -> None:
     with pytest.raises(InputError):
         api.plan(**{"model": MODEL, **arguments})  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_numpys() -> None:
+    plan = api.plan(MODEL, seed=np.int64(3), batch=np.int32(2), dims={"batch": np.int64(4)}, peers=())  # type: ignore
+    assert (plan.seed, len(next(iter(plan.feeds.values())))) == (3, 2)
+    json.dumps(plan.plan())
 
 
 @pytest.mark.parametrize("path", [3, None, "", "none", b"x", object()])

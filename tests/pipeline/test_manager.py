@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -243,6 +244,16 @@ def test_a_full_disk_does_not_hide_the_failure(model: ir.Model, tmp_path: Path) 
         PassManager([Crash()], instruments=[Reproducer(blocked / "below")]).run(model, PassContext())
 
 
+def test_half_a_reproducer_does_not_stay(model: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(text: str) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("xopt.pipeline.text.to_yaml", full)
+    with pytest.raises(InternalError, match="no reproducer could be written"):
+        PassManager([Crash()], instruments=[Reproducer(tmp_path)]).run(model, PassContext())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rerun_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"E-FILE.*the reproducer cannot be read"):
         rerun(tmp_path)
@@ -358,6 +369,27 @@ def test_bisect_with_a_check_of_the_caller(model: ir.Model) -> None:
     assert bisect(model, [Scale()], PassContext(), lambda _: "always").index == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("error", [KeyError("layers"), SystemExit(0)])
+def test_a_check_of_the_caller_that_fails(model: ir.Model, error: BaseException) -> None:
+    asked = []
+
+    def fails_at(*times: int) -> Callable[[ir.Model], None]:
+        def check(candidate: ir.Model) -> None:
+            asked.append(candidate)
+            if len(asked) in times:
+                raise error
+
+        return check
+
+    with pytest.raises(InputError, match=r"E-OPTION.*the check fails"):
+        bisect(model, [Scale()], PassContext(), fails_at(1))
+    asked.clear()
+    assert bisect(model, [Scale()], PassContext(), fails_at(2, 3, 4)).index == 1  # type: ignore[union-attr]
+    asked.clear()
+    with pytest.raises(InputError, match="fails once and holds once"):
+        bisect(model, [Scale()], PassContext(), fails_at(2))
+
+
 def test_bisect_finds_a_crash_and_a_fault_without_places(model: ir.Model) -> None:
     culprit = bisect(model, [Scale(), Scale(), Crash()], PassContext())
     assert culprit is not None
@@ -388,6 +420,12 @@ def _outputs() -> Iterator[tuple[np.ndarray, np.ndarray, str | None]]:
 def test_comparison_of_outputs(before: np.ndarray, after: np.ndarray, says: str | None) -> None:
     violation = compare([{"y": before}], [{"y": after}])["y"].violation(1e-4)
     assert violation is None if says is None else says in (violation or "")
+
+
+def test_a_cosine_that_is_no_number_is_no_agreement() -> None:
+    huge = np.full(4, 1e200)
+    (change,) = compare([{"y": huge}], [{"y": -huge}]).values()
+    assert change.violation(None, 0.95) is not None
 
 
 def test_an_output_that_is_gone_or_new() -> None:

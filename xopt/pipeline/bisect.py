@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from xopt.data.dataset import FAILURES
+from xopt.errors import InputError, XoptError
 from xopt.pipeline.base import Effect, Pass, application_limit
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.manager import PassManager
@@ -57,7 +59,14 @@ def bisect(model: ir.Model, passes: Sequence[Pass], context: PassContext, check:
     context.fill_in_samples(model)
     exact = all(one.effect is Effect.EXACT for one in passes)
     prober = _Prober(model, passes, context, check or numeric_check(model, context, exact=exact))
-    if (reason := prober.check(model)) is not None:
+    try:
+        reason = prober.check(model)
+    except XoptError:
+        raise
+    except FAILURES as error:
+        what = f"the check fails on the model itself ({type(error).__name__}: {error})"
+        raise InputError("E-OPTION", what, where="--check") from error
+    if reason is not None:
         return Culprit(0, None, reason, None, "", prober.probes)
     if prober.fails_after(len(passes)) is None:
         return None
@@ -91,7 +100,7 @@ class _Prober:
         try:
             steps = manager.run(model, self.context)
             return self.check(model), steps[-1].report.accepted
-        except Exception as error:  # a pass that fails is what we are looking for
+        except FAILURES as error:  # a pass that fails is what we are looking for
             return str(error), []
 
     def fails_after(self, count: int) -> str | None:
@@ -108,7 +117,9 @@ class _Prober:
         assert self._good[0] == index - 1
         one = self.passes[index - 1]
         reason, places = self.run(self._good[1].clone(), [one])
-        assert reason is not None
+        if reason is None:
+            what = f"after {one.name} the check fails once and holds once"
+            raise InputError("E-OPTION", what, where="--check", cure="give one that always says the same of a model")
         if not places or self._limited(one, 0)[0] is not None:
             return Culprit(index, one, reason, None, "", self.probes)
         good, bad = 0, len(places)

@@ -9,6 +9,7 @@ reproducer.json   seed, tile, dims and the error
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -60,6 +61,15 @@ def write(step: StepResult, model: ir.Model, context: PassContext, error: Except
     folder = Path(
         tempfile.mkdtemp(prefix=f"xopt-{step.index:03d}-{file_stem(step.pass_.name)}-", dir=parent or outer())
     )
+    try:
+        _fill(folder, step, model, context, error)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _fill(folder: Path, step: StepResult, model: ir.Model, context: PassContext, error: Exception) -> None:
     xopt.ir.save(model, folder / "model.onnx")
     (folder / "pipeline.yaml").write_text(text.to_yaml([step.pass_, *step.remaining]), encoding="utf-8")
     samples = context.samples
@@ -76,7 +86,6 @@ def write(step: StepResult, model: ir.Model, context: PassContext, error: Except
         "versions": {name: version(name) for name in ("onnx", "onnx-ir", "onnxruntime")},
     }
     (folder / "reproducer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
 def _record_of(error: Exception) -> dict[str, str]:

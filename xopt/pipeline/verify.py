@@ -161,7 +161,7 @@ class Change:
             return self.mismatch
         if self.newly_bad:
             return f"{self.newly_bad} elements are no longer finite, or no longer infinite"
-        if cosine is not None and self.cosine < cosine:
+        if cosine is not None and not self.cosine >= cosine:  # not a number where squares overflow
             return f"cosine {self.cosine:.4f}, at least {cosine:g} is expected"
         if tolerance is None or self.largest <= tolerance * self.scale:
             return None
@@ -218,7 +218,8 @@ class Tally:
         self.elements += before.size
         self.floating = before.dtype.kind not in "iub"
         self.unequal += int((x != y).sum())
-        self._products += (x @ x, y @ y, x @ y)
+        with np.errstate(over="ignore"):
+            self._products += (x @ x, y @ y, x @ y)
 
     def change(self) -> Change:
         """What was counted."""
