@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,11 +40,17 @@ def edited(path: Path) -> None:
         np.savez(path, **archive, more=np.zeros(3))
 
 
+def added_to(path: Path) -> None:
+    outputs.write(path, ARRAYS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "years of work")
+
+
 def folder(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("make", [calibration, thesis, edited, folder])
+@pytest.mark.parametrize("make", [calibration, thesis, edited, added_to, folder])
 def test_other_files_are_left_alone(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "y.npz")
     before = (tmp_path / "y.npz").stat()

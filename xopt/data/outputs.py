@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zipfile
@@ -14,8 +15,9 @@ from xopt.data import npz
 from xopt.errors import InputError
 from xopt.ir.io import output_errors, replacing
 
-MARK = b"outputs of xopt run"
-"""Comment of the archive."""
+MARK = b"outputs of xopt run, "
+"""What the comment of the archive starts with; the digest of the file follows, up to its end."""
+_UNSIGNED = b"0" * 64
 
 
 def check(path: Path) -> None:
@@ -33,14 +35,27 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     content = io.BytesIO()
     npz.write(content, arrays)
     with zipfile.ZipFile(content, "a") as archive:
-        archive.comment = MARK
+        archive.comment = MARK + _UNSIGNED
+    content.seek(-len(_UNSIGNED), io.SEEK_END)
+    content.write(hashlib.sha256(content.getbuffer()).hexdigest().encode())
     with output_errors(path), replacing(path) as file:
         file.write(content.getbuffer())
 
 
 def _is_ours(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.comment == MARK
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return False
+    """Whether a file is as `write` has left it."""
+    with path.open("rb") as file:
+        signed = file.seek(0, io.SEEK_END) - len(_UNSIGNED)
+        if signed < len(MARK):
+            return False
+        file.seek(signed - len(MARK))
+        if file.read(len(MARK)) != MARK:
+            return False
+        digest = file.read()
+        file.seek(0)
+        state, left = hashlib.sha256(), signed
+        while left and (part := file.read(min(left, 1 << 20))):
+            state.update(part)
+            left -= len(part)
+        state.update(_UNSIGNED)
+        return state.hexdigest().encode() == digest
