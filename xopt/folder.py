@@ -266,12 +266,14 @@ def _publish(fresh: Path, claim: Claim) -> None:
 
 
 def _take_after(fresh: Path, place: Path) -> None:
-    """Give a new folder the permissions, the attributes and, where that is allowed, the owner of the old one."""
+    """Give a new folder the permissions and, where that is allowed, the attributes and the owner of the old one."""
     facts = place.stat()
-    shutil.copystat(place, fresh)
-    os.utime(fresh)
-    with suppress(PermissionError):
+    fresh.chmod(stat.S_IMODE(facts.st_mode))
+    with suppress(OSError):  # what a file system refuses it also says by other errors than EPERM
+        shutil.copystat(place, fresh)
+    with suppress(OSError):
         os.chown(fresh, facts.st_uid, facts.st_gid)
+    os.utime(fresh)
 
 
 def _clear(folder: Path, place: Path) -> None:
@@ -285,9 +287,9 @@ def _clear(folder: Path, place: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> bool:
-    """The system call; False where it fails, or the file system cannot do it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0)
+    """The system call; False where it fails, or the file system or the C library cannot do it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0
 
 
 @contextmanager

@@ -47,8 +47,9 @@ def refused(path: Path, clue: str = "") -> None:
         write(path, "two")
 
 
-def exchange_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: type("Libc", (), {"renameat2": lambda *args: -1}))
+def exchange_is_missing(monkeypatch: pytest.MonkeyPatch, *, known: bool = True) -> None:
+    calls = {"renameat2": lambda *args: -1} if known else {}
+    monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: type("Libc", (), calls))
 
 
 def test_a_new_folder_appears_with_everything(tmp_path: Path) -> None:
@@ -57,10 +58,27 @@ def test_a_new_folder_appears_with_everything(tmp_path: Path) -> None:
     assert names(tmp_path / "deep") == ["out"]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_an_old_folder_of_ours_is_replaced(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not exchange:
-        exchange_is_missing(monkeypatch)
+def owners_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    monkeypatch.setattr(shutil, "copystat", refuse)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda monkeypatch: None,
+        exchange_is_missing,
+        lambda monkeypatch: exchange_is_missing(monkeypatch, known=False),
+        owners_are_refused,
+    ],
+)
+def test_an_old_folder_of_ours_is_replaced(
+    tmp_path: Path, spoil: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch)
     write(tmp_path / "out", "one")
     (tmp_path / "out").chmod(0o750)
     write(tmp_path / "out", "two")

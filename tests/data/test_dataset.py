@@ -170,7 +170,11 @@ def test_another_seed_gives_other_numbers() -> None:
 def test_data_from_a_callable(tmp_path: Path) -> None:
     source = tmp_path / "mine.py"
     source.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
         "import numpy as np\n"
+        "@dataclasses.dataclass\n"
+        "class Sample: label: int = 0\n"
         "def pair(): return {'x': np.ones((2, 1))}, np.arange(2)\n"
         "def plain(): return {'x': np.ones((2, 1)), 'labels': np.arange(2)}\n"
         "def wrong(): return 3\n"

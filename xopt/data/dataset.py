@@ -198,9 +198,10 @@ def resolve(reference: str, option: str) -> Callable[..., Any]:
 
 def _import(name: str) -> object:
     if name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        spec = importlib.util.spec_from_file_location(f"file {os.path.abspath(name)}", name)  # hides no module
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where a dataclass looks for the one it is in
         spec.loader.exec_module(module)
         return module
     here = os.getcwd()
