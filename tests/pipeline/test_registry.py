@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xopt import commands
-from xopt.errors import InputError
+from xopt.errors import InputError, VerificationError
 from xopt.pipeline import registry
 
 GOOD = """
@@ -38,12 +38,15 @@ MODULES = {  # name of the pass: source of its module
     "no-run": GOOD.replace("NAME", "no-run").replace("def run", "def walk"),
     "no-default": GOOD.replace("NAME", "no-default").replace("    def run", "    width: int\n    def run"),
     "no-effect": GOOD.replace("NAME", "no-effect").replace("Effect.EXACT", "'exact'"),
+    "no-end": GOOD.replace("NAME", "no-end") + "    def check(self): raise SystemExit(5)\n",
+    "no-good-option": GOOD.replace("NAME", "no-good-option")
+    + "    x: int = 0\n    def check(self):\n        if self.x: raise SystemExit(5)\n",
     "no-syntax": "def (",
     "canonicalize": GOOD.replace("NAME", "canonicalize"),
     "two words": GOOD.replace("NAME", "two words"),
     "esc\x1b[2J": GOOD,
 }
-USABLE = {"good", "wanders"}
+USABLE = {"good", "wanders", "no-good-option"}
 
 
 def install(site: Path, package: str, name: str, source: str) -> None:
@@ -89,6 +92,7 @@ def test_what_is_broken_is_listed_and_the_rest_goes_on(capsys: pytest.CaptureFix
         "raises": "no licence",
         "exits": "SystemExit 3",
         "leaves": "Away gone",
+        "no-end": "SystemExit 5",
         "no-run": "abstract",
     }.items():
         assert word in broken[name]["reason"] and broken[name]["package"].startswith("third-party-")
@@ -111,6 +115,8 @@ def test_to_use_a_broken_one_is_an_error_that_names_the_package(name: str) -> No
 @pytest.mark.usefixtures("installed")
 def test_others_are_none_the_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.create("good", {}).name == "good"
+    with pytest.raises(VerificationError, match=r"pass no-good-option tries to end the process \(SystemExit 5\)"):
+        registry.create("no-good-option", {"x": 1})
     assert registry.get("canonicalize").__module__ == "xopt.passes.canonicalize"
     monkeypatch.setattr(registry, "_load", lambda point: pytest.fail(f"{point} was imported"))
     assert set(USABLE) <= set(registry.names())

@@ -126,12 +126,14 @@ def _load(point: EntryPoint) -> type[Pass]:
     if not (isinstance(loaded, type) and issubclass(loaded, Pass) and getattr(loaded, "name", "") == point.name):
         raise InputError("E-PASS", f"this is not a pass named {point.name}", where=where, cure=cure)
     try:
-        loaded.options()
-        loaded()
+        with contained("the pass"):
+            loaded.options()
+            loaded()
         if not isinstance(loaded.effect, Effect):
             raise TypeError("its effect is neither exact nor lossy")
     except Exception as error:
-        what = f"the pass is not made as one ({type(error).__name__}: {error})"
+        said = error.what if isinstance(error, XoptError) else f"{type(error).__name__}: {error}"
+        what = f"the pass is not made as one ({said})"
         raise InputError("E-PASS", what, where=where, cure=cure) from error
     return loaded
 
@@ -144,7 +146,8 @@ def create(name: str, options: Mapping[str, object]) -> Pass:
         if key not in cls.options():
             raise InputError("E-OPTION", f"{name} has no option {key!r}", cure=_suggestion(key, cls.options()))
     try:
-        return cls(**given)
+        with contained(f"pass {name}"):
+            return cls(**given)
     except XoptError:
         raise
     except Exception as error:  # a third party's own check
