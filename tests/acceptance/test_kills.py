@@ -142,9 +142,10 @@ def session(leader: int) -> list[int]:
 
 
 def strays(place: Path, env: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What lies beside the output, and among the temporary files."""
+    """What lies beside the output, and among the temporary files: a name, or the text of a trace."""
     beside = [path.name for path in place.iterdir() if path.name.endswith(".xopt-cache")]
-    return beside, [path.name for path in Path(env["TMPDIR"]).iterdir() if path.name != "cache"]
+    files = [path for path in Path(env["TMPDIR"]).iterdir() if path.name != "cache"]
+    return beside, [path.read_text() if path.name.startswith("xopt-trace") else path.name for path in files]
 
 
 @pytest.mark.slow
