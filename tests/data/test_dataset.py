@@ -157,6 +157,13 @@ def test_random_inputs_fit_the_model(count: int, length: int, seed: int) -> None
     assert Dataset.random(model, count, seed, {"seq": length}).digest == data.digest
 
 
+def test_a_model_without_inputs_has_no_data() -> None:
+    head = '<ir_version: 10, opset_import: ["" : 20]> g () => (float[1] y) <float[1] a = {1}>'
+    model = ir.from_onnx_text(f"{head} {{ y = Add(a, a) }}")
+    with pytest.raises(InputError, match="the model has no inputs"):
+        Dataset.random(model, 1, 0)
+
+
 def test_random_ids_use_the_whole_table() -> None:
     ids = Dataset.random(text_model(), 64, 0, {"seq": 64}).inputs["input_ids"]
     assert ids.min() == 0 and ids.max() == 99

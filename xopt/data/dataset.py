@@ -161,9 +161,15 @@ class Dataset:
             count: number of samples.
             seed: the same seed gives the same samples.
             dims: sizes of symbolic axes other than the first; 16 where it says nothing.
+
+        Raises:
+            InputError: ``E-DATA``: a model without inputs.
         """
         from xopt.data.synthetic import random_inputs
 
+        if not model.graph.inputs:
+            cure = "export it with the tensors that change as inputs"
+            raise InputError("E-DATA", "the model has no inputs, it always computes the same", cure=cure)
         return cls(random_inputs(model, count, seed, dims or {}), None, f"random inputs, seed {seed}", True)
 
 
