@@ -26,6 +26,7 @@ from tvm_ffi import StructuralKey
 
 from xopt.errors import InputError
 from xopt.ir.names import identifier
+from xopt.ir.shape_rules import python_slice
 
 Array = npt.NDArray[Any]
 
@@ -372,7 +373,7 @@ def _slice(inputs: list[Array], _: dict[str, Any]) -> Array:
     steps = _numbers(inputs[4]) if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
     index = [slice(None)] * inputs[0].ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        index[axis] = slice(start, None if step < 0 and end < -(1 << 31) else end, step)
+        index[axis] = python_slice(start, end, step, inputs[0].shape[axis])
     return inputs[0][tuple(index)]
 
 

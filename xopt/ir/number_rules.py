@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from xopt.ir.edit import input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
-from xopt.ir.shape_rules import Known, Numbers, shape_numbers
+from xopt.ir.shape_rules import Known, Numbers, axes_of, integer, python_slice, shape_numbers
 
 LARGEST = 64
 """Elements beyond which an integer tensor is not followed."""
@@ -74,7 +74,7 @@ def _slice_numbers(s: Known, node: ir.Node) -> Numbers | None:
     steps = [1] if input_at(node, 4) is None else s.integers(input_at(node, 4))
     if data is None or starts is None or ends is None or steps is None:
         return None
-    return data[slice(starts[0], ends[0], steps[0])]
+    return data[python_slice(starts[0], ends[0], steps[0], len(data))]
 
 
 def _concat_numbers(s: Known, node: ir.Node) -> Numbers | None:
@@ -126,7 +126,9 @@ def _filled(s: Known, node: ir.Node) -> Numbers | None:
 
 def _reduce_prod(s: Known, node: ir.Node) -> Numbers | None:
     numbers = s.numbers(node.inputs[0])
-    return None if numbers is None else (product(numbers),)
+    if numbers is None or (not axes_of(s, node) and integer(node, "noop_with_empty_axes", 0)):
+        return numbers
+    return (product(numbers),)
 
 
 def _size(s: Known, node: ir.Node) -> Numbers | None:

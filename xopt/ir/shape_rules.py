@@ -32,12 +32,24 @@ class Known(Protocol):
 
 
 def axes_of(s: Known, node: ir.Node) -> list[int] | None:
-    """Axes of Squeeze, Unsqueeze, Slice or a reduction, as attribute or input; None when not written."""
+    """Axes of Squeeze, Unsqueeze, Slice or a reduction, as attribute or input; None when not written.
+
+    Raises:
+        ValueError: only the data tells which.
+    """
     attr = node.attributes.get("axes")
     if attr is not None:
         return list(attr.as_ints())
-    position = 3 if node.op_type == "Slice" else 1
-    return s.integers(input_at(node, position))
+    return written(s, node, 3 if node.op_type == "Slice" else 1)
+
+
+def written(s: Known, node: ir.Node, position: int) -> list[int] | None:
+    """The integers of an optional input; None when it is not given. Raises ValueError when they are not known."""
+    given = input_at(node, position)
+    found = s.integers(given)
+    if given is not None and found is None:
+        raise ValueError(f"input {position} depends on the data")
+    return found
 
 
 def integer(node: ir.Node, name: str, default: int) -> int:
@@ -59,14 +71,37 @@ def _common(sizes: Sequence[Poly]) -> Poly:
 
 
 def _wider(a: Poly, b: Poly) -> Poly:
-    """Of two sizes that broadcast: a number or a multiple of the other, which is surely it; else the first name."""
+    """What two sizes that broadcast give: the one that is surely it, else their maximum."""
     if ONE in (a, b):
         return a if b == ONE else b
+    for size, other in ((a, b), (b, a)):
+        if _covers(size, other):
+            return size
     if a.constant is not None or b.constant is not None:
         return a if a.constant is not None else b
-    if b.exactly(a) is not None:
-        return b
-    return a if a.is_name or not b.is_name or a.exactly(b) is not None else b
+    return Poly.of(f"max({','.join(sorted({*_operands(a, 'max'), *_operands(b, 'max')}))})")
+
+
+def _covers(size: Poly, other: Poly) -> bool:
+    """Whether two sizes that broadcast, so that they are equal or one of them is 1, surely give the first."""
+    if size.exactly(other) is not None or (size - other).at_least(1, 1):
+        return True
+    return str(size) in _operands(other, "min") or set(_operands(other, "max")) <= set(_operands(size, "max"))
+
+
+def _operands(size: Poly, operation: str) -> list[str]:
+    """What a size is the minimum or maximum of, as text; of nothing but itself when it is none."""
+    text = str(size)
+    if not size.is_symbol or not text.startswith(f"{operation}("):
+        return [text]
+    parts, depth = [""], 0
+    for letter in text[len(operation) + 1 : -1]:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 # Shapes: (symbols, node) -> dimensions of each output, or None.
@@ -222,8 +257,10 @@ def spans_of(s: Known, node: ir.Node) -> dict[int, Span] | None:
         starts, ends = s.numbers(node.inputs[1]), s.numbers(input_at(node, 2))
     if starts is None or ends is None:
         return None
-    axes = axes_of(s, node)
-    steps = s.integers(input_at(node, 4)) or [1] * len(starts)
+    try:
+        axes, steps = axes_of(s, node), written(s, node, 4) or [1] * len(starts)
+    except ValueError:
+        return None
     named = axes if axes is not None else range(len(starts))
     spans = [_span(dims[axis], start, end, step) for axis, start, end, step in zip(named, starts, ends, steps)]
     return {axis % len(dims): span for axis, span in zip(named, spans)}
@@ -233,7 +270,7 @@ def _span(size: Poly, start: Poly, end: Poly, step: int) -> Span:
     if step < 1:
         return Span(Poly.unknown(), step, Poly.unknown())
     first, last = _bound(size, start), _bound(size, end)
-    length = last - first
+    length = last - first if (last - first).constant is None else Poly.of(max((last - first).constant or 0, 0))
     return Span(first, step, length if step == 1 else (length + (step - 1)) // step)
 
 
@@ -241,12 +278,20 @@ def _bound(size: Poly, bound: Poly) -> Poly:
     """A slice bound, counted from the front and clamped to the size where that can be decided."""
     number = bound.constant
     if number is not None and number < 0:
-        return size + number
+        counted = size + number
+        if counted.constant is not None:
+            return Poly.of(max(counted.constant, 0))
+        return counted if counted.at_least(0, 1) else Poly.of(f"max(0,{counted})")
     if (bound - size).at_least(0, 1) or (number is not None and number >= np.iinfo(np.int32).max):
         return size
     if (size - bound).at_least(0, 1):
         return bound
     return Poly.of(f"min({','.join(sorted((str(size), str(bound))))})")
+
+
+def python_slice(start: int, end: int, step: int, size: int) -> slice:
+    """What ONNX means by ``start:end:step``: backwards, a start before the first element is the first."""
+    return slice(max(start, -size) if step < 0 else start, end, step)
 
 
 def _expand(s: Known, node: ir.Node) -> Shapes:
@@ -290,6 +335,8 @@ def _reduce(s: Known, node: ir.Node) -> Shapes:
         return None
     if node.op_type in ("ArgMax", "ArgMin"):
         axes = [integer(node, "axis", 0)]
+    if not axes and integer(node, "noop_with_empty_axes", 0):
+        return [dims]
     gone = {axis % len(dims) for axis in axes} if axes else set(range(len(dims)))
     keep = integer(node, "keepdims", 1)
     return [tuple(ONE if i in gone else dim for i, dim in enumerate(dims) if keep or i not in gone)]

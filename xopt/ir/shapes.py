@@ -24,8 +24,7 @@ def infer_shapes(model: ir.Model, *, names: bool = True) -> None:
     inference finds none. Runs on a copy without weights, so it works beyond 2 GB.
 
     Args:
-        names: also name the dimensions that ONNX's inference leaves open. Of two that meet in a broadcast the first
-            named one is taken, which a runtime that trusts the file would stumble over if it is the other.
+        names: also name the dimensions that ONNX's inference leaves open.
 
     Raises:
         InputError: ``E-FORMAT``, the graph contradicts itself (shapes or types that cannot be).

@@ -173,7 +173,10 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path, where: str = "") -> Non
             raise _bad_tensor(f"{len(tensor.raw_data)} bytes do not make {list(tensor.dims)} of {dtype.name}", where)
     else:
         field = next((name for name, types in _TYPED_FIELDS.items() if tensor.data_type in types), "int32_data")
-        per_value = {ir.DataType.COMPLEX64: 2, ir.DataType.COMPLEX128: 2}.get(dtype, min(1, dtype.bitwidth / 8))
+        if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+            per_value = 2.0
+        else:
+            per_value = 1.0 if dtype == ir.DataType.STRING else min(1, dtype.bitwidth / 8)  # strings have no width
         if len(getattr(tensor, field)) != math.ceil(count * per_value):
             found = len(getattr(tensor, field))
             raise _bad_tensor(f"{found} values do not make {list(tensor.dims)} of {dtype.name}", where)

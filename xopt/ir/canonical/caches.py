@@ -123,7 +123,10 @@ class Caches:
         dims, result = self.symbols.dims(node.inputs[0]), self.symbols.dims(node.outputs[0])
         if dims is None or result is None or not dims or dims[-1] != result[-1] or dims[-1] == ONE:
             return False
-        axes = axes_of(self.symbols, node) or []
+        try:
+            axes = axes_of(self.symbols, node) or []
+        except ValueError:
+            return False
         rank = len(result) if node.op_type == "Unsqueeze" else len(dims)
         moves_last = node.op_type in ("Unsqueeze", "Squeeze", "Slice") and (rank - 1 in axes or -1 in axes)
         gathers_last = node.op_type == "Gather" and integer(node, "axis", 0) in (-1, len(dims) - 1)
