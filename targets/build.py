@@ -6,7 +6,8 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -104,7 +105,7 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     with output_errors(path), replacing(resolved(path)) as library:
         with WeightFile(weights_path(library)) as weights:
             lowered = lower(model, target, weights.store)
-        with tvm_target, tvm.transform.PassContext(**options):
+        with tvm_target, tvm.transform.PassContext(**options), _tvm_errors():
             module = in_order(target.pipeline()(lowered.module))
             executable = relax.build(module, tvm_target, relax_pipeline=None)
         _check_space(library.parent)
@@ -124,6 +125,20 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
         )
         manifest_path(library).write_text(manifest.to_json())
     return path
+
+
+@contextmanager
+def _tvm_errors() -> Iterator[None]:
+    """TVM finds out late that it cannot do something; what it raises then is an ``E-UNSUPPORTED-OP``."""
+    import tvm
+
+    try:
+        yield
+    except (tvm.error.InternalError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        what = f"TVM cannot compile the model: {lines[0][:200]}"
+        cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
+        raise InputError("E-UNSUPPORTED-OP", what, cure=cure) from error
 
 
 def _check_space(folder: Path) -> None:

@@ -35,7 +35,18 @@ from xopt.targets.formats import (
     plan_formats,
 )
 from xopt.targets.integer_attention import Part, parts, stored_formats
-from xopt.targets.symbolic import EVALUATED, MAX_ELEMENTS, Array, Dim, Dimensions, Ints, UndecidedError, evaluate, known
+from xopt.targets.symbolic import (
+    EVALUATED,
+    MAX_ELEMENTS,
+    STRUCTURAL,
+    Array,
+    Dim,
+    Dimensions,
+    Ints,
+    UndecidedError,
+    evaluate,
+    known,
+)
 from xopt.targets.weights import Weights
 
 if TYPE_CHECKING:
@@ -181,9 +192,9 @@ class Lowering:
 
     def shape_of(self, expression: relax.Expr) -> list[Dim]:
         """The shape of a run-time tensor."""
-        shape = expression.ty.shape
+        shape = expression.ty.shape if isinstance(expression.ty, relax.TensorType) else None
         if shape is None:
-            raise InputError("E-UNSUPPORTED-OP", "a shape depends on the data", where=str(expression))
+            raise InputError("E-UNSUPPORTED-OP", "a shape is not known before the model runs", where=str(expression))
         return [self.dims.simplify(dim) for dim in shape]
 
     # -- emitting --------------------------------------------------------------------------------------------------
@@ -354,10 +365,10 @@ class Lowering:
         differing = [(old, new) for old, new in zip(given, shape) if not self.dims.equal(old, new)]
         if not differing:
             return tensor
+        for old, new in differing:
+            self.dims.require(self.dims.same(old, new), f"{self.node}: two sizes differ")
         if any(self.dims.related(old, new) for old, new in differing):
             # TVM takes a match of an expression with a variable inside it for a definition, and recurses without end.
-            for old, new in differing:
-                self.dims.require(self.dims.same(old, new), f"{self.node}: two sizes differ")
             return self.compute("resized", shape, lambda x, *i: x(*i), tensor)
         return self.builder.match_cast(tensor, relax.TensorType(list(shape), tensor.ty.dtype))
 
@@ -401,6 +412,8 @@ class Lowering:
             return None
         inputs = [self.known(value) for value in node.inputs]
         if any(known_ is None and value is not None for known_, value in zip(inputs, node.inputs)):
+            return None
+        if node.op_type not in STRUCTURAL and _is_fraction(node, inputs):
             return None
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         try:
@@ -452,6 +465,14 @@ class Lowering:
 
 
 _OPAQUE = 8
+
+
+def _is_fraction(node: ir.Node, inputs: Sequence[Array | None]) -> bool:
+    """Whether floats are computed from sizes that are not known now: expressions in dimensions are integers."""
+    floating = any(
+        value is not None and value.dtype is not None and value.dtype.is_floating_point() for value in node.inputs
+    )
+    return floating and any(isinstance(x, tvm.ir.Expr) for array in inputs if array is not None for x in array.flat)
 
 
 def _extents(shape: Sequence[Dim]) -> list[Any]:

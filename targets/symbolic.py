@@ -317,10 +317,12 @@ def evaluate(op: str, inputs: Sequence[Any], attributes: dict[str, Any], dims: D
         return reduce(lambda a, b: _elementwise(lambda x, y: _simplified(function(x, y), dims), a, b), inputs)
     if op in comparison:
         return _elementwise(comparison[op], *inputs)
-    return _STRUCTURAL[op](list(inputs), attributes)
+    return STRUCTURAL[op](list(inputs), attributes)
 
 
 def _simplified(value: Any, dims: Dimensions) -> Any:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise UndecidedError  # it wraps around when the model runs
     return value if _is_number(value) else dims.simplify(value)
 
 
@@ -418,6 +420,8 @@ def _cast(inputs: list[Array], attributes: dict[str, Any]) -> Array:
         return np.asarray([bool(x) for x in _numbers(inputs[0])], dtype=object).reshape(inputs[0].shape)
     if kind.bitwidth < 32 and any(abs(x) >= 1 << (kind.bitwidth - 1) for x in _numbers(inputs[0])):
         raise UndecidedError
+    if kind.is_integer():
+        return _elementwise(lambda x: int(x) if isinstance(x, float) else x, inputs[0])
     return inputs[0]
 
 
@@ -425,13 +429,13 @@ def _first(inputs: list[Array], _: dict[str, Any]) -> Array:
     return inputs[0]
 
 
-_STRUCTURAL: dict[str, Callable[[list[Array], dict[str, Any]], Array]] = {
+STRUCTURAL: dict[str, Callable[[list[Array], dict[str, Any]], Array]] = {
     "Where": _where, "Gather": _gather, "Concat": _concat, "Unsqueeze": _unsqueeze, "Squeeze": _squeeze,
     "Slice": _slice, "Range": _range, "Reshape": _reshape, "ConstantOfShape": _constant_of_shape,
     "Expand": _expand, "ReduceProd": _product, "Cast": _cast, "Identity": _first,
 }  # fmt: skip
 
-EVALUATED = frozenset(_STRUCTURAL) | {
+EVALUATED = frozenset(STRUCTURAL) | {
     "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Min", "Max",
     "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Not",
 }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import tvm
+from tvm import relax
 
 from xopt.targets.ops import (
     attention,
@@ -26,6 +27,7 @@ from xopt.targets.ops import (
     templates,
 )
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
@@ -54,6 +56,41 @@ def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
         InputError: E-UNSUPPORTED-OP names the node and what is not supported about it.
     """
     call = Call(lowering, node)
+    results = _emitted(lowering, call)
+    for place, output in enumerate(node.outputs):
+        if place < len(results):
+            _check(call, output, results[place])
+        elif output.uses() or output.is_graph_output():
+            raise call.unsupported(f"output {place} is not compiled")
+    return results
+
+
+FILLING = frozenset(("Concat", "ConstantOfShape", "Pad"))
+"""Operators that make elements of none. What reduces over none has a result that kernels never write."""
+
+
+def _check(call: Call, output: ir.Value, result: Value) -> None:
+    """A result is of the type and the sizes that ONNX says, and a reduction has something to reduce."""
+    if not isinstance(result, relax.Expr) or not isinstance(result.ty, relax.TensorType):
+        return
+    wanted = None if output.dtype is None else output.dtype.numpy().name
+    if wanted is not None and str(result.ty.dtype) != wanted:
+        raise call.unsupported(f"its result would be {result.ty.dtype}, not {wanted}")
+    shape = call.lowering.shape_of(result)
+    told = list(output.shape) if output.shape is not None else shape
+    both = [(mine, its) for mine, its in zip(shape, told) if isinstance(mine, int) and isinstance(its, int)]
+    if len(shape) != len(told) or any(mine != its for mine, its in both):
+        raise call.unsupported(f"its result would be {[call.dims.readable(dim) for dim in shape]}, not {output.shape}")
+    if call.node.op_type not in FILLING and call.has(0) and _is_empty(call.shape()) and not _is_empty(shape):
+        raise call.unsupported("it computes something of no elements")
+
+
+def _is_empty(shape: Sequence[Dim]) -> bool:
+    return any(isinstance(dim, int) and dim == 0 for dim in shape)
+
+
+def _emitted(lowering: Lowering, call: Call) -> Sequence[Value]:
+    node = call.node
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     try:
         if (kernel := KERNELS.get(key)) is not None and (result := kernel(call)) is not None:

@@ -7,10 +7,12 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tvm
 from tvm import relax, tirx
 
 from xopt.targets.ops.bounds import refuse_rows
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.symbolic import Array
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
@@ -40,6 +42,29 @@ def _binary(function: Callable[[relax.Expr, relax.Expr], relax.Expr]) -> Emitter
         return reduce(step, call.xs())
 
     return emit
+
+
+def _extreme(function: Callable[[relax.Expr, relax.Expr], relax.Expr]) -> Emitter:
+    """Minimum or maximum of any number of operands; NaN when one of them is."""
+
+    def emit(call: Call) -> Value:
+        def step(a: relax.Expr, b: relax.Expr) -> relax.Expr:
+            a, b = call.aligned(a, b)
+            found = function(a, b)  # b where a comparison fails, as it does with NaN
+            if is_integer(a) or isinstance(a, tvm.ir.GenericConst):
+                return call.emit(found)
+            return call.emit(relax.op.where(relax.op.isnan(a), a, found))
+
+        return reduce(step, sorted(call.xs(), key=lambda x: not isinstance(x, tvm.ir.GenericConst)))
+
+    return emit
+
+
+def _equal(call: Call) -> Value:
+    x = call.x()
+    if call.input(0) is call.input(1) and not is_integer(x) and str(x.ty.dtype) != "bool":
+        return _negated(call, call.emit(relax.op.isnan(x)))  # TVM takes everything for equal to itself
+    return _binary(relax.op.equal)(call)
 
 
 def _divide(a: relax.Expr, b: relax.Expr) -> relax.Expr:
@@ -82,27 +107,39 @@ def _paired(call: Call, name: str, function: Callable[[Any, Any], Any]) -> relax
     return call.lowering.compute(name, shape, lambda x, y, *i: function(x(*i), y(*i)), a, b)
 
 
-def _float_remainder(x: Any, y: Any) -> Any:
-    return x - y * tirx.trunc(x / y)
-
-
 def _remainder(call: Call) -> Value:
     if is_integer(call.x()):
         function = tirx.truncmod if call.attr("fmod", 0) else tirx.floormod
         return _divided(call, "remainder", function, lambda x: x * 0)
     if call.attr("fmod", 0):
-        return _paired(call, "remainder", _float_remainder)
+        function = {"float32": "fmodf", "float64": "fmod"}.get(dtype := str(call.x().ty.dtype))
+        if function is None:
+            raise call.unsupported(f"remainders of {dtype}")
+        return _paired(call, "remainder", lambda x, y: tirx.call_pure_extern(dtype, function, x, y))
     return _binary(relax.op.floor_mod)(call)
 
 
 def _power(call: Call) -> Value:
     exponent = call.const(1)
     base = call.x()
-    if exponent is not None and exponent.size == 1 and not is_integer(base):
+    if is_integer(base):
+        return _integer_power(call, exponent)
+    if exponent is not None and exponent.size == 1:
         return call.emit(_constant_power(base, float(exponent.reshape(-1)[0])))
     return _binary(lambda a, b: relax.op.power(a, b if a.ty.dtype == b.ty.dtype else relax.op.astype(b, a.ty.dtype)))(
         call
     )
+
+
+def _integer_power(call: Call, exponent: Array | None) -> Value:
+    if exponent is None or exponent.size != 1 or exponent.reshape(-1)[0] not in (1, 2, 3, 4):
+        raise call.unsupported("powers of integers other than the first four")
+    x = (
+        call.x()
+        if exponent.ndim <= len(call.shape())
+        else call.lowering.reshape(call.x(), [*[1] * (exponent.ndim - len(call.shape())), *call.shape()])
+    )
+    return call.emit(reduce(relax.op.multiply, [x] * int(exponent.reshape(-1)[0])))
 
 
 def _constant_power(base: relax.Expr, exponent: float) -> relax.Expr:
@@ -143,7 +180,7 @@ def _clip(call: Call) -> Value:
     x = call.x()
     for index, function in ((1, relax.op.maximum), (2, relax.op.minimum)):
         if call.has(index):
-            x = call.emit(function(x, call.x(index)))
+            x = call.emit(function(call.x(index), x))  # of a comparison with NaN the second operand is taken
     return x
 
 
@@ -159,8 +196,39 @@ def _cast(call: Call) -> Value:
     if source == dtype:
         return x
     if dtype == "bool":
-        return call.emit(relax.op.not_equal(x, scalar(0, x)))
+        return _negated(call, call.emit(relax.op.equal(x, scalar(0, x))))
     return call.emit(relax.op.astype(x, dtype))
+
+
+def _not(call: Call) -> Value:
+    return _negated(call, call.x())
+
+
+def _negated(call: Call, x: relax.Expr) -> relax.Expr:
+    """What is not true, as arithmetic: TVM makes of ``not a < b`` the opposite comparison, which NaN fails as well."""
+    shape, one = call.lowering.shape_of(x), tirx.const(1, "int8")
+    return call.lowering.compute("not", shape, lambda x, *i: (one - x(*i).astype("int8")).astype("bool"), x)
+
+
+def _sign(x: relax.Expr) -> relax.Expr:
+    return (
+        relax.op.sign(x) if "float" not in str(x.ty.dtype) else relax.op.where(relax.op.isnan(x), x, relax.op.sign(x))
+    )
+
+
+def _celu(call: Call) -> Value:
+    x, alpha = call.x(), scalar(float(call.attr("alpha", 1.0)), call.x())
+    zero = scalar(0.0, x)
+    below = op.multiply(alpha, op.subtract(op.exp(op.divide(op.minimum(zero, x), alpha)), scalar(1.0, x)))
+    return call.emit(op.add(op.maximum(zero, x), below))
+
+
+def _constant(call: Call) -> Value:
+    """A constant that is an output of the model."""
+    value = call.node.outputs[0].const_value
+    if value is None:
+        raise call.unsupported("its value is no tensor")
+    return value.numpy()
 
 
 def _is_infinite(call: Call) -> Value:
@@ -183,15 +251,16 @@ op = relax.op
 OPS: dict[str, Emitter] = {
     "Abs": _unary(op.abs), "Neg": _unary(op.negative), "Exp": _unary(op.exp), "Log": _unary(op.log),
     "Sqrt": _unary(op.sqrt), "Erf": _unary(op.erf), "Tanh": _unary(op.tanh), "Sigmoid": _unary(op.sigmoid),
-    "Relu": _unary(op.nn.relu), "Floor": _unary(op.floor), "Ceil": _unary(op.ceil), "Round": _unary(op.round),
-    "Not": _unary(op.logical_not), "IsNaN": _unary(op.isnan), "IsInf": _is_infinite, "Sin": _unary(op.sin),
-    "Cos": _unary(op.cos), "Sign": _unary(op.sign), "Reciprocal": _unary(_reciprocal),
+    "Relu": _unary(lambda x: op.maximum(scalar(0, x), x)), "Floor": _unary(op.floor),
+    "Ceil": _unary(op.ceil), "Round": _unary(op.round),
+    "Not": _not, "IsNaN": _unary(op.isnan), "IsInf": _is_infinite, "Sin": _unary(op.sin),
+    "Cos": _unary(op.cos), "Sign": _unary(_sign), "Reciprocal": _unary(_reciprocal),
     "Gelu": _gelu, "Swish": _swish, "Clip": _clip, "Cast": _cast, "CastLike": _cast,
-    "Identity": _identity, "Dropout": _identity,
+    "Identity": _identity, "Dropout": _identity, "Celu": _celu, "Constant": _constant,
     "Add": _binary(op.add), "Sub": _binary(op.subtract), "Mul": _binary(op.multiply), "Div": _division,
-    "Pow": _power, "Mod": _remainder, "Min": _binary(op.minimum), "Max": _binary(op.maximum),
+    "Pow": _power, "Mod": _remainder, "Min": _extreme(op.minimum), "Max": _extreme(op.maximum),
     "Sum": _binary(op.add), "Mean": _mean, "And": _binary(op.logical_and), "Or": _binary(op.logical_or),
-    "Xor": _binary(op.logical_xor), "Equal": _binary(op.equal), "Less": _binary(op.less),
+    "Xor": _binary(op.logical_xor), "Equal": _equal, "Less": _binary(op.less),
     "LessOrEqual": _binary(op.less_equal), "Greater": _binary(op.greater),
     "GreaterOrEqual": _binary(op.greater_equal), "Where": _where,
 }  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.errors import InputError
 from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call
 from xopt.targets.symbolic import Ints
@@ -38,6 +39,21 @@ def supports(op_type: str) -> bool:
     return op_type in _converters() and op_type not in UNSAFE
 
 
+ELEMENTWISE = frozenset(("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "PRelu"))
+"""Operators whose operands are broadcast: to converters they are given in one shape."""
+FITTING = {
+    "BatchNormalization": [((0, 1), (place, 0)) for place in range(1, 5)],
+    "ConvTranspose": [((0, 1), (1, 0))],
+    "GridSample": [((0, 0), (1, 0))],
+    "InstanceNormalization": [((0, 1), (place, 0)) for place in range(1, 3)],
+    "MatMulInteger": [((0, -1), (1, -2))],
+    "RoiAlign": [((1, 0), (2, 0))],
+}
+"""(input, axis) twice, that are of one size: converters take it for granted."""
+IGNORED = {"Resize": {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"}}
+"""Attributes that converters do not look at, and what they take them for."""
+
+
 def convert(call: Call) -> list[Value]:
     """Emit a node through TVM's converter.
 
@@ -47,6 +63,14 @@ def convert(call: Call) -> list[Value]:
     from tvm.relax.frontend.onnx import onnx_frontend
 
     inputs = [None if value is None else _argument(call, value) for value in call.node.inputs]
+    for name, meant in IGNORED.get(call.node.op_type, {}).items():
+        if call.attr(name, meant) != meant:
+            raise call.unsupported(f"attribute {name} is not compiled")
+    _require_fitting(call)
+    if call.node.op_type == "Resize":
+        _check_scales(call)
+    if call.node.op_type in ELEMENTWISE:
+        inputs = _broadcast(call)
     if call.node.op_type == "RoiAlign":
         inputs[2] = _batch_indices(call)
     attributes = {name: _plain(attribute) for name, attribute in call.node.attributes.items()}
@@ -57,6 +81,10 @@ def convert(call: Call) -> list[Value]:
         result = converter(builder, onnx_frontend.onnx_input(inputs), attributes, [{}, {}])
         if isinstance(result, relax.Expr):
             result = builder.normalize(result)
+        if isinstance(result, relax.Expr):
+            _require_outputs(call, result)
+    except InputError:
+        raise
     except Exception as error:  # the converters raise whatever their checks run into
         reason = str(error).strip().splitlines()
         raise call.unsupported(reason[-1][:200] if reason else type(error).__name__) from error
@@ -66,6 +94,46 @@ def convert(call: Call) -> list[Value]:
         bound = call.emit(result)
         return [call.emit(relax.TupleGetItem(bound, index)) for index in range(len(call.node.outputs))]
     return [call.emit(item) for item in result]
+
+
+def _require_outputs(call: Call, result: relax.Expr) -> None:
+    if len(call.node.outputs) > 1 and not isinstance(result.ty, relax.TupleType):
+        raise call.unsupported("only its first output is compiled")
+
+
+def _require_fitting(call: Call) -> None:
+    """Demand the sizes that a converter takes for granted; where that is not known, sizes must not be dynamic."""
+    op = call.node.op_type
+    for (a, axis), (b, other) in FITTING.get(op, ()):
+        call.require(call.dims.same(call.shape(a)[axis], call.shape(b)[other]), f"inputs {a} and {b} do not fit")
+    if op in FITTING or op in ELEMENTWISE or op == "Resize":
+        return
+    tensors = [
+        call.shape(place) for place in range(len(call.node.inputs)) if call.has(place) and call.const(place) is None
+    ]
+    if len(tensors) > 1 and not all(isinstance(dim, int) for shape in tensors for dim in shape):
+        raise call.unsupported("several inputs with dynamic dimensions")
+
+
+def _check_scales(call: Call) -> None:
+    """The converter computes scales from sizes, and leaves the first two axes as they are."""
+    if (mode := str(call.attr("coordinate_transformation_mode", ""))) in ("tf_crop_and_resize", "half_pixel_symmetric"):
+        raise call.unsupported(f"coordinates by {mode}")
+    scales, sizes = call.const(2), call.const(3)
+    for axis, dim in enumerate(call.shape()):
+        if scales is not None and scales.size:
+            scale = float(scales[axis])
+            whole = scale.is_integer() or (isinstance(dim, int) and (dim * scale).is_integer())
+            if not whole or (axis < 2 and scale != 1):
+                raise call.unsupported(f"it scales axis {axis} by {scale:g}")
+        elif axis < 2 and sizes is not None:
+            call.require(call.dims.same(dim, int(sizes[axis])), f"it resizes axis {axis}")
+
+
+def _broadcast(call: Call) -> list[relax.Expr]:
+    operands = call.aligned(*call.xs())
+    shape = call.dims.broadcast(*[call.lowering.shape_of(operand) for operand in operands])
+    return [call.emit(relax.op.broadcast_to(operand, shape)) for operand in operands]
 
 
 def _batch_indices(call: Call) -> relax.Expr:
@@ -92,4 +160,6 @@ def _argument(call: Call, value: ir.Value) -> relax.Expr:
 def _plain(attribute: ir.Attr) -> Any:
     if attribute.type == ir.AttributeType.TENSOR:
         return ir.to_proto(attribute.value)
+    if attribute.type == ir.AttributeType.STRING:
+        return attribute.value.encode()  # as protobuf has it
     return list(attribute.value) if isinstance(attribute.value, tuple) else attribute.value

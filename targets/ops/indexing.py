@@ -102,6 +102,7 @@ def _one_hot(call: Call) -> Value:
     depth = call.ints(1)
     if depth is None or len(depth) != 1:
         raise call.unsupported("its depth is no single number")
+    depth = [int(depth[0]) if isinstance(depth[0], float) else depth[0]]
     call.require(depth[0] >= 1, "its depth is not positive")
     indices, values = call.x(0), call.x(2)
     if not call.dims.same_shape(call.shape(2), [2]):

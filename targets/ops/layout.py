@@ -63,6 +63,8 @@ def _squeeze(call: Call) -> Value:
     axes = call.numbers(1, "axes")
     if axes is None:
         axes = [axis for axis, dim in enumerate(shape) if call.dims.equal(dim, 1)]
+        for axis, dim in enumerate(shape):
+            call.require(axis in axes or dim > 1, f"axis {axis}, which it keeps, is of size 1")
     dropped = call.axes(axes, len(shape))
     for axis in dropped:
         call.require(call.dims.same(shape[axis], 1), f"axis {axis} is not of size 1")
@@ -280,6 +282,8 @@ def _pad(call: Call) -> Value:
     mode = str(call.attr("mode", "constant"))
     if mode not in ("constant", "reflect", "edge", "wrap"):
         raise call.unsupported("there is no such mode")
+    for pad in (*before, *after) if mode == "wrap" else ():
+        call.require(pad >= 0, "it takes elements away and wraps around what is left")
     for axis, dim in enumerate(shape) if mode != "constant" else ():
         call.require(dim >= 1, f"axis {axis} has no element to repeat")
         for pad in (before[axis], after[axis]) if mode == "reflect" else ():
@@ -335,7 +339,11 @@ def _constant_of_shape(call: Call) -> Value:
 def _range(call: Call) -> Value:
     dtype = call.node.outputs[0].dtype
     name = "int64" if dtype is None else dtype.numpy().name
-    start, limit, step = (_single(call, index) for index in range(3))
+    start, limit, step = (_whole(_single(call, index)) for index in range(3))
+    if any(isinstance(x, float) for x in (start, limit, step)) and not all(
+        isinstance(x, (int, float)) for x in (start, limit, step)
+    ):
+        raise call.unsupported("its length is a fraction of a dynamic dimension")
     if isinstance(step, int) and step == 0:
         raise call.unsupported("its step is 0")
     if any(isinstance(x, float) for x in (start, limit, step)):
@@ -348,6 +356,11 @@ def _range(call: Call) -> Value:
     return call.lowering.compute(
         "range", [count], lambda i: tirx.Cast(name, start + i * step) if name != "int64" else start + i * step
     )
+
+
+def _whole(number: Dim) -> Dim:
+    """A float that is an integer as one: what is counted with it is exact."""
+    return int(number) if isinstance(number, float) and number.is_integer() and abs(number) < FAR else number
 
 
 def _single(call: Call, index: int) -> Dim:

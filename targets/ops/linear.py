@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tvm import relax
 
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.lowering import Value
 
 
+def require_inner(call: Call, left: Dim, right: Dim) -> None:
+    """The axis that a product sums over is as long on both sides."""
+    call.require(call.dims.same(left, right), "the sizes that it sums over differ")
+
+
 def _matmul(call: Call) -> Value:
     a, b = call.x(0), call.x(1)
+    require_inner(call, call.shape(0)[-1], call.shape(1)[-2:][0])
     if len(call.shape(0)) > 2 and len(call.shape(1)) > 2:
         a, b = _batched(call, a, b)
     return call.emit(relax.op.matmul(a, b))
@@ -23,15 +30,18 @@ def _batched(call: Call, a: relax.Expr, b: relax.Expr) -> tuple[relax.Expr, rela
     """Operands whose batch and inner dimensions are provably equal."""
     x, y = call.lowering.shape_of(a), call.lowering.shape_of(b)
     wanted = [*y[:-2], x[-1], y[-1]]
-    if len(x) == len(y):
-        wanted = [dy if call.dims.equal(dy, 1) or call.dims.equal(dx, 1) else dx for dx, dy in zip(x[:-2], y[:-2])]
-        wanted += [x[-1], y[-1]]
+    for place in range(3, min(len(x), len(y)) + 1):
+        if not call.dims.equal(x[-place], 1) and not call.dims.equal(y[-place], 1):
+            wanted[-place] = x[-place]
     return a, call.lowering.recast(b, wanted)
 
 
 def _gemm(call: Call) -> Value:
     op = relax.op
     a, b = call.x(0), call.x(1)
+    require_inner(
+        call, call.shape(0)[0 if call.attr("transA", 0) else 1], call.shape(1)[1 if call.attr("transB", 0) else 0]
+    )
     a = op.permute_dims(a) if call.attr("transA", 0) else a
     b = op.permute_dims(b) if call.attr("transB", 0) else b
     alpha, beta = float(call.attr("alpha", 1.0)), float(call.attr("beta", 1.0))
@@ -46,7 +56,22 @@ def _gemm(call: Call) -> Value:
 
 
 def _einsum(call: Call) -> Value:
-    return call.emit(relax.op.einsum(tuple(call.xs()), call.attr("equation").replace(" ", "")))
+    equation = call.attr("equation").replace(" ", "")
+    sizes: dict[Any, Dim] = {}
+    operands = []
+    for x, letters in zip(call.xs(), equation.split("->")[0].split(","), strict=True):
+        shape = call.lowering.shape_of(x)
+        wanted = []
+        for label, dim in zip(_labels(letters, len(shape)), shape, strict=True):
+            wanted.append(dim if call.dims.equal(dim, 1) else sizes.setdefault(label, dim))
+        operands.append(call.lowering.recast(x, wanted))
+    return call.emit(relax.op.einsum(tuple(operands), equation))
+
+
+def _labels(letters: str, rank: int) -> list[Any]:
+    """What an equation calls each axis of an operand; those of an ellipsis are numbered from the end."""
+    before, dots, after = letters.partition("...")
+    return [*before, *(range(len(before) + len(after) - rank, 0) if dots else ()), *after]
 
 
 def _padding(call: Call, rank: int) -> list[int]:
@@ -76,10 +101,16 @@ def _conv(call: Call) -> Value:
     groups = int(call.attr("group", 1))
     padding = _padding(call, rank)
     x, weight = call.x(0), call.x(1)
+    require_inner(call, call.shape(0)[1], call.dims.simplify(call.shape(1)[1] * groups))
+    call.require(call.dims.same(call.shape(1)[0] % groups, 0), f"its outputs are not {groups} groups")
+    for axis, (dim, size) in enumerate(zip(call.shape(0)[2:], call.shape(1)[2:])):
+        room = dim + padding[axis] + padding[axis + rank]
+        call.require(room >= (size - 1) * dilations[axis] + 1, f"axis {axis} of the image is shorter than the kernel")
     result = call.emit(functions[rank](x, weight, strides=strides, padding=padding, dilation=dilations, groups=groups))
     if not call.has(2):
         return result
-    bias = call.lowering.reshape(call.x(2), [1, call.shape(2)[0], *[1] * rank])
+    bias = call.lowering.recast(call.x(2), [call.shape(1)[0]])
+    bias = call.lowering.reshape(bias, [1, call.shape(1)[0], *[1] * rank])
     return call.emit(relax.op.add(result, bias))
 
 

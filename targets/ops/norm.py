@@ -8,7 +8,7 @@ from tvm import relax
 
 from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call, Emitter
-from xopt.targets.ops.layout import strided
+from xopt.targets.ops.layout import expand, strided
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 def _layer_norm(call: Call) -> Value:
     x, shape = call.x(), call.shape()
     axes = list(range(call.axis(-1, len(shape)), len(shape)))
-    scale = call.x(1)
+    scale = _parameter(call, 1, shape[axes[0] :])
     if call.has(2):
-        bias = call.x(2)
+        bias = _parameter(call, 2, shape[axes[0] :])
     else:
-        bias = call.emit(relax.op.zeros(call.shape(1), str(x.ty.dtype)))
+        bias = call.emit(relax.op.zeros(call.lowering.shape_of(scale), str(x.ty.dtype)))
     return call.emit(relax.op.nn.layer_norm(x, scale, bias, axes, float(call.attr("epsilon", 1e-5))))
 
 
 def _rms_norm(call: Call) -> Value:
     x, shape = call.x(), call.shape()
     axes = list(range(call.axis(-1, len(shape)), len(shape)))
-    return call.emit(relax.op.nn.rms_norm(x, call.x(1), axes, float(call.attr("epsilon", 1e-5))))
+    scale = _parameter(call, 1, shape[axes[0] :])
+    return call.emit(relax.op.nn.rms_norm(x, scale, axes, float(call.attr("epsilon", 1e-5))))
+
+
+def _parameter(call: Call, index: int, shape: list[Dim]) -> relax.Expr:
+    """A scale or a bias as large as what is normalized."""
+    if len(call.shape(index)) > len(shape):
+        raise call.unsupported(f"input {index} has more axes than are normalized")
+    return expand(call, call.x(index), shape)
 
 
 def _rotary(call: Call) -> Value:

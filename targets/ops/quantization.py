@@ -67,7 +67,11 @@ def _parameters(call: Call, dtype: str) -> tuple[list[Value], int]:
     whole = not shape or shape == [1]
     if whole:
         return [call.lowering.reshape(value, []) for value in (call.x(1), zero)], -1
-    return [call.x(1), zero], call.axis(1, len(call.shape()))
+    axis = call.axis(1, len(call.shape()))
+    call.require(call.dims.same(shape[0], call.shape()[axis]), f"it has not one scale for each place on axis {axis}")
+    if call.has(2):
+        call.require(call.dims.same(shape[0], call.shape(2)[0]), "it has not as many zero points as scales")
+    return [call.x(1), zero], axis
 
 
 def _at(parameters: Any, index: Any, axis: int) -> list[Any]:

@@ -19,7 +19,9 @@ def _reduction(reduce: Reduce) -> Emitter:
     def emit(call: Call) -> Value:
         axes = call.numbers(1, "axes")
         if not axes and call.attr("noop_with_empty_axes", 0):
-            return call.x()
+            axes = [len(call.shape())]  # each element by itself: an axis of one element behind the others
+            x = call.lowering.reshape(call.x(), [*call.shape(), 1])
+            return call.emit(reduce(x, axes, False))
         return call.emit(reduce(call.x(), axes or None, bool(call.attr("keepdims", 1))))
 
     return emit
@@ -32,6 +34,12 @@ def _log_sum_exp(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Exp
     return result if keep else relax.op.squeeze(result, axes)
 
 
+def _mean(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
+    if "float" not in str(x.ty.dtype):
+        raise TypeError("means of integers are not compiled")
+    return relax.op.mean(x, axes, keep)
+
+
 def _norm2(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
     return relax.op.sqrt(relax.op.sum(relax.op.multiply(x, x), axes, keep))
 
@@ -41,12 +49,13 @@ def _softmax(function: Callable[[relax.Expr, int], relax.Expr]) -> Emitter:
 
 
 OPS: dict[str, Emitter] = {
-    "ReduceSum": _reduction(relax.op.sum), "ReduceMean": _reduction(relax.op.mean),
+    "ReduceSum": _reduction(relax.op.sum), "ReduceMean": _reduction(_mean),
     "ReduceMax": _reduction(relax.op.max), "ReduceMin": _reduction(relax.op.min),
     "ReduceProd": _reduction(relax.op.prod), "ReduceL2": _reduction(_norm2),
     "ReduceL1": _reduction(lambda x, axes, keep: relax.op.sum(relax.op.abs(x), axes, keep)),
     "ReduceSumSquare": _reduction(lambda x, axes, keep: relax.op.sum(relax.op.multiply(x, x), axes, keep)),
     "ReduceLogSumExp": _reduction(_log_sum_exp),
+    "ReduceLogSum": _reduction(lambda x, axes, keep: relax.op.log(relax.op.sum(x, axes, keep))),
     "Softmax": _softmax(relax.op.nn.softmax), "LogSoftmax": _softmax(relax.op.nn.log_softmax),
 }  # fmt: skip
 """Emitters by operator type."""

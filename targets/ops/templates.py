@@ -15,6 +15,7 @@ from xopt.targets.integer_attention import Part
 from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call
 from xopt.targets.ops.fusion import Layer, leading, linear, panels_of, static, tied_config
+from xopt.targets.ops.linear import require_inner
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ def _matmul(call: Call) -> Value | None:
 
     isa, left, right = call.lowering.target.isa(), call.shape(0), call.shape(1)
     shared = len(right) == 2
-    if isa is None or len(left) < 2 or any(str(x.ty.dtype) != "float32" for x in call.xs()):
+    if isa is None or len(left) < 2 or len(right) < 2 or any(str(x.ty.dtype) != "float32" for x in call.xs()):
         return None
     if not shared and not call.dims.same_shape(left[:-2], right[:-2]):
         return None
+    require_inner(call, left[-1], right[-2])
     # One kernel serves every shape: it tiles at run time, and compiles too slowly to have one for each.
     workload = batch_matmul.Workload((None,) * (len(left) - 2), None, None, None, shared and len(left) > 2)
     config = call.lowering.config(batch_matmul, workload)

@@ -75,6 +75,9 @@ def test_means_what_it_meant(name: str) -> None:
     model = model_of(f"({inputs}) => ({kind} y) <{CONSTANTS}>", body)
     want = [run(model, given) for given in feeds]
     canonicalize(model)
+    once = to_bytes(model)
+    canonicalize(model)
+    assert to_bytes(model) == once
     for given, expected in zip(feeds, want):
         np.testing.assert_array_equal(run(model, given), expected)
 

@@ -19,7 +19,7 @@ Monomial = tuple[str, ...]
 MOST_TERMS = 64
 MOST_FACTORS = 12
 LONGEST_NAME = 200
-LARGEST_COEFFICIENT = 1 << 63
+COEFFICIENTS = range(-(1 << 63), 1 << 63)
 """A result beyond one of these is lost: products and quotients of sums double with every step."""
 
 _fresh = itertools.count()
@@ -158,7 +158,7 @@ def _build(start: Mapping[Monomial, int], more: Iterable[tuple[Monomial, int]] =
     total = dict(start)
     for monomial, coefficient in more:
         total[monomial] = total.get(monomial, 0) + coefficient
-    if len(total) > MOST_TERMS or any(len(m) > MOST_FACTORS or abs(c) > LARGEST_COEFFICIENT for m, c in total.items()):
+    if len(total) > MOST_TERMS or any(len(m) > MOST_FACTORS or c not in COEFFICIENTS for m, c in total.items()):
         return Poly.lost()
     return Poly(tuple(sorted((m, c) for m, c in total.items() if c)))
 

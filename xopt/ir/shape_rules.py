@@ -84,7 +84,7 @@ def _wider(a: Poly, b: Poly) -> Poly:
 
 def _covers(size: Poly, other: Poly) -> bool:
     """Whether two sizes that broadcast, so that they are equal or one of them is 1, surely give the first."""
-    if size.exactly(other) is not None or (size - other).at_least(1, 1):
+    if size.exactly(other) is not None or (size - other).at_least(1, 1) or str(other).startswith(f"floor(({size})/("):
         return True
     return str(size) in _operands(other, "min") or set(_operands(other, "max")) <= set(_operands(size, "max"))
 

@@ -111,8 +111,17 @@ def equal_by_count(a: Iterable[int | ir.SymbolicDim], b: Iterable[int | ir.Symbo
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return _inferred(proto, True)
+    except Exception as error:
+        if "Integer overflow" not in str(error):
+            raise
+        return _inferred(proto, False)  # integers of a graph wrap around; ONNX refuses to calculate with those
+
+
+def _inferred(proto: onnx.ModelProto, data_prop: bool) -> onnx.ModelProto:
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(
-        proto, check_type=True, strict_mode=True, data_prop=True
+        proto, check_type=True, strict_mode=True, data_prop=data_prop
     )
     return inferred
 
