@@ -120,3 +120,7 @@ def _load_tvm() -> None:
 
     with without_torch():
         import_module("tvm")
+    import tvm_ffi
+
+    for kind in (KeyboardInterrupt, SystemExit, MemoryError):  # raised below TVM they would arrive as a RuntimeError
+        tvm_ffi.register_error(kind)

@@ -19,6 +19,7 @@ from xopt.errors import InputError
 from xopt.ir import bind_dims, export, save
 from xopt.runtime.reference import ReferenceSession
 from xopt.runtime.session import Session
+from xopt.targets import schedule
 from xopt.targets.lowering import lower
 
 SIZES = ({"batch": 2, "seq": 9}, {"batch": 1, "seq": 3}, {"batch": 3, "seq": 17})
@@ -144,6 +145,19 @@ def test_missing_linker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         targets.compile(builders.vit(layers=1, width=16, heads=2), "cpu", tmp_path / "model.so")
     assert caught.value.code == "E-TOOLCHAIN"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_ends_a_process_is_itself_when_it_comes_from_below_tvm(
+    kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise kind
+
+    monkeypatch.setattr(schedule, "schedule_leftovers", interrupted)
+    with pytest.raises(kind):
+        targets.compile(builders.vit(layers=1), "cpu", tmp_path / "model.so")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_compiling_a_file_does_without_torch(tmp_path: Path) -> None:
