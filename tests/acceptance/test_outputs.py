@@ -15,7 +15,7 @@ import pytest
 import xopt
 from tests.acceptance import digits
 from xopt.pipeline import text
-from xopt.pipeline.verify import rounding_bound
+from xopt.pipeline.rounding import rounding_bound
 from xopt.search import steps
 
 PASSES = "prune-heads{keep=0.75, ffn=true}, merge-tokens{ratio=0.2}"

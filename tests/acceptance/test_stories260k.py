@@ -18,7 +18,7 @@ from xopt.ir.structure import transformer_blocks
 from xopt.pipeline import registry
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.manager import PassManager
-from xopt.pipeline.verify import rounding_bound
+from xopt.pipeline.rounding import rounding_bound
 from xopt.runtime.reference import ReferenceSession
 from xopt.runtime.session import Session
 from xopt.search.job import EXACT

@@ -27,7 +27,8 @@ from xopt.pipeline.context import PassContext
 from xopt.pipeline.instruments import DumpIR, Progress, TimePasses
 from xopt.pipeline.manager import PassManager
 from xopt.pipeline.reproduce import Reproducer, rerun
-from xopt.pipeline.verify import VerifyEach, compare, rounding_bound
+from xopt.pipeline.rounding import rounding_bound
+from xopt.pipeline.verify import VerifyEach, compare
 
 
 def scale_weight(model: ir.Model, name: str, factor: float) -> None:

@@ -16,8 +16,9 @@ from xopt.errors import InputError, XoptError
 from xopt.pipeline.base import Effect, Pass, application_limit
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.manager import PassManager
+from xopt.pipeline.rounding import rounding_bound
 from xopt.pipeline.signature import signature_change
-from xopt.pipeline.verify import AT_THE_EDGES, compare, compare_edges, fidelity, observe, rounding_bound
+from xopt.pipeline.verify import AT_THE_EDGES, compare, compare_edges, fidelity, observe
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -137,7 +138,7 @@ class _Prober:
 def numeric_check(original: ir.Model, context: PassContext, *, exact: bool, minimum: float = 0.9) -> Check:
     """Check outputs against ``original``: to rounding when ``exact``, otherwise cosine of at least ``minimum``."""
     expected = observe(original, context.samples)
-    tolerance = rounding_bound(original) if exact else None
+    tolerance, magnified = rounding_bound(original) if exact else None, expected.magnified(original)
 
     def check(model: ir.Model) -> str | None:
         if (reason := signature_change(original, model)) is not None:
@@ -146,7 +147,7 @@ def numeric_check(original: ir.Model, context: PassContext, *, exact: bool, mini
         changes = compare(expected.outputs, actual.outputs)
         for where, found in (("", changes), (AT_THE_EDGES, compare_edges(expected, actual))):
             for name, change in found.items():
-                if reason := change.violation(tolerance):
+                if (reason := change.violation(tolerance)) and not change.is_rounding(name, magnified):
                     return f"output {name!r}{where}: {reason}"
         cosine = fidelity(changes)
         return f"cosine with the original outputs is {cosine:.4f}, below {minimum}" if cosine < minimum else None

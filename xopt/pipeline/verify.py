@@ -15,6 +15,7 @@ from xopt.errors import InputError, VerificationError
 from xopt.ir.shapes import without_weights
 from xopt.pipeline.base import Effect
 from xopt.pipeline.instruments import Instrument
+from xopt.pipeline.rounding import FLOATS, Magnified, rounding_bound
 from xopt.pipeline.signature import signature_change
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ Outputs = list[dict[str, np.ndarray]]
 
 SAMPLES = 4
 """How many samples each verification runs."""
-SAFETY = 8.0
-"""How far above the expected rounding error an exact pass may go: a maximum over many elements against an RMS."""
-
 AT_THE_EDGES = " on zeros, the ends of tables, masks that hide everything or shorter axes"
 DISCRETE_COSINE = 0.99
 """Least cosine for a model with xopt ops, whose choices (which tokens are alike) rounding may tip."""
@@ -37,14 +35,14 @@ QUANTIZED_COSINE = 0.95
 """Least cosine for a quantized model; MiniLM in two runtimes has 0.988, as far apart as it is from float32."""
 
 
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _DISCRETE = frozenset({"ArgMax", "ArgMin", "Ceil", "Floor", "Hardmax", "NonMaxSuppression", "Round", "Sign", "TopK"})
 
 
 class VerifyEach(Instrument):
     """Check the graph and its signature after each pass, and its outputs by the pass's declared effect.
 
-    An exact pass may move an output by ``rounding_bound(model) * max|output|``. A lossy pass must run and stay
+    An exact pass may move an output by ``rounding_bound(model) * max|output|``, or by what noise shows that the model
+    makes of rounding. A lossy pass must run and stay
     finite wherever the original was; the cosine of its outputs with those before is kept in the step's notes.
     Both hold on usual samples and on inputs at the edges (:mod:`xopt.data.edges`).
 
@@ -77,10 +75,11 @@ class VerifyEach(Instrument):
         exact = step.pass_.effect is Effect.EXACT
         quantized = exact and _is_quantized(before)
         tolerance = rounding_bound(before) if exact and not quantized else None
+        magnified = self._known[1].magnified(before)
         for where, found in (("", changes), (AT_THE_EDGES, compare_edges(self._known[1], actual))):
             for output, change_ in found.items():
                 reason = change_.violation(tolerance, QUANTIZED_COSINE if quantized else None)
-                if reason:
+                if reason and not change_.is_rounding(output, magnified):
                     raise VerificationError("E-VERIFY", f"{name} breaks output {output!r}{where}: {reason}")
         self._known = (model.graph, actual)
 
@@ -101,6 +100,17 @@ class Observed:
         session = ReferenceSession(model)
         outputs, edge_outputs = ([dict(session.run(feeds)) for feeds in group] for group in (self.batches, self.edges))
         return Observed(self.batches, outputs, self.edges, edge_outputs)
+
+    def magnified(self, model: ir.Model) -> Magnified:
+        """What ``model``, which gave these outputs, makes of rounding."""
+
+        def differences(noisy: ir.Model) -> dict[str, float]:
+            actual = self.again(noisy)
+            both = (compare(self.outputs, actual.outputs), compare_edges(self, actual))
+            names = [*both[0], *both[1]]
+            return {name: max(found[name].relative for found in both if name in found) for name in names}
+
+        return Magnified(model, differences)
 
 
 def observe(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Observed:
@@ -150,6 +160,15 @@ class Change:
     mismatch: str
     """Why the two cannot be compared; empty when they can."""
 
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest magnitude."""
+        return self.largest / self.scale if self.scale else math.inf if self.largest else 0.0
+
+    def is_rounding(self, output: str, magnified: Magnified) -> bool:
+        """Whether the change of ``output`` is what the model makes of rounding."""
+        return not self.mismatch and not self.newly_bad and magnified.explains(output, self.relative)
+
     def violation(self, tolerance: float | None, cosine: float | None = None) -> str | None:
         """Why this change is not allowed.
 
@@ -165,9 +184,8 @@ class Change:
             return f"cosine {self.cosine:.4f}, at least {cosine:g} is expected"
         if tolerance is None or self.largest <= tolerance * self.scale:
             return None
-        relative = self.largest / self.scale if self.scale else float("inf")
         return (
-            f"max abs difference {self.largest:.3g}, relative to the largest magnitude {relative:.3g} "
+            f"max abs difference {self.largest:.3g}, relative to the largest magnitude {self.relative:.3g} "
             f"(rounding explains {tolerance:.3g})"
         )
 
@@ -252,19 +270,6 @@ def static_batch(model: ir.Model) -> int | None:
     return None
 
 
-def rounding_bound(model: ir.Model) -> float:
-    """How far rounding alone may move an output when a graph is computed in another order, relative to its scale.
-
-    A sum of K rounded terms has a relative RMS error of about ``eps * sqrt(K)``, and the errors of the nodes in a
-    row are independent, so they add in quadrature: ``SAFETY * eps * sqrt(sum of K over all nodes)``, with K the
-    depth of a contraction and 1 for any other node.
-    """
-    terms = sum(_terms(node) for node in model.graph.all_nodes())
-    dtypes = {value.dtype for value in model.graph.initializers.values()}
-    eps = max([float(ir_eps(dtype)) for dtype in dtypes if dtype is not None], default=0.0)
-    return SAFETY * max(eps, float(np.finfo(np.float32).eps)) * float(np.sqrt(max(terms, 1)))
-
-
 def least_cosine(model: ir.Model) -> float | None:
     """What two ways to run a model must agree to where rounding tips decisions; None where a bound on rounding holds.
 
@@ -278,33 +283,12 @@ def least_cosine(model: ir.Model) -> float | None:
 
 def _is_discrete(node: ir.Node) -> bool:
     """Whether a small change of what it reads may be a large one of what it gives."""
-    floats = bool(node.inputs) and node.inputs[0] is not None and node.inputs[0].dtype in _FLOATS
+    floats = bool(node.inputs) and node.inputs[0] is not None and node.inputs[0].dtype in FLOATS
     return node.domain == "xopt" or (node.op_type in _DISCRETE and floats)
 
 
 def _is_quantized(model: ir.Model) -> bool:
     return any(node.op_type == "QuantizeLinear" for node in model.graph.all_nodes())
-
-
-def ir_eps(dtype: ir.DataType) -> float:
-    """Distance from 1 to the next number of a floating type; 0 for the others."""
-    return {
-        ir.DataType.BFLOAT16: 2.0**-7,
-        ir.DataType.FLOAT16: 2.0**-10,
-        ir.DataType.FLOAT: 2.0**-23,
-        ir.DataType.DOUBLE: 2.0**-52,
-    }.get(dtype, 0.0)
-
-
-def _terms(node: ir.Node) -> int:
-    """Depth of the sum that each output element of ``node`` is."""
-    if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
-        return 1
-    weight = node.inputs[1]
-    shape = weight.shape.numpy() if weight is not None and weight.shape is not None and weight.shape.is_static() else ()
-    if len(shape) < 2:
-        return 1
-    return int(shape[-2]) if node.op_type != "Conv" else int(np.prod(shape[1:]))
 
 
 def check_graph(model: ir.Model, name: str) -> None:

@@ -1,11 +1,11 @@
 """The compiled artifact and the ONNX file are the same model: how far they may differ, and that they do not.
 
-At float32 both compute the same sums in another order: rounding (``rounding_bound``) explains all that may differ. At
-bfloat16 the artifact rounds each operand of a product to 2**-9 of itself, which moves a sum of K such products by about
-2**-9 of its size whatever K is; the four products in a row of each of 24 layers, in quadrature, make 0.02 of an output,
-so that ``LOW_PRECISION_COSINE`` leaves a safety of seven. In a quantized graph rounding tips numbers over the borders
-of steps, which is noise of the size of quantization itself (``least_cosine``). How much any of that costs in quality is
-not for this module: quality is judged on the artifact.
+At float32 both compute the same sums in another order: rounding (``rounding_bound``, or what noise shows that the model
+makes of it) explains all that may differ. At bfloat16 the artifact rounds each operand of a product to 2**-9 of itself,
+which moves a sum of K such products by about 2**-9 of its size whatever K is; the four products in a row of each of 24
+layers, in quadrature, make 0.02 of an output, so that ``LOW_PRECISION_COSINE`` leaves a safety of seven. In a quantized
+graph rounding tips numbers over the borders of steps, which is noise of the size of quantization itself
+(``least_cosine``). How much any of that costs in quality is not for this module: quality is judged on the artifact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from xopt.errors import InputError, VerificationError
 from xopt.measure.peers import onnxruntime_runner
-from xopt.pipeline.verify import Change, Tally, compare, least_cosine, rounding_bound
+from xopt.pipeline.rounding import Magnified, rounding_bound
+from xopt.pipeline.verify import Change, Tally, compare, least_cosine
 from xopt.search.steps import ROUNDING
 
 if TYPE_CHECKING:
@@ -71,8 +72,15 @@ def agree(best: Candidate, lab: Lab, job: Job) -> Agreement:
     quality = lab.evaluator.evaluate(both, lab.progress)
     bound, cosine = bounds(best.model, job.target.precision)
     changes = {name: tally.change() for name, tally in both.tallies.items()}
+
+    def differences(noisy: ir.Model) -> dict[str, float]:
+        moved = _Both(both.portable, ReferenceSession(noisy, job.threads).run, {})
+        lab.evaluator.evaluate(moved, lab.progress)
+        return {name: tally.change().relative for name, tally in moved.tallies.items()}
+
+    magnified = Magnified(best.model, differences)
     for name, tally in both.tallies.items():
-        if reason := _violation(tally, bound, cosine):
+        if (reason := _violation(tally, bound, cosine)) and not changes[name].is_rounding(name, magnified):
             raise _disagreement(f"output {name!r} of the evaluation data", reason)
     if cosine is None and not _same_metric(quality, best.quality, lab.evaluator.samples):
         raise _disagreement(f"{job.metric.name} of the evaluation data", f"{best.quality:.6g} and {quality:.6g}")
@@ -84,14 +92,22 @@ def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
 
     Where the target cannot run here, only that the file runs.
     """
+    from xopt.runtime.reference import ReferenceSession
+
     plain = onnxruntime_runner(path, job.threads)(job.feeds)
     if best.runner is None:
         finite = all(np.isfinite(array).all() for array in plain.values() if array.dtype.kind == "f")
         return {"compared": False, "reason": f"{job.target.name} does not run here", "finite": bool(finite)}
     changes = compare([dict(plain)], [dict(best.runner(job.feeds))])
     bound, cosine = bounds(best.model, job.target.precision)
+
+    def differences(noisy: ir.Model) -> dict[str, float]:
+        moved = compare([dict(plain)], [dict(ReferenceSession(noisy, job.threads).run(job.feeds))])
+        return {name: change.relative for name, change in moved.items()}
+
+    magnified = Magnified(best.model, differences)
     for name, change in changes.items():
-        if reason := change.violation(bound, cosine):
+        if (reason := change.violation(bound, cosine)) and not change.is_rounding(name, magnified):
             raise _disagreement(f"output {name!r}", reason)
     return {"compared": True, "bound": rounding_bound(best.model), "outputs": _outputs(changes)}
 
