@@ -102,9 +102,9 @@ class Pool {
   int Run(Body body, void* closure) {
     int tasks = threads_ * kTasksPerThread;
     if (tasks > kMostTasks) tasks = kMostTasks;
-    body_ = body;
-    closure_ = closure;
-    tasks_ = tasks;
+    body_.store(body, std::memory_order_relaxed);
+    closure_.store(closure, std::memory_order_relaxed);
+    tasks_.store(tasks, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
     pending_.store(tasks, std::memory_order_relaxed);
     shares_[0].cpu.store(sched_getcpu(), std::memory_order_relaxed);
@@ -189,10 +189,12 @@ class Pool {
   // Tasks of a job until none can be had.
   void Work(int thread, uint32_t job) {
     int begin, end;
+    Environment environment{nullptr, tasks_.load(std::memory_order_relaxed)};
+    Body body = body_.load(std::memory_order_relaxed);
+    void* closure = closure_.load(std::memory_order_relaxed);
     while (Take(thread, job, &begin, &end) || (Steal(thread, job) && Take(thread, job, &begin, &end))) {
-      Environment environment{nullptr, tasks_};
       for (int task = begin; task < end; ++task)
-        if (body_(task, &environment, closure_)) failed_.store(true, std::memory_order_relaxed);
+        if (body(task, &environment, closure)) failed_.store(true, std::memory_order_relaxed);
       uint32_t count = end - begin;
       if (pending_.fetch_sub(count, std::memory_order_seq_cst) == count && caller_sleeps_.load(std::memory_order_seq_cst))
         Wake(pending_, 1);
@@ -277,10 +279,6 @@ class Pool {
     int64_t start = 0, last = 0;
   };
 
-  // What the running job is; written by the caller while nobody works.
-  Body body_ = nullptr;
-  void* closure_ = nullptr;
-  int tasks_ = 0;
   int threads_;
   int started_ = 0;
   Share* shares_;
@@ -288,9 +286,14 @@ class Pool {
   std::atomic<uint32_t> places_{0};  // counts its changes
   pthread_mutex_t places_mutex_ = PTHREAD_MUTEX_INITIALIZER;
   std::atomic<int64_t> spin_{0};
-  alignas(64) std::atomic<uint32_t> job_{0};
   std::atomic<uint32_t> asleep_{0};
   std::atomic<int64_t> crowded_until_{0};
+  // What the running job is, in one cache line. Who takes tasks of a job has read these of that job: they change after
+  // its last task has ended.
+  alignas(64) std::atomic<uint32_t> job_{0};
+  std::atomic<int> tasks_{0};
+  std::atomic<Body> body_{nullptr};
+  std::atomic<void*> closure_{nullptr};
   alignas(64) std::atomic<uint32_t> pending_{0};
   std::atomic<bool> caller_sleeps_{false};
   std::atomic<bool> failed_{false};
