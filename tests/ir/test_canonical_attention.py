@@ -213,6 +213,21 @@ def test_refused_with_a_reason(middle: str, last: str, constants: str, reason: s
     assert not report.attention
 
 
+@pytest.mark.parametrize(("entries", "causal"), [(4, True), (1, False)])
+def test_a_table_that_is_cut_to_the_length_is_as_long(entries: int, causal: bool) -> None:
+    """``min(4, S)`` columns beside S are S of them; a table of one row and column is broadcast."""
+    table = np.tril(np.ones((entries, entries), bool))
+    body = (
+        "sh = Shape <start: int = 1, end: int = 2> (q) rows = Slice(table, from, sh, first) "
+        "c = Slice(rows, from, sh, last) m = Where(c, s, low)"
+    )
+    zeros = ", ".join("0" * table.size)
+    constants = f"{NUMBERS}, int64[1] from = {{0}}, bool[{entries}, {entries}] table = {{{zeros}}}"
+    model = build(body, "m", constants)
+    model.graph.initializers["table"].const_value = ir.tensor(table, name="table")
+    assert attention(check(model)).attributes["is_causal"].as_int() == causal
+
+
 @pytest.mark.parametrize("rows", ["Div(b, two)", "Sub(b, one)", "Identity(b)"])
 def test_rows_of_a_mask_that_may_be_one_when_the_model_runs(rows: str) -> None:
     """Which row a sample takes is known only where there are as many rows as samples."""

@@ -286,7 +286,12 @@ def _bound(size: Poly, bound: Poly) -> Poly:
         return size
     if (size - bound).at_least(0, 1):
         return bound
-    return Poly.of(f"min({','.join(sorted((str(size), str(bound))))})")
+    return lesser(size, bound)
+
+
+def lesser(a: Poly, b: Poly) -> Poly:
+    """The lesser of two numbers, which cannot be told."""
+    return Poly.of(f"min({','.join(sorted((str(a), str(b))))})")
 
 
 def python_slice(start: int, end: int, step: int, size: int) -> slice:

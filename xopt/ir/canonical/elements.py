@@ -9,6 +9,7 @@ indices.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ import onnx_ir as ir
 
 from xopt.ir.edit import constant, input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
-from xopt.ir.shape_rules import Dims, integer, permutation, spans_of
+from xopt.ir.shape_rules import Dims, integer, lesser, permutation, spans_of
 from xopt.ir.symbolic import Symbols
 
 Indices = tuple[Poly, ...]
+_NUMBER = re.compile(r"\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Reader:
         size = self.ranges.get(next(iter(index.symbols))) if index.is_symbol else None
         if size is None:
             return dim.is_of_axes
-        return size == dim or (dim.is_of_axes and (size - dim).constant is None)
+        return size == dim or _is_cut(dim, size) or (dim.is_of_axes and (size - dim).constant is None)
 
     def _computed(self, node: ir.Node, at: Indices) -> Element | None:
         """Element of an elementwise op, Range, Trilu or fill."""
@@ -230,6 +232,11 @@ class Reader:
                 return self.element(value, (*at[:axis], Poly.of(wanted), *at[axis + 1 :]))
             wanted -= size
         return None
+
+
+def _is_cut(dim: Poly, size: Poly) -> bool:
+    """Whether ``dim`` is that of a table of n > 1 entries cut to ``size``: as long as it, or the two do not fit."""
+    return any(dim == lesser(size, Poly.of(int(number))) for number in _NUMBER.findall(str(dim)) if int(number) > 1)
 
 
 def _position(element: Element) -> Poly | None:
