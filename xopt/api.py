@@ -259,6 +259,7 @@ def tune(
     Raises:
         InputError: the model, an option or the target is at fault, or the file cannot be written.
     """
+    start = time.monotonic()
     from xopt import targets
     from xopt.runtime.threads import count, physical_cores
     from xopt.search.job import evaluation_batch, timed_feeds
@@ -271,7 +272,6 @@ def tune(
         if not (_is_number(seconds) and 0 <= seconds < math.inf):
             raise InputError("E-OPTION", f"{name}={seconds!r} is no time", cure="give seconds from 0 on")
     threads = count(threads)
-    start = time.monotonic()
     graph = _exactly(model)
     size = evaluation_batch(graph, batch)
     feeds = timed_feeds(Dataset.random(graph, size, 0, dims), size)
