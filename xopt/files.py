@@ -1,4 +1,6 @@
-"""Read a file that a user names: only a regular one, only up to a size, and never waiting for somebody to write it."""
+"""Read a file that a user names: only a regular one, only up to a size and to what memory holds, and never waiting for
+somebody to write it.
+"""
 
 from __future__ import annotations
 
@@ -72,3 +74,12 @@ def read_text(path: str | os.PathLike[str], what: str, most: int, cure: str = "c
         return read_bytes(path, what, most, cure).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError("E-FILE", f"{what} is not UTF-8 text", where=os.fspath(path), cure=cure) from error
+
+
+def check_memory(weights: int, where: str = "") -> None:
+    """Refuse weights of so many bytes where memory has no place for them; InputError E-MEMORY."""
+    import psutil
+
+    if weights > (free := psutil.virtual_memory().available):
+        what = f"the weights take {weights >> 20} MB, and {free >> 20} MB of memory are free"
+        raise InputError("E-MEMORY", what, where=where, cure="use a machine with more memory")

@@ -16,7 +16,6 @@ import google.protobuf.message  # type: ignore[import-untyped]
 import numpy as np
 import onnx
 import onnx_ir as ir
-import psutil
 
 from xopt import files
 from xopt.errors import InputError
@@ -150,10 +149,7 @@ def _read_external(model: ir.Model) -> None:
     """
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     external = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
-    size, free = sum(tensor.nbytes for tensor in external), psutil.virtual_memory().available
-    if size > free:
-        what = f"the weights take {size >> 20} MB, and {free >> 20} MB of memory are free"
-        raise InputError("E-MEMORY", what, cure="use a machine with more memory")
+    files.check_memory(sum(tensor.nbytes for tensor in external))
     read: dict[tuple[str, int], ir.TensorProtocol] = {}
     for value in values:
         tensor = value.const_value

@@ -42,9 +42,9 @@ class VerifyEach(Instrument):
     """Check the graph and its signature after each pass, and its outputs by the pass's declared effect.
 
     An exact pass may move an output by ``rounding_bound(model) * max|output|``, or by what noise shows that the model
-    makes of rounding. A lossy pass must run and stay
-    finite wherever the original was; the cosine of its outputs with those before is kept in the step's notes.
-    Both hold on usual samples and on inputs at the edges (:mod:`xopt.data.edges`).
+    makes of rounding. A lossy pass must run and stay finite wherever the original was; the cosine of its outputs with
+    those before is kept in the step's notes. Both hold on usual samples and on inputs at the edges
+    (:mod:`xopt.data.edges`).
 
     Args:
         samples: how many calibration samples to run.

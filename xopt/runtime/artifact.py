@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xopt.errors import InputError
+from xopt.files import check_memory
 from xopt.runtime import threads
 from xopt.runtime.lean import without_torch
 from xopt.runtime.manifest import (
@@ -141,11 +142,7 @@ def read_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
 
 def _memory(size: int, library: Path) -> memoryview:
     """So many bytes of this process's own; InputError E-MEMORY where there is no place for them."""
-    import psutil
-
-    if size > (free := psutil.virtual_memory().available):
-        what = f"the weights take {size >> 20} MB, and {free >> 20} MB of memory are free"
-        raise InputError("E-MEMORY", what, where=str(library), cure="use a machine with more memory")
+    check_memory(size, str(library))
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
