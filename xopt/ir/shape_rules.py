@@ -79,17 +79,17 @@ def _wider(a: Poly, b: Poly) -> Poly:
             return size
     if a.constant is not None or b.constant is not None:
         return a if a.constant is not None else b
-    return Poly.of(f"max({','.join(sorted({*_operands(a, 'max'), *_operands(b, 'max')}))})")
+    return Poly.of(f"max({','.join(sorted({*operands(a, 'max'), *operands(b, 'max')}))})")
 
 
 def _covers(size: Poly, other: Poly) -> bool:
     """Whether two sizes that broadcast, so that they are equal or one of them is 1, surely give the first."""
     if size.exactly(other) is not None or (size - other).at_least(1, 1) or str(other).startswith(f"floor(({size})/("):
         return True
-    return str(size) in _operands(other, "min") or set(_operands(other, "max")) <= set(_operands(size, "max"))
+    return str(size) in operands(other, "min") or set(operands(other, "max")) <= set(operands(size, "max"))
 
 
-def _operands(size: Poly, operation: str) -> list[str]:
+def operands(size: Poly, operation: str) -> list[str]:
     """What a size is the minimum or maximum of, as text; of nothing but itself when it is none."""
     text = str(size)
     if not size.is_symbol or not text.startswith(f"{operation}("):
@@ -286,12 +286,7 @@ def _bound(size: Poly, bound: Poly) -> Poly:
         return size
     if (size - bound).at_least(0, 1):
         return bound
-    return lesser(size, bound)
-
-
-def lesser(a: Poly, b: Poly) -> Poly:
-    """The lesser of two numbers, which cannot be told."""
-    return Poly.of(f"min({','.join(sorted((str(a), str(b))))})")
+    return Poly.of(f"min({','.join(sorted((str(size), str(bound))))})")
 
 
 def python_slice(start: int, end: int, step: int, size: int) -> slice:

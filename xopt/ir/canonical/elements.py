@@ -9,7 +9,6 @@ indices.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,11 +17,10 @@ import onnx_ir as ir
 
 from xopt.ir.edit import constant, input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
-from xopt.ir.shape_rules import Dims, integer, lesser, permutation, spans_of
+from xopt.ir.shape_rules import Dims, integer, operands, permutation, spans_of
 from xopt.ir.symbolic import Symbols
 
 Indices = tuple[Poly, ...]
-_NUMBER = re.compile(r"\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,8 @@ class Reader:
 
 def _is_cut(dim: Poly, size: Poly) -> bool:
     """Whether ``dim`` is that of a table of n > 1 entries cut to ``size``: as long as it, or the two do not fit."""
-    return any(dim == lesser(size, Poly.of(int(number))) for number in _NUMBER.findall(str(dim)) if int(number) > 1)
+    parts = operands(dim, "min")
+    return len(parts) == 2 and str(size) in parts and any(part.isdecimal() and int(part) > 1 for part in parts)
 
 
 def _position(element: Element) -> Poly | None:
