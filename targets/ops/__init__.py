@@ -31,7 +31,7 @@ from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
-    from xopt.targets.lowering import Lowering, Value
+    from xopt.targets.emitting import Emitting, Value
 
 OPERATORS: dict[tuple[str, str], Emitter] = {
     ("", name): emitter
@@ -49,7 +49,7 @@ def has_kernel(target: Target, domain: str, name: str) -> bool:
     return (domain, name) in KERNELS and target.isa() is not None
 
 
-def emit_node(lowering: Lowering, node: ir.Node) -> Sequence[Value]:
+def emit_node(lowering: Emitting, node: ir.Node) -> Sequence[Value]:
     """Emit one node and return its outputs.
 
     Raises:
@@ -90,7 +90,7 @@ def _is_empty(shape: Iterable[Dim]) -> bool:
     return any(isinstance(dim, int) and dim == 0 for dim in shape)
 
 
-def _emitted(lowering: Lowering, call: Call) -> Sequence[Value]:
+def _emitted(lowering: Emitting, call: Call) -> Sequence[Value]:
     node = call.node
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     try:

@@ -11,7 +11,7 @@ from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 MASKED = float(np.finfo(np.float32).min)
 """Score of a key that a boolean mask hides; far enough below every other that its weight is 0."""

@@ -15,14 +15,14 @@ from xopt.errors import InputError
 from xopt.targets.symbolic import Array, Dim, Dimensions
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Lowering, Value
+    from xopt.targets.emitting import Emitting, Value
 
 
 @dataclass(frozen=True)
 class Call:
     """A node to emit, with its inputs in the forms that emitters ask for."""
 
-    lowering: Lowering
+    lowering: Emitting
     node: ir.Node
 
     @property

@@ -15,7 +15,7 @@ from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Array
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 
 def is_integer(tensor: relax.Expr) -> bool:

@@ -15,7 +15,7 @@ from xopt.targets.ops.call import Call
 from xopt.targets.symbolic import Ints
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 OPSET = 24
 """The opset of canonical models."""

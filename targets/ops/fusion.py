@@ -24,7 +24,7 @@ from xopt.targets.symbolic import Array, Dim
 if TYPE_CHECKING:
     from xopt.kernels.gemm import Config
     from xopt.kernels.isa import Isa
-    from xopt.targets.lowering import Lowering, Value
+    from xopt.targets.emitting import Emitting, Value
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _is_bias(value: ir.Value, chain: Chain) -> bool:
     return bool(shape) and shape[-1] == columns and all(dim == 1 for dim in shape[:-1]) and len(shape) <= 3
 
 
-def emit_chain(lowering: Lowering, chain: Chain) -> Value:
+def emit_chain(lowering: Emitting, chain: Chain) -> Value:
     """Call the GEMM kernel for as much of the chain as fits it; emit the rest node by node.
 
     Returns:
@@ -154,7 +154,7 @@ def emit_chain(lowering: Lowering, chain: Chain) -> Value:
     return _emit_rest(lowering, chain.nodes[len(fused.nodes) :])
 
 
-def _emit_rest(lowering: Lowering, nodes: Sequence[ir.Node]) -> Value:
+def _emit_rest(lowering: Emitting, nodes: Sequence[ir.Node]) -> Value:
     from xopt.targets.ops import emit_node
 
     for node in nodes:
@@ -162,7 +162,7 @@ def _emit_rest(lowering: Lowering, nodes: Sequence[ir.Node]) -> Value:
     return lowering.value(nodes[-1].outputs[0])
 
 
-def _fitting(lowering: Lowering, chain: Chain, shape: Sequence[Dim]) -> Chain:
+def _fitting(lowering: Emitting, chain: Chain, shape: Sequence[Dim]) -> Chain:
     """The chain up to the first side tensor that is not shaped like the output."""
     fused = replace(chain, nodes=[], gate=None, residual=None, activation=None)
     for node in chain.nodes:
@@ -178,7 +178,7 @@ def _fitting(lowering: Lowering, chain: Chain, shape: Sequence[Dim]) -> Chain:
     return fused
 
 
-def _same(lowering: Lowering, value: ir.Value, shape: Sequence[Dim]) -> bool:
+def _same(lowering: Emitting, value: ir.Value, shape: Sequence[Dim]) -> bool:
     return lowering.is_float32(value) and lowering.dims.same_shape(lowering.shape(value), shape)
 
 
@@ -218,7 +218,7 @@ def _depth(size: Dim, layer: Layer) -> int:
 
 
 def linear(
-    lowering: Lowering, x: ir.Value | relax.Expr, layer: Layer, results: tuple[Format, ...] = (FLOAT32,)
+    lowering: Emitting, x: ir.Value | relax.Expr, layer: Layer, results: tuple[Format, ...] = (FLOAT32,)
 ) -> Value:
     """Call the GEMM kernel for a layer over x [*rows, K], which is a value of the graph or a float32 tensor."""
     from xopt.kernels import gemm
@@ -269,11 +269,11 @@ def panels_of(operands: str, config: Config, isa: Isa) -> object:
     return operands, config.vectors, isa.lanes
 
 
-def _is_tied(lowering: Lowering, weight: ir.Value) -> bool:
+def _is_tied(lowering: Emitting, weight: ir.Value) -> bool:
     return any(matrix is weight for matrix in lowering.tied.values())
 
 
-def tied_config(lowering: Lowering, matrix: ir.Value) -> Config:
+def tied_config(lowering: Emitting, matrix: ir.Value) -> Config:
     """For a matrix that is read as a table of tokens as well: one packing for all of its readers."""
     from xopt.kernels import gemm
 
@@ -283,7 +283,7 @@ def tied_config(lowering: Lowering, matrix: ir.Value) -> Config:
     return gemm.heuristic(gemm.Workload((None,), int(k), int(n)), isa)
 
 
-def _operands(lowering: Lowering, layer: Layer) -> tuple[Format, str]:
+def _operands(lowering: Emitting, layer: Layer) -> tuple[Format, str]:
     """The format of a layer's activations, and the precision of both operands in the words of the workload."""
     if layer.quantized is not None:
         return layer.quantized.format, "int8"

@@ -17,7 +17,7 @@ from xopt.targets.ops.layout import FAR
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 
 def _gather(call: Call) -> Value:

@@ -13,7 +13,7 @@ from xopt.targets.ops.call import Call, Emitter, label
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 
 FAR = 1 << 40

@@ -10,7 +10,7 @@ from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 
 def require_inner(call: Call, left: Dim, right: Dim) -> None:

@@ -12,7 +12,7 @@ from xopt.targets.ops.layout import expand, strided
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 
 def _layer_norm(call: Call) -> Value:

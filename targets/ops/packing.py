@@ -17,7 +17,7 @@ from xopt.targets.ops.call import Call
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Lowering, Value
+    from xopt.targets.emitting import Emitting, Value
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _layout(call: Call, mask: ir.Value) -> Layout:
     return lowering.layouts[mask]
 
 
-def _kernel(lowering: Lowering, step: str, width: int = 0) -> tuple[str, Callable[[], tirx.PrimFunc]]:
+def _kernel(lowering: Emitting, step: str, width: int = 0) -> tuple[str, Callable[[], tirx.PrimFunc]]:
     from xopt.kernels import padding
 
     isa = lowering.target.isa()

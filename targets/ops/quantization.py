@@ -12,7 +12,7 @@ from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 ROUNDED = ("uint8", "int8", "uint16", "int16")
 """Types that float32 holds exactly, so that zero points can be added in it."""

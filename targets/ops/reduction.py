@@ -10,7 +10,7 @@ from tvm import relax
 from xopt.targets.ops.call import Call, Emitter
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 Reduce = Callable[[relax.Expr, "list[int] | None", bool], relax.Expr]
 

@@ -19,7 +19,7 @@ from xopt.targets.ops.linear import require_inner
 from xopt.targets.symbolic import Array, Dim
 
 if TYPE_CHECKING:
-    from xopt.targets.lowering import Value
+    from xopt.targets.emitting import Value
 
 
 def _norm(call: Call) -> Value | None:
