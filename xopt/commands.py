@@ -228,8 +228,8 @@ def inspect(model: Path, dims: tuple[str, ...], as_json: bool) -> None:
     from xopt.report import summary
 
     graph = ir.load(model)
-    ir.canonicalize(graph)
-    found = facts.describe(graph, _dims(dims))
+    refused = ir.canonicalize(graph).refused
+    found = facts.describe(graph, _dims(dims), refused)
     if as_json:
         console.emit(found)
     else:

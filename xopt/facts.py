@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from xopt.errors import InputError
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from xopt.data.dataset import Dataset
+    from xopt.ir.canonical import Refused
 
 
 def checked_dims(model: ir.Model, dims: Mapping[str, int]) -> Mapping[str, int]:
@@ -26,10 +27,11 @@ def checked_dims(model: ir.Model, dims: Mapping[str, int]) -> Mapping[str, int]:
     return dims
 
 
-def describe(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
+def describe(model: ir.Model, dims: Mapping[str, int], refused: Iterable[Refused] = ()) -> dict[str, Any]:
     """The facts of a canonical model: the JSON of ``xopt inspect`` (docs/cli-json.md).
 
-    Symbolic axes that ``dims`` leaves out are taken as one sample, and as 128 otherwise.
+    Symbolic axes that ``dims`` leaves out are taken as one sample, and as 128 otherwise. ``refused`` is what
+    canonicalizing the model left alone.
     """
     from xopt.ir.cost import cost
     from xopt.ir.structure import transformer_blocks
@@ -40,12 +42,29 @@ def describe(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
         "bytes": int(price.bytes),
         "macs": int(price.macs),
         "blocks": [_block(block) for block in transformer_blocks(model)],
+        "left_out": left_out(model, refused),
         "dims": dict(price.dims),
         "opset": model.opset_imports.get("", 0),
         "inputs": [_value(value) for value in model.graph.inputs if value.name not in model.graph.initializers],
         "outputs": [_value(value) for value in model.graph.outputs],
         "ops": dict(sorted(op_counts(model).items())),
     }
+
+
+def left_out(model: ir.Model, refused: Iterable[Refused]) -> list[dict[str, str]]:
+    """What looks like an attention, a rotary embedding or a feed-forward network but is in no block, and why.
+
+    Args:
+        model: canonical.
+        refused: of :class:`xopt.ir.canonical.CanonicalizeReport`.
+    """
+    from xopt.ir.structure import explain
+
+    found = [(one.what, one.node, one.reason) for one in refused if one.what in ("attention", "rotary")]
+    for item in explain(model):
+        what = "attention" if item.node.op_type == "Attention" else "feed-forward"
+        found.append((what, item.node.name or "?", item.reason))
+    return [{"what": what, "node": node, "reason": reason} for what, node, reason in dict.fromkeys(found)]
 
 
 def op_counts(model: ir.Model) -> Counter[str]:

@@ -13,22 +13,30 @@ Axes = dict[int, str]
 """Names of an input's dynamic axes."""
 
 
+MaskKind = Literal["none", "padding", "bias"]
+
+
 @dataclass(frozen=True)
 class Expect:
-    """Attention blocks of the canonical model.
+    """Attention blocks and feed-forward networks of the canonical model.
 
-    ``mask`` is ``"padding"`` for a mask over keys alone ([B,1,1,T]), ``"bias"`` for any other mask.
+    What is a tuple has an item per attention, in order. ``mask`` is ``"padding"`` for a mask over keys alone
+    ([B,1,1,T]), ``"bias"`` for any other mask; a ``scale`` of None is the usual one; ``ffns`` counts
+    feed-forward networks, as many as attentions where it is not said; ``named`` has the reasons that ``xopt inspect``
+    gives for what is in no block.
     """
 
     count: int
     heads: int | tuple[int, ...]
     kv_heads: int | None = None
     causal: bool = False
-    mask: Literal["none", "padding", "bias"] = "none"
-    fused: bool = False
+    mask: MaskKind | tuple[MaskKind, ...] = "none"
+    fused: bool | tuple[bool, ...] = False
     softcap: float = 0.0
-    scale: float | None = None
+    scale: float | tuple[float | None, ...] | None = None
     rotary: bool = False
+    ffns: int | None = None
+    named: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -459,6 +459,6 @@ ENTRIES: tuple[Entry, ...] = (
     _entry(Windows, Expect(2, 4, mask="bias"), lambda batch, seq: (normal(batch, 8, WIDTH),), ({0: "batch"},)),
     _entry(Rotary, Expect(2, 4, causal=True, rotary=True)),
     _entry(RotaryInterleaved, Expect(2, 4, rotary=True)),
-    _entry(WeightsRead, Expect(0, 4)),
+    _entry(WeightsRead, Expect(0, 4, ffns=2, named=("weights-read-elsewhere",))),
 )
 """One entry per form."""

@@ -5,11 +5,14 @@ did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from xopt.facts import left_out
 from xopt.ir.canonical import CanonicalizeReport, canonicalize
 from xopt.ir.structure import token_layout, transformer_blocks
 from xopt.runtime.reference import ReferenceSession
@@ -91,26 +94,31 @@ def _onnxruntime(data: bytes) -> Callable[[Mapping[str, np.ndarray]], np.ndarray
 
 def _check_kind(model: ir.Model, report: CanonicalizeReport, expect: Expect) -> None:
     nodes = [node for node in model.graph if node.op_type == "Attention"]
+    blocks = transformer_blocks(model)
     assert len(nodes) == len(report.attention) == expect.count
+    assert sum(block.ffn is not None for block in blocks) == (expect.count if expect.ffns is None else expect.ffns)
+    assert {place["reason"] for place in left_out(model, report.refused)} == set(expect.named)
     if not nodes:
-        assert [refused.reason for refused in report.refused if refused.what == "attention"]
         return
-    assert not [refused for refused in report.refused if refused.what.startswith(("attention", "rotary"))]
-    assert not any(node.op_type == "Softmax" for node in model.graph)
-    heads = expect.heads if isinstance(expect.heads, tuple) else (expect.heads,) * expect.count
-    assert tuple(node.attributes["q_num_heads"].as_int() for node in nodes) == heads
-    for node in nodes:
-        _check_node(node, expect)
-    assert all(block.attention.causal == expect.causal for block in transformer_blocks(model) if block.attention)
-    assert (token_layout(model).padding_mask is not None) == (expect.mask == "padding")
+    assert expect.named or not any(node.op_type == "Softmax" for node in model.graph)
+    parts = (expect.heads, expect.mask, expect.fused, expect.scale)
+    for node, *each in zip(nodes, *(_each(part, expect.count) for part in parts), strict=True):
+        _check_node(node, replace(expect, **dict(zip(("heads", "mask", "fused", "scale"), each, strict=True))))
+    assert all(block.attention.causal == expect.causal for block in blocks if block.attention)
+    assert (token_layout(model).padding_mask is not None) == ("padding" in _each(expect.mask, expect.count))
     if expect.rotary:
         assert sum(node.op_type == "RotaryEmbedding" for node in model.graph) == 2 * expect.count
+
+
+def _each(part: Any, count: int) -> tuple[Any, ...]:
+    return part if isinstance(part, tuple) else (part,) * count
 
 
 def _check_node(node: ir.Node, expect: Expect) -> None:
     q = node.inputs[0]
     assert q is not None and q.shape is not None and len(q.shape) == 3
     heads = node.attributes["q_num_heads"].as_int()
+    assert heads == expect.heads
     assert node.attributes["kv_num_heads"].as_int() == (expect.kv_heads or heads)
     assert node.attributes["softcap"].as_float() == expect.softcap
     depth = int(q.shape[2]) // heads

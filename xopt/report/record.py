@@ -117,5 +117,5 @@ def _facts(model: ir.Model, dims: Mapping[str, int]) -> dict[str, Any]:
     from xopt import facts, ir
 
     canonical = model.clone()
-    ir.canonicalize(canonical)
-    return facts.describe(canonical, dims)
+    refused = ir.canonicalize(canonical).refused
+    return facts.describe(canonical, dims, refused)

@@ -126,6 +126,10 @@ def print_facts(facts: Mapping[str, Any]) -> None:
         console.table("", ["block", "heads", "kv heads", "head dim", "causal", "FFN width", "gated"], rows)
     else:
         console.out("no transformer block was found")
+    if facts["left_out"]:
+        console.out()
+        rows = [(place["what"], place["reason"], place["node"]) for place in facts["left_out"]]
+        console.table("in no block", ["what", "reason", "node"], rows, left=3)
 
 
 def print_differences(found: Mapping[str, Any]) -> None:
