@@ -47,8 +47,9 @@ logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # its warnings about a bad
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file, opsets 13 to 25, with external data beside it. The model is its own: the files may change.
+    """Read an ONNX file of any opset that the installed onnx knows, with external data beside it.
 
+    The model is its own: the files may change.
     The graph is as it was exported, except that the exporter's notes about intermediate values are dropped.
 
     Raises:

@@ -24,7 +24,7 @@ from xopt.ir.references import GRAPH_OF_CALL
 NATIVE_MEMORY = 1 << 30
 """Bytes that native code may allocate on the word of a model file (shape inference, constant folding)."""
 LARGEST_DIMENSION = 1 << 40
-OPSETS = range(13, 26)
+OPSETS = range(1, onnx.defs.onnx_opset_version() + 1)
 WEIGHT_OPS = frozenset(
     [
         "MatMul",
