@@ -222,7 +222,7 @@ def test_large_models_get_external_data(path: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("opset", range(13, 26))
 def test_opsets(opset: int, tmp_path: Path) -> None:
-    """From 13 to 25; ReduceSum, Unsqueeze, ReduceMean and Split changed in between."""
+    """ReduceSum, Unsqueeze, ReduceMean and Split changed in between."""
     split = "Split" if opset < 18 else "Split <num_outputs: int = 2>"
     mean = (
         "m = ReduceMean <axes: ints = [-1]> (x)"
@@ -582,3 +582,76 @@ def test_native_code_that_does_not_end_is_stopped(path: Path, monkeypatch: pytes
     monkeypatch.setattr(native, "SECONDS", 1)
     monkeypatch.setattr(native, "_CHILD", native._CHILD.replace("model =", "while True: pass\nmodel ="))
     assert "more than 1 s" in str(refused(path, "E-FORMAT"))
+
+
+def hub(folder: Path, external: Path, blobs: str) -> Path:
+    """The model and its data as the Hugging Face cache has them: links into ``blobs``, which lies beside it or not."""
+    snapshot = folder / "cache/snapshots/0123/onnx"
+    for place in (folder / "cache/blobs", folder / "elsewhere", snapshot):
+        place.mkdir(parents=True)
+    for number, name in enumerate(("small.onnx", "small.data")):
+        shutil.copy(external.parent / name, folder / blobs / str(number))
+        (snapshot / name).symlink_to(os.path.relpath(folder / blobs / str(number), snapshot))
+    return snapshot / "small.onnx"
+
+
+def test_links_of_the_hub_cache_are_followed(external: Path, tmp_path: Path) -> None:
+    before = outputs(load(external))
+    after = outputs(load(hub(tmp_path, external, "cache/blobs")))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_links_out_of_the_hub_cache_are_not(external: Path, tmp_path: Path) -> None:
+    refused(hub(tmp_path, external, "elsewhere"), "E-EXTERNAL-DATA")
+
+
+def test_blobs_that_are_a_link_themselves_are_no_cache(external: Path, tmp_path: Path) -> None:
+    file = hub(tmp_path, external, "elsewhere")
+    (tmp_path / "cache/blobs").rmdir()
+    (tmp_path / "cache/blobs").symlink_to(tmp_path / "elsewhere")
+    refused(file, "E-EXTERNAL-DATA")
+
+
+def test_nodes_out_of_order_are_sorted(path: Path) -> None:
+    """Tools append the nodes that they add, also in subgraphs and functions."""
+    before = outputs(load(path))
+
+    def reverse(model: onnx.ModelProto) -> None:
+        conditional = next(node for node in model.graph.node if node.op_type == "If")
+        branches = [attribute.g for attribute in conditional.attribute]
+        branches[0].node.append(onnx.helper.make_node("Neg", ["z0"], ["z1"]))
+        branches[0].node[0].output[0] = "minus"
+        branches[0].node.append(onnx.helper.make_node("Neg", ["minus"], ["z0"]))
+        for part in (model.graph, *branches, *model.functions):
+            nodes = list(part.node)[::-1]
+            del part.node[:]
+            part.node.extend(nodes)
+
+    after = outputs(load(edited(path, reverse)))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_circle_is_refused(path: Path) -> None:
+    def close(model: onnx.ModelProto) -> None:
+        model.graph.node[0].input[1] = model.graph.node[-1].output[0]
+
+    refused(edited(path, close), "E-FORMAT")
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (onnx.helper.make_tensor_type_proto(onnx.TensorProto.STRING, [2]), "texts"),
+        (onnx.helper.make_tensor_type_proto(onnx.TensorProto.COMPLEX64, [2]), "complex"),
+        (onnx.helper.make_sequence_type_proto(onnx.helper.make_tensor_type_proto(1, [2])), "sequence"),
+        (onnx.helper.make_optional_type_proto(onnx.helper.make_tensor_type_proto(1, [2])), "optional"),
+        (onnx.helper.make_map_type_proto(7, onnx.helper.make_tensor_type_proto(1, [2])), "map"),
+    ],
+)
+def test_inputs_that_are_no_numbers_are_refused_by_name(path: Path, kind: onnx.TypeProto, word: str) -> None:
+    def add(model: onnx.ModelProto) -> None:
+        model.graph.input.add(name="odd").type.CopyFrom(kind)
+
+    with pytest.raises(InputError, match=word) as caught:
+        load(edited(path, add))
+    assert caught.value.code == "E-UNSUPPORTED-OP" and "'odd'" in str(caught.value.where)

@@ -135,11 +135,25 @@ def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:
     try:
         with bounded_memory():
             model: ir.Model = ir.from_proto(proto)
+            for body in (model.graph, *model.functions.values()):
+                if not _is_sorted(body):  # tools append what they add
+                    body.sort()
             for graph in model.graphs():
                 ir.external_data.set_base_dir(graph, folder)
     except Exception as error:
         raise _malformed(error) from error
     return model
+
+
+def _is_sorted(body: ir.Graph | ir.Function) -> bool:
+    """Whether every node stands behind those whose results it reads, also the nodes of subgraphs."""
+    seen: set[ir.Node] = set()
+    for node in body.all_nodes():
+        producers = (value.producer() for value in node.inputs if value is not None)
+        if any(producer is not None and producer not in seen for producer in producers):
+            return False
+        seen.add(node)
+    return True
 
 
 def _read_external(model: ir.Model) -> None:

@@ -1,7 +1,8 @@
 """What a model file claims, checked before anything is allocated or opened because of it.
 
 Every tensor must carry exactly the bytes that its type and dimensions ask for; external data must lie in the model's
-folder; weights must be numbers. Each failure is an ``InputError`` that names the tensor.
+folder, or in the cache that it belongs to; weights must be numbers. Each failure is an ``InputError`` that names the
+tensor.
 """
 
 from __future__ import annotations
@@ -132,23 +133,34 @@ def _scopes(proto: onnx.ModelProto) -> Iterator[tuple[Iterable[onnx.NodeProto], 
 
 
 def _check_value(value: onnx.ValueInfoProto) -> None:
-    """An input or output of the model: a tensor, with dimensions that can be."""
-    if not value.type.HasField("tensor_type"):
-        raise InputError(
-            "E-FORMAT",
-            "inputs and outputs must be tensors with a declared type",
-            where=f"value {value.name!r}",
-            cure="export the model again",
-        )
-    check_rank(len(value.type.tensor_type.shape.dim), f"value {value.name!r}")
+    """An input or output of the model: a tensor of numbers, with dimensions that can be."""
+    where = f"value {value.name!r}"
+    kind = value.type.WhichOneof("value")
+    if kind is None:
+        what = "inputs and outputs must have a declared type"
+        raise InputError("E-FORMAT", what, where=where, cure="export the model again")
+    if kind != "tensor_type":
+        raise _no_numbers(f"a value of type {kind.removesuffix('_type').replace('_', ' ')}", where)
+    if (name := _UNCOUNTED.get(value.type.tensor_type.elem_type)) is not None:
+        raise _no_numbers(f"a tensor of {name}", where)
+    check_rank(len(value.type.tensor_type.shape.dim), where)
     for dim in value.type.tensor_type.shape.dim:
         if dim.HasField("dim_value") and not 0 <= dim.dim_value <= LARGEST_DIMENSION:
             raise InputError(
-                "E-FORMAT",
-                f"dimension {dim.dim_value} cannot be",
-                where=f"value {value.name!r}",
-                cure="name dynamic dimensions instead",
+                "E-FORMAT", f"dimension {dim.dim_value} cannot be", where=where, cure="name dynamic dimensions instead"
             )
+
+
+_UNCOUNTED = {
+    onnx.TensorProto.STRING: "texts",
+    onnx.TensorProto.COMPLEX64: "complex numbers",
+    onnx.TensorProto.COMPLEX128: "complex numbers",
+}
+
+
+def _no_numbers(what: str, where: str) -> InputError:
+    cure = "leave what prepares the data out of the model: its inputs and outputs are tensors of numbers"
+    return InputError("E-UNSUPPORTED-OP", f"the model takes or gives {what}", where=where, cure=cure)
 
 
 def check_tensor(tensor: onnx.TensorProto, folder: Path, where: str = "") -> None:
@@ -187,20 +199,19 @@ def _bad_tensor(what: str, where: str) -> InputError:
 
 
 def _check_external(tensor: onnx.TensorProto, size: int, folder: Path, where: str) -> None:
-    """External data must be a regular file inside ``folder`` that holds all ``size`` bytes at the offset."""
+    """External data must be a regular file of ``folder``, or of its cache, that holds ``size`` bytes at the offset."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     path = folder / location
     if not location or "\0" in location or Path(location).is_absolute():
         raise _bad_external(f"external data at {location!r} is not a path in the model's folder", where)
-    root = folder.resolve()
     try:
-        real = path.resolve()
+        roots, real = _roots(folder), path.resolve()
     except (OSError, RuntimeError) as error:
         raise _bad_external(f"external data at {location!r} cannot be reached: {error}", where) from error
     if ".." in Path(location).parts:  # onnx refuses it as well, wherever it leads
         raise _bad_external(f"external data at {location!r} goes through a folder above", where)
-    if root not in real.parents:
+    if not any(root in real.parents for root in roots):
         raise _bad_external(f"external data at {location!r} lies outside of the model's folder", where)
     try:
         status = real.stat()
@@ -228,6 +239,16 @@ def _check_external(tensor: onnx.TensorProto, size: int, folder: Path, where: st
             where=where,
             cure="the file is truncated: copy it again",
         )
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where a link may lead: into the model's folder, or to the files of the cache that the folder is a snapshot of.
+
+    The cache of the Hugging Face hub keeps every file once, as ``blobs/DIGEST``; ``snapshots/REVISION`` are links.
+    """
+    root = folder.resolve()
+    places = [above.parent.parent / "blobs" for above in (root, *root.parents) if above.parent.name == "snapshots"]
+    return [root, *(place.resolve() for place in places[:1] if place.is_dir() and not place.is_symlink())]
 
 
 def _bad_external(what: str, where: str) -> InputError:
