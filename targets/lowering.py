@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from tvm import relax
 
 from xopt.errors import InputError
+from xopt.ir.bodies import body, has_body
 from xopt.ir.names import identifier
 from xopt.ir.shapes import infer_shapes, symbolic_dims
 from xopt.ir.tied import tied_tables
@@ -45,12 +46,14 @@ class Lowered:
     limits: dict[str, int]
 
 
+@dataclass
 class Lowering(Emitting):
     """The walk over a graph, and the Relax function that it makes."""
 
+    opset: int = 0
+
     def walk(self, graph: ir.Graph) -> None:
         """Lower every node of a graph in order."""
-        from xopt.targets.ops import emit_node
         from xopt.targets.ops.call import label
         from xopt.targets.ops.fusion import emit_chain, plan_fusion
 
@@ -71,10 +74,54 @@ class Lowering(Emitting):
                 if (chain := plan[node]) is not None:
                     self.values[node.outputs[0]] = emit_chain(self, chain)
                 continue
-            known_results = self._evaluated(node)
-            results = emit_node(self, node) if known_results is None else known_results
-            for output, result in zip(node.outputs, results):
-                self.values[output] = result
+            self._lower(node)
+
+    def _lower(self, node: ir.Node) -> None:
+        """Lower one node: known results, else what its emitter makes of it, else the function that ONNX defines it by.
+
+        Raises:
+            InputError: E-UNSUPPORTED-OP, the emitter's.
+        """
+        from xopt.targets.ops import emit_node
+
+        results: Sequence[Value] | None = self._evaluated(node)
+        if results is None:
+            results = self._either(node) if has_body(node) else emit_node(self, node)
+        for output, result in zip(node.outputs, results):
+            self.values[output] = result
+
+    def _either(self, node: ir.Node) -> Sequence[Value]:
+        """What an emitter makes of a node, or what comes of its function body when there is none that takes it."""
+        from xopt.targets.ops import emit_node
+
+        before = self._noted()
+        try:
+            return emit_node(self, node)
+        except InputError as error:
+            self.dims.requirements, self.ranges, self.outside = before
+            if (simpler := body(node, self.opset)) is None:
+                raise
+            before = self._noted()
+            try:
+                return self._expanded(node, simpler)
+            except InputError:
+                self.dims.requirements, self.ranges, self.outside = before
+                raise error from None
+
+    def _noted(self) -> tuple[dict[str, list[Any]], dict[ir.Value, tuple[int, int]], list[tuple[relax.Var, str]]]:
+        """Copies of what is noted about inputs, which an emitter that gives up has no say in."""
+        requirements = {what: list(conditions) for what, conditions in self.dims.requirements.items()}
+        return requirements, dict(self.ranges), list(self.outside)
+
+    def _expanded(self, node: ir.Node, simpler: ir.Model) -> list[Value]:
+        """The outputs of a node by the nodes of its function body."""
+        given = {value.name: value for value in node.inputs if value is not None}
+        for value in simpler.graph.inputs:
+            self.values[value] = self.value(given[value.name])
+        for inner in simpler.graph:
+            self._lower(inner)
+        results = {value.name: self.value(value) for value in simpler.graph.outputs}
+        return [results.get(output.name) for output in node.outputs]
 
     def _evaluated(self, node: ir.Node) -> list[Value] | None:
         """The outputs of a node that shapes alone determine, or None."""
@@ -164,7 +211,7 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    lowering = Lowering(target, weights=Weights(store))
+    lowering = Lowering(target, weights=Weights(store), opset=model.opset_imports[""])
     for name in symbolic_dims(model):  # before the dimensions that have none are called something
         lowering.dims.variable(name)
     parameters = [lowering.parameter(position, value) for position, value in enumerate(model.graph.inputs)]
