@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.ir.schema import op_of, unread
 from xopt.targets.symbolic import Array
 
 PRECISIONS = ("fp32", "bf16")
@@ -95,7 +96,7 @@ class Quantized:
 def dequantized(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear node of constants that computes ``value``, or None."""
     node = value.producer() if value is not None else None
-    if node is None or node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+    if node is None or node.op_type != "DequantizeLinear" or node.domain or not set(unread(node)) <= {"block_size"}:
         return None
     return node if all(given is None or given.const_value is not None for given in node.inputs) else None
 
@@ -121,11 +122,11 @@ def dequantize(node: ir.Node) -> Array:
 def quantized_operands(matmul: ir.Node) -> Quantized | None:
     """The integer operands of a MatMul, or None where it is none of integers that our kernel multiplies."""
     activation, weight = (value.producer() if value is not None else None for value in matmul.inputs[:2])
-    if activation is None or activation.op_type != "DequantizeLinear" or dequantized(matmul.inputs[1]) is None:
+    if op_of(activation) != "DequantizeLinear" or activation is None or dequantized(matmul.inputs[1]) is None:
         return None
     assert weight is not None
     source = activation.inputs[0].producer() if activation.inputs[0] is not None else None
-    if source is None or source.op_type != "QuantizeLinear" or source.inputs[0] is None:
+    if op_of(source) != "QuantizeLinear" or source is None or source.inputs[0] is None:
         return None
     form = _activation_format(source)
     if form is None or form != _activation_format(activation) or not _is_symmetric(weight):

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir import edit, walk
+from xopt.ir.schema import unread
 from xopt.targets.formats import Format, by_columns
 from xopt.targets.symbolic import Array
 
@@ -66,9 +67,11 @@ def _plain(node: ir.Node) -> bool:
     """Whether nothing else keeps the node from the kernel: a cache, a second output, a mask of few dimensions."""
     if node.op_type == "PackedAttention":
         return True
+    if unread(node):
+        return False
     mask = edit.input_at(node, 3)
     known = mask is None or (mask.dtype in MASKS and mask.shape is not None and len(mask.shape) == 4)
-    return known and not any(node.inputs[4:]) and not any(output.uses() for output in node.outputs[1:])
+    return known
 
 
 def _part(value: ir.Value | None, heads: int) -> Part | None:

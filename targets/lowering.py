@@ -21,6 +21,7 @@ from tvm import relax
 from xopt.errors import InputError
 from xopt.ir.bodies import body, has_body
 from xopt.ir.names import identifier
+from xopt.ir.schema import op_of
 from xopt.ir.shapes import infer_shapes, symbolic_dims
 from xopt.ir.tied import tied_tables
 from xopt.runtime.manifest import TensorInfo
@@ -125,12 +126,10 @@ class Lowering(Emitting):
 
     def _evaluated(self, node: ir.Node) -> list[Value] | None:
         """The outputs of a node that shapes alone determine, or None."""
-        if node.domain not in ("", "ai.onnx"):
-            return None
         dtype = node.outputs[0].dtype.numpy().name if node.outputs[0].dtype is not None else "int64"
-        if node.op_type in ("Shape", "Size"):
+        if op_of(node) in ("Shape", "Size"):
             return [known(self._shape_tensor(node), "int64")]
-        if node.op_type not in EVALUATED or not node.inputs:
+        if op_of(node) not in EVALUATED or not node.inputs:
             return None
         inputs = [self.known(value) for value in node.inputs]
         if any(known_ is None and value is not None for known_, value in zip(inputs, node.inputs)):

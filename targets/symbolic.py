@@ -409,6 +409,8 @@ def _expand(inputs: list[Array], _: dict[str, Any]) -> Array:
 
 def _product(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     axes = _axes(inputs, attributes)
+    if not axes and attributes.get("noop_with_empty_axes", 0):
+        return inputs[0]
     keep = bool(attributes.get("keepdims", 1))
     return np.asarray(np.prod(inputs[0], axis=tuple(axes) if axes else None, keepdims=keep), dtype=object)
 

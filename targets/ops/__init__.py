@@ -7,6 +7,7 @@ the target has no templates or the workload does not fit; rows of :data:`OPERATO
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -56,7 +57,7 @@ def emit_node(lowering: Emitting, node: ir.Node) -> Sequence[Value]:
         InputError: E-UNSUPPORTED-OP names the node and what is not supported about it.
     """
     call = Call(lowering, node)
-    results = _emitted(lowering, call)
+    results = _emitted(call)
     for place, output in enumerate(node.outputs):
         if place < len(results):
             _check(call, output, results[place])
@@ -90,18 +91,20 @@ def _is_empty(shape: Iterable[Dim]) -> bool:
     return any(isinstance(dim, int) and dim == 0 for dim in shape)
 
 
-def _emitted(lowering: Emitting, call: Call) -> Sequence[Value]:
+def _emitted(call: Call) -> Sequence[Value]:
     node = call.node
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     try:
-        if (kernel := KERNELS.get(key)) is not None and (result := kernel(call)) is not None:
-            return result if isinstance(result, list) else [result]
-        if (emitter := OPERATORS.get(key)) is not None:
-            result = emitter(call)
-            return result if isinstance(result, list) else [result]
+        for emitter in (KERNELS.get(key), OPERATORS.get(key)):
+            attempt = replace(call, read=set())
+            if emitter is not None and (result := emitter(attempt)) is not None:
+                attempt.require_read()
+                return result if isinstance(result, list) else [result]
     except (tvm.error.InternalError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise call.unsupported(reason[-1][:200] if reason else type(error).__name__) from error
     if key[0] == "" and fallback.supports(node.op_type):
-        return fallback.convert(call)
+        results = fallback.convert(call)
+        call.require_read()
+        return results
     raise call.unsupported(f"there is no operator {':'.join(filter(None, key))}")

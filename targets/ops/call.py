@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from xopt.errors import InputError
+from xopt.ir.schema import carried
 from xopt.targets.symbolic import Array, Dim, Dimensions
 
 if TYPE_CHECKING:
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """A node to emit, with its inputs in the forms that emitters ask for."""
+    """A node to emit, with its inputs in the forms that emitters ask for.
+
+    It notes what has been asked for: what a node carries and no emitter has looked at is refused by name
+    (:meth:`require_read`), so that nothing is compiled as if it were not there.
+
+    Attributes:
+        read: names of attributes and places of inputs that have been asked for.
+    """
 
     lowering: Emitting
     node: ir.Node
+    read: set[str | int] = field(default_factory=set)
 
     @property
     def dims(self) -> Dimensions:
@@ -32,10 +41,12 @@ class Call:
 
     def has(self, index: int) -> bool:
         """Whether the optional input ``index`` is given."""
+        self.read.add(index)
         return index < len(self.node.inputs) and self.node.inputs[index] is not None
 
     def input(self, index: int) -> ir.Value:
         """The ONNX value of an input. Raises InputError E-FORMAT when it is missing."""
+        self.read.add(index)
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
         if value is None:
             raise self.unsupported(f"input {index} is missing")
@@ -47,6 +58,7 @@ class Call:
 
     def xs(self) -> list[relax.Expr]:
         """All given inputs as run-time tensors."""
+        self.read.update(range(len(self.node.inputs)))
         return [self.lowering.tensor(value) for value in self.node.inputs if value is not None]
 
     def shape(self, index: int = 0) -> list[Dim]:
@@ -87,7 +99,19 @@ class Call:
 
     def attr(self, name: str, default: Any = None) -> Any:
         """Attribute ``name``."""
+        self.read.add(name)
         return self.node.attributes[name].value if name in self.node.attributes else default
+
+    def pass_over(self, *what: str | int) -> None:
+        """Take attributes or inputs for read: whatever they are, the result is the same."""
+        self.read.update(what)
+
+    def require_read(self) -> None:
+        """Refuse what the node carries and its emitter has not read. Raises InputError E-UNSUPPORTED-OP."""
+        for item in carried(self.node):
+            if item.output is None and (item.name if item.input is None else item.input) not in self.read:
+                kind = "attribute" if item.input is None else "input"
+                raise self.unsupported(f"{kind} {item.name} is not compiled")
 
     def axis(self, default: int, rank: int) -> int:
         """Attribute ``axis``, not negative. Raises InputError E-UNSUPPORTED-OP when there is no such axis."""

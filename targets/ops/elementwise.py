@@ -188,6 +188,7 @@ def _cast(call: Call) -> Value:
     import onnx_ir as ir
 
     x = call.x()
+    call.pass_over("saturate", "round_mode")
     if call.node.op_type == "CastLike":
         dtype = str(call.x(1).ty.dtype)
     else:
@@ -226,6 +227,7 @@ def _celu(call: Call) -> Value:
 def _constant(call: Call) -> Value:
     """A constant that is an output of the model."""
     value = call.node.outputs[0].const_value
+    call.pass_over(*call.node.attributes)
     if value is None:
         raise call.unsupported("its value is no tensor")
     return value.numpy()
@@ -247,6 +249,15 @@ def _identity(call: Call) -> Value:
     return call.lowering.value(call.input(0))
 
 
+def _dropout(call: Call) -> Value:
+    """What a trained model does with it: nothing."""
+    training = call.const(2)
+    if call.has(2) and (training is None or training.any()):
+        raise call.unsupported("it drops elements at random")
+    call.pass_over(1, "seed")
+    return _identity(call)
+
+
 op = relax.op
 OPS: dict[str, Emitter] = {
     "Abs": _unary(op.abs), "Neg": _unary(op.negative), "Exp": _unary(op.exp), "Log": _unary(op.log),
@@ -256,7 +267,7 @@ OPS: dict[str, Emitter] = {
     "Not": _not, "IsNaN": _unary(op.isnan), "IsInf": _is_infinite, "Sin": _unary(op.sin),
     "Cos": _unary(op.cos), "Sign": _unary(_sign), "Reciprocal": _unary(_reciprocal),
     "Gelu": _gelu, "Swish": _swish, "Clip": _clip, "Cast": _cast, "CastLike": _cast,
-    "Identity": _identity, "Dropout": _identity, "Celu": _celu, "Constant": _constant,
+    "Identity": _identity, "Dropout": _dropout, "Celu": _celu, "Constant": _constant,
     "Add": _binary(op.add), "Sub": _binary(op.subtract), "Mul": _binary(op.multiply), "Div": _division,
     "Pow": _power, "Mod": _remainder, "Min": _extreme(op.minimum), "Max": _extreme(op.maximum),
     "Sum": _binary(op.add), "Mean": _mean, "And": _binary(op.logical_and), "Or": _binary(op.logical_or),

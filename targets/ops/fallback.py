@@ -73,12 +73,12 @@ def convert(call: Call) -> list[Value]:
         inputs = _broadcast(call)
     if call.node.op_type == "RoiAlign":
         inputs[2] = _batch_indices(call)
-    attributes = {name: _plain(attribute) for name, attribute in call.node.attributes.items()}
-    attributes["tvm_custom"] = {"num_outputs": len(call.node.outputs)}
+    given = {name: _plain(attribute) for name, attribute in call.node.attributes.items()}
+    attributes = _Attributes(call, {**given, "tvm_custom": {"num_outputs": len(call.node.outputs)}})
     builder = call.lowering.builder
     try:
         converter = _converters()[call.node.op_type].get_converter(OPSET)
-        result = converter(builder, onnx_frontend.onnx_input(inputs), attributes, [{}, {}])
+        result = converter(builder, _Inputs(call, inputs), attributes, [{}, {}])
         if isinstance(result, relax.Expr):
             result = builder.normalize(result)
         if isinstance(result, relax.Expr):
@@ -94,6 +94,48 @@ def convert(call: Call) -> list[Value]:
         bound = call.emit(result)
         return [call.emit(relax.TupleGetItem(bound, index)) for index in range(len(call.node.outputs))]
     return [call.emit(item) for item in result]
+
+
+class _Attributes(dict[str, Any]):
+    """Attributes that note which of them a converter asks for."""
+
+    def __init__(self, call: Call, attributes: dict[str, Any]) -> None:
+        super().__init__(attributes)
+        self._read = call.read
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self._read.add(str(name))
+        return super().__contains__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Attribute ``name``, if it is given."""
+        return self[name] if name in self else default
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Attribute ``name``, which is none afterwards."""
+        self._read.add(name)
+        return super().pop(name, *default)
+
+
+class _Inputs(list[Any]):
+    """Inputs that note which of them a converter asks for; None beyond the last, as converters expect it."""
+
+    def __init__(self, call: Call, inputs: list[relax.Expr | None]) -> None:
+        super().__init__(inputs)
+        self._read = call.read
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        self._read.add(place)
+        return super().__getitem__(place) if place < len(self) else None
+
+    def __iter__(self) -> Any:
+        return (self[place] for place in range(len(self)))
 
 
 def _require_outputs(call: Call, result: relax.Expr) -> None:

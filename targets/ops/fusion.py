@@ -18,6 +18,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from xopt.errors import InputError
+from xopt.ir.schema import op_of
 from xopt.targets.formats import BFLOAT16, FLOAT32, Format, Quantized, dequantized, quantized_operands
 from xopt.targets.symbolic import Array, Dim
 
@@ -59,7 +60,7 @@ def plan_fusion(graph: ir.Graph, quantized: bool = False) -> dict[ir.Node, Chain
     """
     plan: dict[ir.Node, Chain | None] = {}
     for node in graph:
-        if node.op_type == "MatMul" and node.domain in ("", "ai.onnx") and _weight(node) is not None:
+        if op_of(node) == "MatMul" and _weight(node) is not None:
             chain = _chain(Chain(node, quantized_operands(node) if quantized else None), plan)
             for absorbed in (node, *chain.nodes):
                 plan[absorbed] = None
@@ -93,7 +94,7 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
     if len(uses) != 1 or value.is_graph_output():
         return None
     node = next(iter(uses)).node
-    return node if node.domain in ("", "ai.onnx") else None
+    return node if op_of(node) else None
 
 
 def _joins(chain: Chain, node: ir.Node) -> bool:

@@ -77,6 +77,7 @@ def _labels(letters: str, rank: int) -> list[Any]:
 def _padding(call: Call, rank: int) -> list[int]:
     """Padding before and after each spatial axis, ``auto_pad`` resolved."""
     kind = call.attr("auto_pad", "NOTSET")
+    call.pass_over("pads")  # there are none beside another kind
     if kind in ("NOTSET", "VALID"):
         return [int(p) for p in call.attr("pads", [0] * (2 * rank))] if kind == "NOTSET" else [0] * (2 * rank)
     before, after = [], []
@@ -93,6 +94,7 @@ def _padding(call: Call, rank: int) -> list[int]:
 
 def _conv(call: Call) -> Value:
     rank = len(call.shape(0)) - 2
+    call.pass_over("kernel_shape")  # the weight has it
     functions = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
     if rank not in functions:
         raise call.unsupported(f"convolution over {rank} axes")

@@ -17,12 +17,13 @@ Reduce = Callable[[relax.Expr, "list[int] | None", bool], relax.Expr]
 
 def _reduction(reduce: Reduce) -> Emitter:
     def emit(call: Call) -> Value:
-        axes = call.numbers(1, "axes")
-        if not axes and call.attr("noop_with_empty_axes", 0):
+        axes, keep = call.numbers(1, "axes"), bool(call.attr("keepdims", 1))
+        noop = bool(call.attr("noop_with_empty_axes", 0))
+        if not axes and noop:
             axes = [len(call.shape())]  # each element by itself: an axis of one element behind the others
             x = call.lowering.reshape(call.x(), [*call.shape(), 1])
             return call.emit(reduce(x, axes, False))
-        return call.emit(reduce(call.x(), axes or None, bool(call.attr("keepdims", 1))))
+        return call.emit(reduce(call.x(), axes or None, keep))
 
     return emit
 

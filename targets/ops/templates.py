@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
+from xopt.ir.schema import unread
 from xopt.targets.formats import BFLOAT16, FLOAT32
 from xopt.targets.integer_attention import Part
 from xopt.targets.ops.bounds import check_indices, valid
@@ -118,8 +119,9 @@ def _attention(call: Call) -> Value | None:
     from xopt.kernels import attention
 
     isa = call.lowering.target.isa()
-    if isa is None or any(map(call.has, range(4, 7))) or any(output.uses() for output in call.node.outputs[1:]):
+    if isa is None or unread(call.node):
         return None
+    call.pass_over("softmax_precision", "qk_matmul_output_mode", "q_num_heads", "kv_num_heads")
     form = _heads_first(call) if len(call.lowering.shape(_values(call)[0])) == 4 else _merged(call)
     mask = _mask(call)
     if form is None or mask is None:
@@ -250,9 +252,17 @@ def _mask(call: Call) -> dict[str, Any] | None:
         return {}
     kinds = {"bool": "bool", "float32": "float"}
     shape, kind = call.shape(3), kinds.get(str(call.x(3).ty.dtype))
-    if kind is None or len(shape) != 4:
+    keys = call.lowering.shape(_values(call)[1])[-2]
+    if kind is None or len(shape) != 4 or _is_shorter(call, shape[3], keys):
         return None
     return {"mask": kind, "mask_shape": tuple(dim if isinstance(dim, int) else None for dim in shape)}
+
+
+def _is_shorter(call: Call, known: Dim, keys: Dim) -> bool:
+    """Whether a mask ends before the keys do: those beyond are hidden, which kernels do not know."""
+    if isinstance(known, int):
+        return not call.dims.equal(known, keys) if known == 1 else isinstance(keys, int) and known != keys
+    return call.dims.proves(known < keys)
 
 
 def _patches(call: Call) -> Value | None:
@@ -261,6 +271,7 @@ def _patches(call: Call) -> Value | None:
     The layer's rows are kept: the transpose to tokens first, which follows in vision transformers, is then free.
     """
     isa = call.lowering.target.isa()
+    call.pass_over("kernel_shape")
     shape, weight = call.shape(0), call.const(1)
     if isa is None or weight is None or weight.dtype != np.float32 or not _is_patches(call, shape, weight):
         return None

@@ -125,7 +125,7 @@ def node_macs(node: ir.Node) -> int | None:
     if edit.is_op(node, "Conv"):
         kernel = walk.shape_of(node.inputs[1])
         return _product(_sizes(node.outputs[0]), kernel[1:] if kernel else None)
-    if edit.is_op(node, "Attention"):
+    if node.op_type == "Attention" and not node.domain:
         return _attention_macs(node)
     if edit.is_op(node, "Einsum"):
         return _einsum_macs(node)
@@ -136,11 +136,13 @@ def _attention_macs(node: ir.Node) -> int | None:
     q, k, v = (walk.shape_of(value) for value in node.inputs[:3])
     if q is None or k is None or v is None:
         return None
+    past = (0,) if (cache := edit.input_at(node, 4)) is None else (walk.shape_of(cache) or (None,) * 3)[2:3]
+    keys = (_plus(k[-2], past[0]),)
     if len(q) == 4:
-        return _product(q[:3], k[2:3], (_plus(q[3], v[3]),))
+        return _product(q[:3], keys, (_plus(q[3], v[3]),))
     heads, kv_heads = (walk.int_attribute(node, f"{x}_num_heads", 1) for x in ("q", "kv"))
     values = None if v[2] is None else v[2] // kv_heads * heads
-    return _product(q[:2], k[1:2], (_plus(q[2], values),))
+    return _product(q[:2], keys, (_plus(q[2], values),))
 
 
 def _einsum_macs(node: ir.Node) -> int | None:

@@ -17,14 +17,17 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
 from xopt.errors import InternalError
+from xopt.ir.schema import unread
 
 Array = npt.NDArray[np.generic]
 AttributeValue = int | float | str | Sequence[int] | Sequence[float] | ir.TensorProtocol
 
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
-    """Whether ``node`` is one of the named ops of ``domain`` (ai.onnx unless told)."""
-    return node is not None and node.domain == domain and node.op_type in op_types
+    """Whether ``node`` is one of the named ops of ``domain`` (ai.onnx unless told), and carries nothing unread."""
+    if node is None or node.domain != domain or node.op_type not in op_types:
+        return False
+    return bool(domain) or not unread(node)
 
 
 def producer(value: ir.Value | None, *op_types: str, domain: str = "") -> ir.Node | None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from xopt.errors import InputError
 from xopt.ir import edit
 from xopt.ir.edit import AttributeValue, attribute, input_at, operand, replace_uses
+from xopt.ir.schema import unread
 
 
 class Expander:
@@ -194,14 +195,12 @@ class Expander:
         return self._join_heads(node, result, heads, repeat, flat)
 
     def _check_attention(self, node: ir.Node) -> None:
-        used = [i for i, value in enumerate(node.inputs) if value is not None and i > 3]
-        read = [v for v in node.outputs[1:] if v.uses() or v.is_graph_output()]
-        if used or read:
+        if names := unread(node):
             raise InputError(
                 "E-UNSUPPORTED-OP",
-                "attention with a key-value cache cannot be expanded",
+                f"attention with {names[0]} cannot be expanded",
                 where=f"node {node.name!r}",
-                cure="export the model without past keys and values",
+                cure="export the model without it",
             )
 
     def _head_counts(self, node: ir.Node) -> tuple[int, int]:

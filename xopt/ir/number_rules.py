@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from xopt.ir.edit import input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
+from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import Known, Numbers, axes_of, integer, python_slice, shape_numbers
 
 LARGEST = 64
@@ -43,7 +44,7 @@ def _quotient(s: Known, node: ir.Node) -> Numbers | None:
 def _is_float(value: ir.Value | None) -> bool:
     """Numbers that are followed are integers, until a Cast makes floats of them."""
     dtype, node = (value.dtype, value.producer()) if value is not None else (None, None)
-    if dtype is None and node is not None and node.op_type == "Cast":
+    if dtype is None and node is not None and op_of(node) == "Cast":
         dtype = ir.DataType(int(node.attributes["to"].as_int()))
     return dtype is not None and dtype.is_floating_point()
 
@@ -59,7 +60,7 @@ def _whole(a: Poly, b: Poly) -> Poly | None:
 def _rounded_down(s: Known, node: ir.Node) -> Numbers | None:
     """``Floor``, which makes of a quotient what an integer division gives."""
     inner = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return _binary(_whole)(s, inner) if inner is not None and inner.op_type == "Div" else _pass_on(s, node)
+    return _binary(_whole)(s, inner) if op_of(inner) == "Div" and inner is not None else _pass_on(s, node)
 
 
 def _gather_numbers(s: Known, node: ir.Node) -> Numbers | None:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from xopt.ir import edit, quantized, walk
 from xopt.ir.canonical.masks import hides_later_keys
 from xopt.ir.projection import Projection, projection_from, projection_into
+from xopt.ir.schema import unread
 from xopt.ir.symbolic import Symbols
 from xopt.ir.tokens import TokenLayout, layout
 
@@ -123,7 +124,8 @@ def transformer_blocks(model: ir.Model) -> list[Block]:
 def explain(model: ir.Model) -> list[Unrecognized]:
     """Why attention nodes, their operands or feed-forward look-alikes are missing in :func:`transformer_blocks`.
 
-    Reasons: "attention-4d", "unknown-shape", "no-projection-q" (k, v, out), "no-residual", "past-or-present".
+    Reasons: "attention-4d", "unknown-shape", "no-projection-q" (k, v, out), "no-residual", "attention-with-past_key"
+    (or whatever else of ONNX's names it has that passes do not read).
     """
     return _Anatomy(model.graph).unrecognized
 
@@ -160,7 +162,7 @@ class _Anatomy:
         self.blocks = self._pair(sites, ffns)
 
     def _attention(self, node: ir.Node) -> AttentionSite | None:
-        if not edit.is_op(node, "Attention"):
+        if node.op_type != "Attention" or node.domain:
             return None
         if reason := attention_problem(node):
             self.unrecognized.append(Unrecognized(node, reason))
@@ -277,13 +279,13 @@ class _Anatomy:
 
 def attention_problem(node: ir.Node) -> str | None:
     """Why an Attention node is not in the form that passes rely on, or None."""
+    if names := unread(node):
+        return f"attention-with-{names[0]}"
     shapes = [walk.shape_of(value) for value in node.inputs[:3]]
     if any(shape is None for shape in shapes):
         return "unknown-shape"
     if any(len(shape or ()) != 3 for shape in shapes):
         return "attention-4d"
-    if len(node.inputs) > 4 or any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
-        return "past-or-present"
     q_heads, kv_heads = (walk.int_attribute(node, f"{x}_num_heads", 0) for x in ("q", "kv"))
     widths = [(shape or ())[-1] for shape in shapes]
     if not q_heads or not kv_heads or any(width is None for width in widths):

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from xopt.ir.edit import constant
 from xopt.ir.number_rules import LARGEST, NUMBER_RULES
 from xopt.ir.poly import Poly
+from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import SHAPE_RULES, Dims, Numbers, Shapes
 
 
@@ -29,14 +30,14 @@ class Symbols:
 
     def visit(self, node: ir.Node) -> None:
         """Learn the outputs of a node whose inputs are known."""
-        rule, evaluate = SHAPE_RULES.get(node.op_type), NUMBER_RULES.get(node.op_type)
+        rule, evaluate = SHAPE_RULES.get(op_of(node)), NUMBER_RULES.get(op_of(node))
         found: Shapes = None
         numbers: Numbers | None = None
         try:
-            found = rule(self, node) if rule is not None and node.domain == "" else None
+            found = rule(self, node) if rule is not None else None
             for index, value in enumerate(node.outputs):
                 self._dims[value] = found[index] if found is not None and index < len(found) else _declared(value)
-            numbers = evaluate(self, node) if evaluate is not None and node.domain == "" else None
+            numbers = evaluate(self, node) if evaluate is not None else None
         except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
             pass  # a node that lacks an input or contradicts its shapes teaches nothing
         if numbers is not None and len(numbers) <= LARGEST:

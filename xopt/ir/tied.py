@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from xopt.ir.edit import is_op
+
 LARGE = 1 << 20
 """Bytes from which on looking for a twin is worth it."""
 
@@ -28,12 +30,12 @@ def tied_tables(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
 def _is_table(value: ir.Value) -> bool:
     uses = value.uses()
     return bool(uses) and all(
-        use.node.op_type == "Gather" and use.idx == 0 and use.node.attributes.get_int("axis", 0) == 0 for use in uses
+        is_op(use.node, "Gather") and use.idx == 0 and use.node.attributes.get_int("axis", 0) == 0 for use in uses
     )
 
 
 def _is_matrix(value: ir.Value) -> bool:
-    return all(use.node.op_type == "MatMul" and use.idx == 1 for use in value.uses())
+    return all(is_op(use.node, "MatMul") and use.idx == 1 for use in value.uses())
 
 
 def _twins(table: ir.TensorProtocol, matrix: ir.TensorProtocol) -> bool:

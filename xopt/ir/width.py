@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from xopt.ir import edit, walk
+from xopt.ir.schema import op_of
 from xopt.ir.structure import ACTIVATIONS
 from xopt.ir.symbolic import Symbols
 
@@ -98,7 +99,7 @@ def _neighbours(node: ir.Node, value: ir.Value, axis: int, found: Width) -> Iter
     if edit.is_op(node, *ELEMENTWISE):
         yield from _elementwise(node, value, axis, found)
         return
-    rule = RULES.get(node.op_type) if node.domain == "" else None
+    rule = RULES.get(op_of(node))
     if rule is None:
         raise BlockedError(f"width-through-{node.op_type}")
     yield from rule(node, value, axis, found)

@@ -48,6 +48,7 @@ from xopt.ir.edit import (
     set_attributes,
 )
 from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.schema import unread
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
 
@@ -82,6 +83,8 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     masks = Masks(symbols)
     for node in list(model.graph):
         if not (is_op(node, "Softmax", "Attention") and is_read(node.outputs[0])):
+            if node.op_type == "Attention" and not node.domain and is_read(node.outputs[0]):
+                report.refuse("attention", node.name, f"attention-with-{unread(node)[0]}")
             continue
         try:
             site = _of_softmax(symbols, node) if node.op_type == "Softmax" else _of_attention(symbols, masks, node)
@@ -116,8 +119,6 @@ def _of_attention(symbols: Symbols, masks: Masks, node: ir.Node) -> Site | None:
         _write_attributes(node, q_dims[-1])
         _four_axes(masks, node)
         return None
-    if any(input_at(node, i) is not None for i in (4, 5, 6)) or any(output.uses() for output in node.outputs[1:]):
-        raise NotAttentionError("cache-or-weights")
     batch, heads = axis("batch0", q_dims[0]), axis("batch1", q_dims[1])
     query, key = axis(QUERY, q_dims[2]), axis(KEY, k_dims[2])
     head_dim = q_dims[3].constant

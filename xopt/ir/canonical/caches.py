@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.edit import constant, initializer, insert, producer, scalar
+from xopt.ir.edit import constant, initializer, insert, is_op, producer, scalar
 from xopt.ir.poly import ONE, Poly
+from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import axes_of, integer
 from xopt.ir.symbolic import Symbols
 
@@ -107,7 +108,7 @@ class Caches:
             pairs = (array[..., ::2], array[..., 1::2]) if interleaved else (array[..., :n], array[..., n:])
             return n > 0 and np.array_equal(*pairs)
         node = value.producer() if value is not None else None
-        if value is None or node is None or node.domain != "" or not node.inputs:
+        if value is None or node is None or not op_of(node) or not node.inputs:
             return False
         source = node.inputs[0]
         if node.op_type in ("Cos", "Sin", "Cast", "Neg", "Identity"):
@@ -147,4 +148,4 @@ class Caches:
     def _doubles_last(self, node: ir.Node) -> bool:
         rank = self.symbols.rank(node.outputs[0])
         last = rank is not None and integer(node, "axis", 0) in (-1, rank - 1)
-        return node.op_type == "Concat" and len(node.inputs) == 2 and last and node.inputs[0] is node.inputs[1]
+        return is_op(node, "Concat") and len(node.inputs) == 2 and last and node.inputs[0] is node.inputs[1]

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from xopt.ir.edit import constant, input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
+from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import Dims, integer, operands, permutation, spans_of
 from xopt.ir.symbolic import Symbols
 
@@ -79,7 +80,7 @@ class Reader:
             return fixed
         node = value.producer()
         self.left -= 1
-        if node is None or node.domain != "" or constant(value) is not None or self.left < 0:
+        if node is None or not op_of(node) or constant(value) is not None or self.left < 0:
             return Element("leaf", tensor=value, at=at)
         found = self._computed(node, at) or self._moved(node, value, at)
         return found if found is not None else Element("leaf", tensor=value, at=at)

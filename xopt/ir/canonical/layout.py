@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from xopt.ir.edit import input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
+from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import Dims, Span, integer, permutation, spans_of, split_sizes
 from xopt.ir.symbolic import Symbols
 
@@ -54,7 +55,7 @@ def is_read(value: ir.Value) -> bool:
 def before(symbols: Symbols, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axes] | None:
     """The value that ``value``'s producer moved, and its axes; None when the producer does more than move data."""
     node = value.producer()
-    rule = _BEFORE.get(node.op_type) if node is not None and node.domain == "" else None
+    rule = _BEFORE.get(op_of(node))
     if node is None or rule is None:
         return None
     found = rule(symbols, node, value, axes)
@@ -64,13 +65,11 @@ def before(symbols: Symbols, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axe
 
 def after(symbols: Symbols, node: ir.Node, axes: Axes) -> Axes | None:
     """Axes of the first output of a node that moves its first input, which has ``axes``."""
-    if node.domain != "":
-        return None
-    if node.op_type in ("Identity", "Dropout"):
+    if op_of(node) in ("Identity", "Dropout"):
         return axes
-    if node.op_type == "Transpose":
+    if op_of(node) == "Transpose":
         return tuple(axes[i] for i in permutation(node, len(axes)))
-    if node.op_type in ("Reshape", "Squeeze", "Unsqueeze", "Flatten"):
+    if op_of(node) in ("Reshape", "Squeeze", "Unsqueeze", "Flatten"):
         dims = symbols.dims(node.outputs[0])
         return None if dims is None else regroup(axes, dims)
     return None

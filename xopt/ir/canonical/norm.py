@@ -23,6 +23,7 @@ from xopt.ir.edit import (
     initializer,
     input_at,
     insert,
+    is_op,
     operand,
     producer,
     remove_dead,
@@ -69,7 +70,7 @@ def _fuse(node: ir.Node, report: CanonicalizeReport) -> bool:
     site, result = node, node.outputs[0]
     if result.dtype not in (None, found.x.dtype):  # the cast back to x's type belongs to the norm
         casts = consumers(result)
-        if result.is_graph_output() or len(casts) != 1 or casts[0].op_type != "Cast":
+        if result.is_graph_output() or len(casts) != 1 or not is_op(casts[0], "Cast"):
             return False
         site, result = casts[0], casts[0].outputs[0]
         if result.dtype != found.x.dtype:
@@ -191,7 +192,7 @@ def _absorb_affine(node: ir.Node) -> bool:
 
 def _only_consumer(value: ir.Value, op_type: str) -> ir.Node | None:
     users = consumers(value)
-    one = len(users) == 1 and not value.is_graph_output() and users[0].op_type == op_type and not users[0].domain
+    one = len(users) == 1 and not value.is_graph_output() and is_op(users[0], op_type)
     return users[0] if one else None
 
 

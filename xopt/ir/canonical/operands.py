@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, Axis, Digit, axis, before, columns, merged, width
-from xopt.ir.edit import constant, initializer, insert, insert_many, producer, scalar
+from xopt.ir.edit import constant, initializer, insert, insert_many, is_op, producer, scalar
 from xopt.ir.poly import ONE
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
@@ -65,7 +65,7 @@ def trace(symbols: Symbols, value: ir.Value, axes: Axes, sequence: Axis, depth: 
         node = value.producer()
         if node is None:
             return best
-        factor = None if any(step.op_type in NORMS for step in steps) else scaling(node)
+        factor = None if any(is_op(step, *NORMS) for step in steps) else scaling(node)
         if factor is not None:
             value, scale = factor[0], scale * factor[1]
         elif _per_head(symbols, node, axes, sequence, depth, found is not None and found.columns is None):
@@ -79,7 +79,7 @@ def scaling(node: ir.Node) -> tuple[ir.Value, float] | None:
 
     Numbers that scale nothing (0, infinities, NaN) or so much that a product of some overflows are none.
     """
-    if node.domain != "" or node.op_type not in ("Mul", "Div"):
+    if not is_op(node, "Mul", "Div"):
         return None
     left, right = node.inputs[0], node.inputs[1]
     number = scalar(right)
@@ -117,13 +117,11 @@ def _in_three_axes(
 
 def _per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth: str, flat: bool) -> bool:
     """Whether the node treats every head alike and apart, so that it has a 3-D form."""
-    if node.domain != "" or not node.outputs:
-        return False
-    if node.op_type == "RotaryEmbedding":
+    if is_op(node, "RotaryEmbedding"):
         in_heads = len(axes) == 4 and axes[2] == sequence and [digit.label for digit in axes[3]] == [depth]
         return flat or in_heads
     size = symbols.dims(node.outputs[0])
-    per_head = node.op_type in NORMS and integer(node, "axis", -1) in (-1, len(axes) - 1)
+    per_head = is_op(node, *NORMS) and integer(node, "axis", -1) in (-1, len(axes) - 1)
     return per_head and size is not None and axes[-1] == axis(depth, size[-1])
 
 

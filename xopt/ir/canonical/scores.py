@@ -16,7 +16,7 @@ import onnx_ir as ir
 from xopt.ir.canonical.layout import Axes, after, axis, before
 from xopt.ir.canonical.masks import LOWEST
 from xopt.ir.canonical.operands import scaling
-from xopt.ir.edit import attribute, consumers, producer, scalar
+from xopt.ir.edit import attribute, consumers, is_op, producer, scalar
 from xopt.ir.poly import ONE, product
 from xopt.ir.shape_rules import Dims, integer
 from xopt.ir.symbolic import Symbols
@@ -101,7 +101,7 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
         node = value.producer()
         if node is None or node.domain != "":
             raise NotAttentionError("no-product")
-        if node.op_type == "MatMul":
+        if is_op(node, "MatMul"):
             q_axes, k_axes = _factors(symbols, node, axes)
             return Scores(node.inputs[0], node.inputs[1], q_axes, k_axes, factor, softcap, terms)  # type: ignore[arg-type]
         moved = before(symbols, value, axes)
@@ -115,7 +115,7 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
             factor = softcap
         elif scaled is not None:
             value, factor = scaled[0], factor * scaled[1]
-        elif node.op_type in ("Add", "Where"):
+        elif is_op(node, "Add", "Where"):
             if softcap:
                 raise NotAttentionError("mask-inside-softcap")
             value, term = _masked(symbols, node, factor, axes)
@@ -155,11 +155,11 @@ _MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 def _product(value: ir.Value | None, ops: tuple[str, ...], depth: int = 12) -> ir.Node | None:
     """The product of two computed tensors that ``value`` is few steps of ``ops`` away from: what scores look like."""
     node = value.producer() if value is not None else None
-    if node is None or node.domain != "" or depth == 0:
+    if node is None or depth == 0:
         return None
-    if node.op_type == "MatMul":
+    if is_op(node, "MatMul"):
         return node if all(operand is not None and operand.const_value is None for operand in node.inputs) else None
-    if node.op_type not in ops:
+    if not is_op(node, *ops):
         return None
     sources = node.inputs[:1] if node.op_type in _MOVING else node.inputs[node.op_type == "Where" :]
     found = (_product(source, ops, depth - 1) for source in sources)
@@ -198,7 +198,7 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
     while True:
         node, value, guard = _reader(value)
         guarded = guarded or guard
-        if node.op_type == "MatMul" and node.inputs[0] is value:
+        if is_op(node, "MatMul") and node.inputs[0] is value:
             break
         moved = after(symbols, node, axes)
         if moved is None:
@@ -218,7 +218,7 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value, bool]:
     readers = consumers(value)
     if value.is_graph_output():
         raise NotAttentionError("weights-read-elsewhere")
-    checks = [node for node in readers if node.op_type == "IsNaN"]
+    checks = [node for node in readers if is_op(node, "IsNaN")]
     if checks:
         guards = {node for check in checks for node in consumers(check.outputs[0], "Where")}
         if len(guards) == 1:
