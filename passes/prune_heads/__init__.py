@@ -8,7 +8,7 @@ samples; share out a budget over all layers by an exact knapsack; on demand, swa
 together; fit the output projections anew in closed form; cut. With grouped queries a unit is a key-value head with
 its query heads.
 
-Refuses  "attention-4d", "unknown-shape", "attention-with-past_key" (or what else): the attention is in a form that cannot be cut.
+Refuses  "attention-4d", "unknown-shape", "attention-with-past_key" (or anything else that it cannot cut): the form.
          "no-projection", "no-residual", "hidden-is-read-elsewhere": it is not between two linear layers.
          "read-elsewhere": a value between its projections has another reader.
          "shared-weight": a weight is used elsewhere too, or by several blocks.

@@ -60,8 +60,6 @@ def convert(call: Call) -> list[Value]:
     Raises:
         InputError: E-UNSUPPORTED-OP, the converter refuses the node.
     """
-    from tvm.relax.frontend.onnx import onnx_frontend
-
     inputs = [None if value is None else _argument(call, value) for value in call.node.inputs]
     for name, meant in IGNORED.get(call.node.op_type, {}).items():
         if call.attr(name, meant) != meant:
@@ -113,7 +111,8 @@ class _Attributes(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Attribute ``name``, if it is given."""
-        return self[name] if name in self else default
+        self._read.add(name)
+        return super().get(name, default)
 
     def pop(self, name: str, *default: Any) -> Any:
         """Attribute ``name``, which is none afterwards."""

@@ -17,7 +17,7 @@ OLDEST = 13
 NOT_READ = {
     "Attention": "past_key past_value nonpad_kv_seqlen left_window_size right_window_size softmax_precision"
     " present_key present_value qk_matmul_output",
-    "BatchNormalization": "training_mode running_mean running_var saved_mean saved_var input_mean input_var",
+    "BatchNormalization": "training_mode running_mean running_var mean var saved_mean saved_var",
     "Cast": "saturate round_mode",
     "CastLike": "saturate round_mode",
     "Constant": "sparse_value",
@@ -85,7 +85,9 @@ def test_tables_name_nothing_that_no_schema_has() -> None:
 
 
 def node(op: str, inputs: int, outputs: int = 1, **attributes: object) -> ir.Node:
-    values = [ir.Value(name=f"x{i}", shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT)) for i in range(inputs)]
+    values = [
+        ir.Value(name=f"x{i}", shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT)) for i in range(inputs)
+    ]
     return ir.Node("", op, values, ir.convenience.convert_attributes(attributes), num_outputs=outputs)
 
 

@@ -99,8 +99,10 @@ def _default(attribute: onnx.defs.OpSchema.Attribute) -> Any:
 
 
 def carried(node: ir.Node) -> Iterator[Carried]:
-    """Attributes with other values than their defaults, optional inputs that are given, outputs after the first that
-    are used. Of an operator that ONNX does not define: all attributes and inputs."""
+    """Attributes with other values than their defaults, optional inputs that are given, later outputs that are used.
+
+    Of an operator that ONNX does not define: all attributes, inputs and later outputs.
+    """
     form = form_of(node.op_type) if node.domain in ("", "ai.onnx") else None
     for name, attribute in node.attributes.items():
         default = form.defaults.get(name) if form is not None else None
