@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,13 +65,14 @@ def convert(call: Call) -> list[Value]:
     for name, meant in IGNORED.get(call.node.op_type, {}).items():
         if call.attr(name, meant) != meant:
             raise call.unsupported(f"attribute {name} is not compiled")
-    _require_fitting(call)
+    checked = replace(call, read=set())  # what is looked at here is not read by the converter
+    _require_fitting(checked)
     if call.node.op_type == "Resize":
-        _check_scales(call)
+        _check_scales(checked)
     if call.node.op_type in ELEMENTWISE:
-        inputs = _broadcast(call)
+        inputs = _broadcast(checked)
     if call.node.op_type == "RoiAlign":
-        inputs[2] = _batch_indices(call)
+        inputs[2] = _batch_indices(checked)
     given = {name: _plain(attribute) for name, attribute in call.node.attributes.items()}
     attributes = _Attributes(call, {**given, "tvm_custom": {"num_outputs": len(call.node.outputs)}})
     builder = call.lowering.builder

@@ -33,6 +33,47 @@ def _rms_norm(call: Call) -> Value:
     return call.emit(relax.op.nn.rms_norm(x, scale, axes, float(call.attr("epsilon", 1e-5))))
 
 
+def _batch_norm(call: Call) -> list[Value]:
+    """By stored statistics, or in training mode by those of the batch, with which the stored ones are updated."""
+    op, shape = relax.op, call.shape()
+    if len(shape) < 2:
+        raise call.unsupported(f"its input has rank {len(shape)}")
+    dtype = str(call.x().ty.dtype)
+    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
+    x, *columns = (_cast(call, call.x(index), wide) for index in range(5))
+    scale, bias, mean, variance = (
+        call.lowering.reshape(call.lowering.recast(column, [shape[1]]), [1, shape[1], *[1] * (len(shape) - 2)])
+        for column in columns
+    )
+    stored, momentum = (mean, variance), float(call.attr("momentum", 0.9))
+    if call.attr("training_mode", 0):
+        axes = [0, *range(2, len(shape))]
+        mean = call.emit(op.mean(x, axes, True))
+        variance = call.emit(op.mean(_squared(op.subtract(x, mean)), axes, True))
+    root = op.sqrt(op.add(variance, relax.const(float(call.attr("epsilon", 1e-5)), wide)))
+    factor = call.emit(op.divide(scale, root))
+    y = _cast(call, op.add(op.multiply(op.subtract(x, mean), factor), bias), dtype)
+    if not call.attr("training_mode", 0):
+        return [y]
+
+    def running(index: int, old: relax.Expr, new: relax.Expr) -> relax.Expr:
+        parts = (
+            op.multiply(value, relax.const(share, wide)) for value, share in ((old, momentum), (new, 1 - momentum))
+        )
+        return _cast(call, op.reshape(op.add(*parts), [shape[1]]), str(call.x(index).ty.dtype))
+
+    return [y, running(3, stored[0], mean), running(4, stored[1], variance)]
+
+
+def _squared(x: relax.Expr) -> relax.Expr:
+    return relax.op.multiply(x, x)
+
+
+def _cast(call: Call, x: relax.Expr, dtype: str) -> relax.Expr:
+    x = x if isinstance(x, relax.Var) else call.emit(x)
+    return x if str(x.ty.dtype) == dtype else call.emit(relax.op.astype(x, dtype))
+
+
 def _parameter(call: Call, index: int, shape: list[Dim]) -> relax.Expr:
     """A scale or a bias as large as what is normalized."""
     if len(call.shape(index)) > len(shape):
@@ -90,6 +131,7 @@ def _angles(call: Call, index: int, tokens: list[Dim], half: int) -> relax.Expr:
 
 
 OPS: dict[str, Emitter] = {
-    "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm, "RotaryEmbedding": _rotary,
+    "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm,
+    "RotaryEmbedding": _rotary,
 }  # fmt: skip
 """Emitters by operator type."""

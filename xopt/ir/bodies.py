@@ -45,8 +45,8 @@ def body(node: ir.Node, opset: int) -> ir.Model | None:
     except onnx.defs.SchemaError:
         return None
     function = _function(schema, proto, opset, node)
-    if function is None:
-        return None
+    if function is None or set(node.attributes) - set(schema.attributes) or len(node.inputs) > len(function.input):
+        return None  # it carries more than the body tells of
     given = {attribute.name for attribute in proto.attribute}
     for name, attribute in schema.attributes.items():
         if name not in given and attribute.default_value.type:
