@@ -18,7 +18,7 @@ from tvm.tirx.analysis import undefined_vars
 from tvm.tirx.script.builder import ir as T
 
 from xopt.errors import InputError
-from xopt.kernels.emit import PrimFunc, i64, prim_func
+from xopt.kernels.emit import PrimFunc, argument, i64, prim_func, put
 from xopt.runtime.session import REFUSAL
 
 if TYPE_CHECKING:
@@ -73,6 +73,21 @@ def check_indices(builder: relax.BlockBuilder, counts: Sequence[tuple[relax.Var,
     conditions = [(number == 0, otherwise) for number, (_, otherwise) in zip(numbers, counts)]
     builder.add_func(_assertion("check_indices", numbers, conditions, target), "check_indices")
     builder.emit(_call("check_indices", numbers))
+
+
+def check_now(name: str, numbers: Sequence[tirx.Var], condition: Condition) -> PrimFunc:
+    """A kernel over int64 numbers that asserts a condition before what comes behind it, and writes a 0."""
+    test, otherwise = condition
+
+    def body() -> None:
+        for variable in numbers:
+            T.arg(variable.name, variable)
+        done = argument("done", (1,), "int64")
+        with T.Assert(test, [REFUSAL + otherwise], "ValueError"):
+            T.evaluate(i64(0))
+        put(done, i64(0), 0)
+
+    return prim_func(name, body)
 
 
 _NOTHING = relax.TupleType([])

@@ -17,6 +17,8 @@ from tvm import relax, te, tirx
 from tvm.tirx.analysis import undefined_vars
 
 from xopt.errors import InputError
+from xopt.runtime.device import CPU
+from xopt.targets import checks
 from xopt.targets.formats import FLOAT32, Format, Formatted, decoded, dequantize, dequantized
 from xopt.targets.integer_attention import Part
 from xopt.targets.symbolic import MAX_ELEMENTS, Array, Dim, Dimensions, Ints
@@ -51,6 +53,9 @@ class Emitting:
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
     _views: dict[relax.Var, list[relax.Var]] = field(default_factory=dict)
     _kernels: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dims.later = self._check_now
 
     # -- values ----------------------------------------------------------------------------------------------------
     def value(self, value: ir.Value) -> Value:
@@ -306,6 +311,24 @@ class Emitting:
             function = build().with_attr("op_pattern", _OPAQUE).with_attr("global_symbol", name)
             self._kernels[name] = self.builder.add_func(function.with_attr("xopt.kernel", True), name)
         return self._kernels[name]
+
+    def decide(self, sizes: relax.Expr, count: int) -> list[tirx.Var]:
+        """Dimensions that the data decide: the numbers of a run-time tensor int64 [count], none of them negative."""
+        dims = [self.dims.decided(f"decided by {self.node}") for _ in range(count)]
+        self.builder.match_cast(self.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType(dims))
+        return dims
+
+    def _check_now(self, condition: Any, otherwise: str) -> None:
+        """Have a condition on sizes that the data decide checked before what is emitted next."""
+        if self.target.device != CPU:
+            raise InputError("E-UNSUPPORTED-OP", f"a size that the data decides cannot be checked: {otherwise}")
+        names = sorted({variable.name for variable in undefined_vars(condition)})
+        numbers = [self.dims.variables[name] for name in names]
+        name = f"check_{len(self.outside)}"
+        function = checks.check_now(name, numbers, (condition, otherwise)).with_attr("op_pattern", _OPAQUE)
+        variable = self.builder.add_func(function.with_attr("xopt.kernel", True), name)
+        done = self.emit(relax.call_tir(variable, numbers, relax.TensorType([1], "int64")))
+        self.outside.append((done, otherwise))  # read at the end, so that nobody drops it
 
     def aligned(self, tensors: Sequence[relax.Expr]) -> list[relax.Expr]:
         """Tensors whose dimensions broadcast provably: a dimension that only must be equal is checked at run time."""

@@ -53,7 +53,7 @@ class Ints:
 
 
 class Dimensions:
-    """The symbolic dimensions of one model, and what is known about them (each is at least 1).
+    """The symbolic dimensions of one model, and what is known about them (each of an input is at least 1).
 
     The variables have names of our own: a model may call an axis ``a.b`` or ``past + 1``, which TVM would change, and
     two axes then be one.
@@ -62,11 +62,14 @@ class Dimensions:
         variables: by their own names.
         requirements: what must hold for the model to make sense and only the sizes of the inputs decide: conditions,
             by what is wrong when one does not hold.
+        later: is given the conditions, and what is wrong without them, that depend on sizes which the data decide.
     """
 
     def __init__(self) -> None:
         self.variables: dict[str, tirx.Var] = {}
         self.requirements: dict[str, list[Any]] = {}
+        self.later: Callable[[Any, str], None] | None = None
+        self._decided: set[str] = set()
         self._called: dict[str, str] = {}
         self._by_name: dict[str, tirx.Var] = {}
         self._limits: dict[str, int] = {}
@@ -85,6 +88,13 @@ class Dimensions:
             description += "'"
         return self._new(description)
 
+    def decided(self, description: str) -> tirx.Var:
+        """An int64 variable for a size that the data decide: it may be 0, and is known while the model runs."""
+        variable = self.unnamed(description)
+        self._bind(variable.name, 1 << 31, least=0)
+        self._decided.add(variable.name)
+        return variable
+
     def _new(self, name: str) -> tirx.Var:
         internal = identifier("dim", len(self.variables), name)
         self.variables[internal] = tirx.Var(internal, "int64")
@@ -92,8 +102,8 @@ class Dimensions:
         self._bind(internal, 1 << 31)
         return self.variables[internal]
 
-    def _bind(self, internal: str, limit: int) -> None:
-        extent = tvm.ir.Range(tirx.IntImm("int64", 1), tirx.IntImm("int64", limit + 1))
+    def _bind(self, internal: str, limit: int, least: int = 1) -> None:
+        extent = tvm.ir.Range(tirx.IntImm("int64", least), tirx.IntImm("int64", limit + 1))
         self._analyzer.bind(self.variables[internal], extent, allow_override=True)
 
     def limit(self, dim: Dim, most: int) -> None:
@@ -156,7 +166,10 @@ class Dimensions:
             condition = self._analyzer.simplify(condition)
             holds = self.proves(condition)
             if not holds and not self.proves(tirx.Not(condition)):
-                self.requirements.setdefault(otherwise, []).append(condition)
+                if self.later is not None and _variables(condition) & self._decided:
+                    self.later(condition, otherwise)
+                else:
+                    self.requirements.setdefault(otherwise, []).append(condition)
                 return
         if not holds:
             raise InputError("E-UNSUPPORTED-OP", otherwise, cure="correct the model")

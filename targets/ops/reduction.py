@@ -16,16 +16,16 @@ Reduce = Callable[[relax.Expr, "list[int] | None", bool], relax.Expr]
 
 
 def _reduction(reduce: Reduce) -> Emitter:
-    def emit(call: Call) -> Value:
-        axes, keep = call.numbers(1, "axes"), bool(call.attr("keepdims", 1))
-        noop = bool(call.attr("noop_with_empty_axes", 0))
-        if not axes and noop:
-            axes = [len(call.shape())]  # each element by itself: an axis of one element behind the others
-            x = call.lowering.reshape(call.x(), [*call.shape(), 1])
-            return call.emit(reduce(x, axes, False))
-        return call.emit(reduce(call.x(), axes or None, keep))
+    return lambda call: over(call, reduce, call.numbers(1, "axes"))
 
-    return emit
+
+def over(call: Call, reduce: Reduce, axes: list[int] | None) -> Value:
+    """Input 0 reduced over axes; over all, or none, where there are none: the node says which."""
+    if not axes and call.attr("noop_with_empty_axes", 0):
+        axes = [len(call.shape())]  # each element by itself: an axis of one element behind the others
+        x = call.lowering.reshape(call.x(), [*call.shape(), 1])
+        return call.emit(reduce(x, axes, False))
+    return call.emit(reduce(call.x(), axes or None, bool(call.attr("keepdims", 1))))
 
 
 def _log_sum_exp(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
@@ -49,14 +49,18 @@ def _softmax(function: Callable[[relax.Expr, int], relax.Expr]) -> Emitter:
     return lambda call: call.emit(function(call.x(), call.axis(-1, len(call.shape()))))
 
 
+REDUCTIONS: dict[str, Reduce] = {
+    "ReduceSum": relax.op.sum, "ReduceMean": _mean, "ReduceMax": relax.op.max, "ReduceMin": relax.op.min,
+    "ReduceProd": relax.op.prod, "ReduceL2": _norm2,
+    "ReduceL1": lambda x, axes, keep: relax.op.sum(relax.op.abs(x), axes, keep),
+    "ReduceSumSquare": lambda x, axes, keep: relax.op.sum(relax.op.multiply(x, x), axes, keep),
+    "ReduceLogSumExp": _log_sum_exp,
+    "ReduceLogSum": lambda x, axes, keep: relax.op.log(relax.op.sum(x, axes, keep)),
+}  # fmt: skip
+"""What reduces over axes (None: all), by operator type."""
+
 OPS: dict[str, Emitter] = {
-    "ReduceSum": _reduction(relax.op.sum), "ReduceMean": _reduction(_mean),
-    "ReduceMax": _reduction(relax.op.max), "ReduceMin": _reduction(relax.op.min),
-    "ReduceProd": _reduction(relax.op.prod), "ReduceL2": _reduction(_norm2),
-    "ReduceL1": _reduction(lambda x, axes, keep: relax.op.sum(relax.op.abs(x), axes, keep)),
-    "ReduceSumSquare": _reduction(lambda x, axes, keep: relax.op.sum(relax.op.multiply(x, x), axes, keep)),
-    "ReduceLogSumExp": _reduction(_log_sum_exp),
-    "ReduceLogSum": _reduction(lambda x, axes, keep: relax.op.log(relax.op.sum(x, axes, keep))),
+    **{name: _reduction(reduce) for name, reduce in REDUCTIONS.items()},
     "Softmax": _softmax(relax.op.nn.softmax), "LogSoftmax": _softmax(relax.op.nn.log_softmax),
 }  # fmt: skip
 """Emitters by operator type."""
