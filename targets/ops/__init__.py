@@ -96,7 +96,7 @@ def _emitted(call: Call) -> Sequence[Value]:
     node = call.node
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     try:
-at_run_time = parameters.emitter(call) if key[0] == "" else None
+        at_run_time = parameters.emitter(call) if key[0] == "" else None
         for emitter in (KERNELS.get(key), at_run_time or OPERATORS.get(key)):
             attempt = replace(call, read=set())
             if emitter is not None and (result := emitter(attempt)) is not None:

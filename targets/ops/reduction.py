@@ -21,11 +21,12 @@ def _reduction(reduce: Reduce) -> Emitter:
 
 def over(call: Call, reduce: Reduce, axes: list[int] | None) -> Value:
     """Input 0 reduced over axes; over all, or none, where there are none: the node says which."""
-    if not axes and call.attr("noop_with_empty_axes", 0):
+    keep, noop = bool(call.attr("keepdims", 1)), bool(call.attr("noop_with_empty_axes", 0))
+    if not axes and noop:
         axes = [len(call.shape())]  # each element by itself: an axis of one element behind the others
         x = call.lowering.reshape(call.x(), [*call.shape(), 1])
         return call.emit(reduce(x, axes, False))
-    return call.emit(reduce(call.x(), axes or None, bool(call.attr("keepdims", 1))))
+    return call.emit(reduce(call.x(), axes or None, keep))
 
 
 def _log_sum_exp(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
