@@ -48,6 +48,7 @@ def cpu_pipeline() -> Any:
     import tvm
     from tvm import relax
 
+    from xopt.targets.ordering import sizes_first
     from xopt.targets.schedule import schedule_leftovers
 
     transform = relax.transform
@@ -61,6 +62,7 @@ def cpu_pipeline() -> Any:
             transform.DeadCodeElimination(["main"]),
             transform.FuseOps(),
             transform.FuseTIR(),
+            tvm.transform.module_pass(sizes_first, opt_level=0, name="SizesFirst"),
             transform.DeadCodeElimination(["main"]),
             tvm.transform.module_pass(schedule_leftovers, opt_level=0, name="ScheduleLeftovers"),
             transform.RewriteDataflowReshape(),

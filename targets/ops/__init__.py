@@ -26,6 +26,7 @@ from xopt.targets.ops import (
     parameters,
     quantization,
     reduction,
+    selection,
     templates,
 )
 from xopt.targets.ops.call import Call, Emitter
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 OPERATORS: dict[tuple[str, str], Emitter] = {
     ("", name): emitter
-    for table in (elementwise, layout, indexing, reduction, linear, norm, attention, quantization)
+    for table in (elementwise, layout, indexing, reduction, linear, norm, attention, quantization, selection)
     for name, emitter in table.OPS.items()
 }
 """Emitters of Relax operators by (domain, operator type)."""

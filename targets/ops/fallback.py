@@ -30,7 +30,7 @@ def _converters() -> dict[str, Any]:
 
 
 UNSAFE = frozenset({
-    "AllClassNMS", "Compress", "MaxRoiPool", "MaxUnpool", "NonMaxSuppression", "NonZero", "Scatter", "Unique",
+    "AllClassNMS", "MaxRoiPool", "MaxUnpool", "NonMaxSuppression", "Scatter",
 })  # fmt: skip
 """Operators whose converters index by what the data says, unchecked, or give results of a size that only it decides."""
 

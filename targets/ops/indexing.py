@@ -189,13 +189,7 @@ def _arg(largest: bool) -> Emitter:
         function = relax.op.argmax if largest else relax.op.argmin
         if not call.attr("select_last_index", 0):
             return call.emit(function(call.x(), axis, keep))
-        reverse = call.lowering.compute(
-            "reverse",
-            shape,
-            lambda data, *i: data(*i[:axis], shape[axis] - 1 - i[axis], *i[axis + 1 :]),
-            call.x(),
-        )
-        position = call.emit(function(reverse, axis, keep))
+        position = call.emit(function(_turned(call, call.x(), axis), axis, keep))
         extent = shape[axis] - 1
         return call.lowering.compute(
             "from_end", call.lowering.shape_of(position), lambda data, *i: extent - data(*i), position
@@ -221,11 +215,26 @@ def _top_k(call: Call) -> list[Value]:
 
 def _cumulative_sum(call: Call) -> Value:
     axis = call.numbers(1)
-    if axis is None or len(axis) != 1 or call.attr("reverse", 0):
-        raise call.unsupported("reverse cumulative sums are not compiled")
-    x = call.x()
-    exclusive = bool(call.attr("exclusive", 0))
-    return call.emit(relax.op.cumsum(x, call.axes(axis, len(call.shape()))[0], str(x.ty.dtype), exclusive))
+    if axis is None or len(axis) != 1:
+        raise call.unsupported("its axis is no single number")
+    return sums_along(call, call.axes(axis, len(call.shape()))[0])
+
+
+def sums_along(call: Call, axis: int) -> relax.Expr:
+    """Input 0 summed up along an axis, from the end or without the element itself where the node says so."""
+    x, exclusive = call.x(), bool(call.attr("exclusive", 0))
+    backwards = bool(call.attr("reverse", 0))
+    if backwards:
+        x = _turned(call, x, axis)
+    sums = call.emit(relax.op.cumsum(x, axis, str(x.ty.dtype), exclusive))
+    return _turned(call, sums, axis) if backwards else sums
+
+
+def _turned(call: Call, x: relax.Expr, axis: int) -> relax.Expr:
+    shape = call.lowering.shape_of(x)
+    return call.lowering.compute(
+        "reverse", shape, lambda data, *i: data(*i[:axis], shape[axis] - 1 - i[axis], *i[axis + 1 :]), x
+    )
 
 
 def _eye_like(call: Call) -> Value:

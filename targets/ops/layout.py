@@ -272,33 +272,59 @@ def _tile(call: Call) -> Value:
 
 
 def _pad(call: Call) -> Value:
-    x, shape = call.x(), call.shape()
+    shape = call.shape()
     before, after = _pads(call, len(shape))
-    value = call.const(2)
-    if value is None and call.has(2):
-        raise call.unsupported("the value that it fills with depends on the data")
-    fill = tirx.const(0 if value is None else value.reshape(-1)[0].item(), str(x.ty.dtype))
     result = [call.dims.simplify(dim + a + b) for dim, a, b in zip(shape, before, after)]
     call.dims.require_sizes(result, f"{label(call.node)}: its result")
     mode = str(call.attr("mode", "constant"))
-    if mode not in ("constant", "reflect", "edge", "wrap"):
-        raise call.unsupported("there is no such mode")
     for pad in (*before, *after) if mode == "wrap" else ():
         call.require(pad >= 0, "it takes elements away and wraps around what is left")
     for axis, dim in enumerate(shape) if mode != "constant" else ():
         call.require(dim >= 1, f"axis {axis} has no element to repeat")
         for pad in (before[axis], after[axis]) if mode == "reflect" else ():
             call.require(pad < dim, f"axis {axis} is shorter than what is to be reflected of it")
+    return padded(call, result, before)
 
-    def element(tensor: Any, *index: Any) -> Any:
-        at = [i - b for i, b in zip(index, before)]
+
+def padded(call: Call, result: Sequence[Dim], before: Sequence[Any], table: relax.Expr | None = None) -> Value:
+    """Input 0 with elements added around it.
+
+    Args:
+        call: the Pad.
+        result: the shape of what it gives.
+        before: by axis, how many elements are added before it; with ``table``, where they stand in that.
+        table: int64 vector.
+    """
+    x, shape, mode = call.x(), call.shape(), str(call.attr("mode", "constant"))
+    if mode not in ("constant", "reflect", "edge", "wrap"):
+        raise call.unsupported("there is no such mode")
+    fill = _fill(call, str(x.ty.dtype))
+    extra = [] if table is None else [table]
+
+    def element(tensor: Any, value: Any, *rest: Any) -> Any:
+        index = rest[len(extra) :]
+        shifts = before if table is None else [rest[0](place) for place in before]
+        at = [i - shift for i, shift in zip(index, shifts)]
         if mode != "constant":
-            return tensor(*[_mirrored(i, dim, mode) for i, dim in zip(at, shape)])
-        padded = [a for a in range(len(shape)) if not (_is_zero(before[a]) and _is_zero(after[a]))]
-        inside = [tirx.all(at[a] >= 0, at[a] < shape[a]) for a in padded]
-        return tirx.if_then_else(tirx.all(*inside), tensor(*at), fill) if inside else tensor(*at)
+            inside = [_mirrored(i, dim, mode) for i, dim in zip(at, shape)]
+            return tensor(*(inside if table is None else [_within(i, dim) for i, dim in zip(inside, shape)]))
+        moved = [axis for axis, shift in enumerate(shifts) if not (_is_zero(shift) and same[axis])]
+        within = [tirx.all(at[axis] >= 0, at[axis] < shape[axis]) for axis in moved]
+        return tirx.if_then_else(tirx.all(*within), tensor(*at), value()) if within else tensor(*at)
 
-    return call.lowering.compute("pad", result, element, x)
+    same = [call.dims.equal(new, old) for new, old in zip(result, shape)]
+    return call.lowering.compute("pad", result, element, x, fill, *extra)
+
+
+def _fill(call: Call, dtype: str) -> relax.Expr:
+    """What a Pad adds, as a scalar; it may be data."""
+    if not call.has(2):
+        return relax.const(0, dtype)
+    return call.lowering.reshape(call.x(2), [])
+
+
+def _within(index: Any, dim: Dim) -> Any:
+    return tirx.max(tirx.min(index, dim - 1), tirx.const(0, "int64"))
 
 
 def _pads(call: Call, rank: int) -> tuple[list[Dim], list[Dim]]:

@@ -16,7 +16,8 @@ from tvm import relax, tirx
 
 from xopt.targets.ops.bounds import refuse_rows
 from xopt.targets.ops.call import Call, Emitter
-from xopt.targets.ops.layout import strided
+from xopt.targets.ops.indexing import sums_along
+from xopt.targets.ops.layout import padded, strided
 from xopt.targets.ops.reduction import REDUCTIONS, over
 from xopt.targets.symbolic import Dim
 
@@ -385,6 +386,78 @@ def _split(call: Call) -> list[Value]:
     return [strided(call, call.x(), {axis: (start, dim, 1)}) for start, dim in zip(starts, dims)]
 
 
+def _pad(call: Call) -> Value:
+    """Pads of every axis as one tensor int64 [2 * rank], before and behind it."""
+    shape, count = call.shape(), _count(call, 1)
+    rank, mode = len(shape), str(call.attr("mode", "constant"))
+    axes = [vector(call, 3)] if call.has(3) else []
+    given = _length(call, axes[0]) if axes else rank
+    if count != 2 * given:
+        raise call.unsupported(f"{count} pads do not fit {given} axes")
+    if axes:
+        refuse_rows(call, 3, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+
+    def pads(tensor: Any, *rest: Any) -> list[Any]:
+        numbers_ = _read(tensor, count)
+        named = _read(rest[0], given) if rest else [_i64(k) for k in range(rank)]
+        result = []
+        for side in range(2):
+            for axis in range(rank):
+                amount = _i64(0)
+                for place, name in enumerate(named):
+                    here = tirx.Or(name == axis, name == axis - rank)
+                    amount = tirx.Select(here, _clip(numbers_[side * given + place], -LARGEST, LARGEST), amount)
+                result.append(amount)
+        return result
+
+    table = numbers(call, "pads", 2 * rank, pads, vector(call, 1), *axes)
+
+    def sizes(t: Any) -> list[Any]:
+        return [_i64(d) + t(_i64(axis)) + t(_i64(rank + axis)) for axis, d in enumerate(shape)]
+
+    def wrong(t: Any, _: Any) -> Any:
+        found = _too_many(sizes(t))
+        for place in range(2 * rank) if mode in ("reflect", "wrap") else ():
+            most = _i64(shape[place % rank]) if mode == "reflect" else _i64(LARGEST)
+            found = tirx.Or(found, t(_i64(place)) >= most)
+            found = tirx.Or(found, t(_i64(place)) < 0) if mode == "wrap" else found
+        return found.astype("int64")
+
+    count_wrong = call.lowering.compute("outside", [1], wrong, table)
+    call.lowering.outside.append((count_wrong, f"{call.lowering.node}: it cannot add or take away that much"))
+    dims = call.lowering.decide(numbers(call, "sizes", rank, lambda t: _bounded(sizes(t)), table), rank)
+    return padded(call, dims, [_i64(axis) for axis in range(rank)], table)
+
+
+def _triangle(call: Call) -> Value:
+    upper = bool(call.attr("upper", 1))
+
+    def element(x: Any, k: Any, *index: Any) -> Any:
+        away, offset = index[-1] - index[-2], k(_i64(0))
+        inside = away >= offset if upper else away <= offset
+        return tirx.Select(inside, x(*index), tirx.const(0, x.dtype))
+
+    return call.lowering.compute("triangle", call.shape(), element, call.x(), vector(call, 1))
+
+
+def _cumulative_sum(call: Call) -> Value:
+    """The sums along every axis, and those of the one that is named."""
+    shape = call.shape()
+    rank = len(shape)
+    refuse_rows(call, 1, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+    sums = [sums_along(call, axis) for axis in range(rank)]
+
+    def element(axis: Any, *rest: Any) -> Any:
+        index = rest[rank:]
+        result = rest[0](*index)
+        for place in range(1, rank):
+            here = tirx.Or(axis(_i64(0)) == place, axis(_i64(0)) == place - rank)
+            result = tirx.Select(here, rest[place](*index), result)
+        return result
+
+    return call.lowering.compute("along_axis", shape, element, vector(call, 1), *sums)
+
+
 def _top_k(call: Call) -> list[Value]:
     """All elements in order, and the first k of them."""
     shape = call.shape()
@@ -403,6 +476,7 @@ def _top_k(call: Call) -> list[Value]:
 RUN_TIME: dict[str, tuple[tuple[int, ...], Emitter]] = {
     "Reshape": ((1,), _reshape), "Expand": ((1,), _expand), "Tile": ((1,), _tile), "Squeeze": ((1,), _squeeze),
     "Unsqueeze": ((1,), _unsqueeze), "Slice": ((1, 2, 3, 4), _slice), "Split": ((1,), _split),
+    "Pad": ((1, 3), _pad), "Trilu": ((1,), _triangle), "CumSum": ((1,), _cumulative_sum),
     "ConstantOfShape": ((0,), _constant_of_shape), "Range": ((0, 1, 2), _range), "TopK": ((1,), _top_k),
     **{name: ((1,), _reduced(name)) for name in REDUCTIONS},
 }  # fmt: skip
