@@ -86,8 +86,20 @@ CASES: list[tuple[Any, ...]] = [
             "Sign",
             "Round",
             "Identity",
+            "Atan",
+            "Asinh",
+            "Sinh",
+            "Cosh",
+            "Shrink",
+            "ThresholdedRelu",
+            "Hardmax",
         ]
     ),
+    *((op, [X / 5]) for op in ["Acos", "Asin", "Atanh"]),
+    ("Acosh", [1 + positive(2, 3)]),
+    ("Shrink", [X], {"lambd": 0.3, "bias": 0.1}),
+    ("ThresholdedRelu", [X], {"alpha": 0.2}),
+    ("Hardmax", [np.array([[1, 3, 3], [2, 2, 1]], np.float32)], {"axis": 0}),
     *(
         (op, [X])
         for op in [
@@ -216,6 +228,8 @@ CASES: list[tuple[Any, ...]] = [
     ("ArgMin", [np.array([[1, 0, 0]], np.float32)], {"axis": 1, "keepdims": 0, "select_last_index": 1}),
     ("TopK", [X, i64([2])], {}, 2),
     ("TopK", [X, i64([2])], {"axis": 1, "largest": 0}, 2),
+    ("CumProd", [X, i64(1)]),
+    ("CumProd", [X, i64(-1)], {"exclusive": 1, "reverse": 1}),
     ("CumSum", [X, i64(1)]),
     ("CumSum", [X, i64(2)], {"exclusive": 1, "reverse": 1}),
     # norms
@@ -223,6 +237,8 @@ CASES: list[tuple[Any, ...]] = [
     ("LayerNormalization", [X, normal(3, 4)], {"axis": 1}),
     ("RMSNormalization", [X, normal(4)], {"epsilon": 1e-3}),
     ("BatchNormalization", [IMAGE, normal(4), normal(4), normal(4), positive(4)]),
+    ("BatchNormalization", [normal(2, 4), normal(4), normal(4), normal(4), positive(4)], {"epsilon": 0.1}),
+    ("MeanVarianceNormalization", [IMAGE]),
     ("InstanceNormalization", [IMAGE, normal(4), normal(4)]),
     ("GroupNormalization", [IMAGE, normal(4), normal(4)], {"num_groups": 2}),
     ("LpNormalization", [X], {"axis": 1, "p": 1}),
@@ -243,6 +259,11 @@ CASES: list[tuple[Any, ...]] = [
     ("AveragePool", [IMAGE], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
     ("MaxPool", [IMAGE], {"kernel_shape": [3, 2], "pads": [1, 0, 0, 1], "strides": [2, 2], "ceil_mode": 1}),
     ("GlobalAveragePool", [IMAGE]),
+    ("GlobalMaxPool", [IMAGE]),
+    ("ConvTranspose", [IMAGE, normal(4, 3, 3, 2), normal(3)], {"strides": [2, 1], "output_padding": [1, 0]}),
+    ("ConvTranspose", [IMAGE, normal(4, 3, 3, 2)], {"group": 2, "pads": [1, 0, 2, 1], "dilations": [1, 2]}),
+    ("GridSample", [IMAGE, normal(2, 3, 5, 2)], {"mode": "linear", "padding_mode": "border"}),
+    ("GridSample", [IMAGE, normal(2, 3, 5, 2)], {"mode": "nearest", "align_corners": 1}),
     (
         "DequantizeLinear",
         [np.array([[1, 200], [3, 4]], np.uint8), positive(2), np.array([3, 5], np.uint8)],
@@ -284,7 +305,7 @@ CASES: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)])
 def test_equals_onnxruntime(case: tuple[Any, ...]) -> None:
     op, inputs, attributes, outputs = (*case, *({}, 1)[len(case) - 2 :])
-    opset = 24 if op in ("Swish",) else 23
+    opset = {"Swish": 24, "CumProd": 26}.get(op, 23)
     model = one_node(op, inputs, outputs, attributes, opset)
     feeds = {f"i{n}": array for n, array in enumerate(inputs) if array is not None}
     results = [value.detach().numpy() for value in run_with_values(to_fx(model), feeds).values()]
@@ -344,6 +365,7 @@ GRADIENTS = {
     "ScatterND": lambda x, u: TABLE["ScatterND"](x, torch.tensor([[1], [0]]), u, reduction="add"),
     "Conv": lambda x, w, b: TABLE["Conv"](x, w, b, pads=[1, 0, 0, 1]),
     "Pad": lambda x: TABLE["Pad"](x, [1, 0, 0, 2], mode="reflect"),
+    "BatchNormalization": lambda x, s, b, m, v: TABLE["BatchNormalization"](x, s, b, m, v.square()),
 }
 OPERANDS = {
     "Attention": lambda: [f64(2, 3, 8), f64(2, 3, 4), f64(2, 3, 6), f64(2, 4, 3, 3)],
@@ -351,6 +373,7 @@ OPERANDS = {
     "LayerNormalization": lambda: [f64(2, 5), f64(5), f64(5)],
     "RMSNormalization": lambda: [f64(2, 5), f64(5)],
     "ScatterND": lambda: [f64(3, 2), f64(2, 2)],
+    "BatchNormalization": lambda: [f64(2, 3, 4), f64(3), f64(3), f64(3), f64(3)],
     "Conv": lambda: [f64(1, 2, 4, 4), f64(3, 2, 2, 2), f64(3)],
 }
 
@@ -369,8 +392,19 @@ def test_an_unknown_op_attribute_form_or_type_is_an_input_error() -> None:
         one_node("Resize", [IMAGE, None, np.ones(4, np.float32)], 1, {"mode": "nearest"}, 23),
         one_node("Cast", [X], 1, {"to": int(ir.DataType.STRING)}, 23),
         one_node("Attention", [normal(1, 1, 2, 4)] * 3, 4, {}, 23),
+        one_node("MaxPool", [IMAGE], 2, {"kernel_shape": [2, 2]}, 23),
+        one_node("LayerNormalization", [X, normal(4)], 3, {}, 23),
+        one_node("BatchNormalization", [IMAGE, *[positive(4)] * 4], 1, {"training_mode": 1}, 23),
+        one_node("ConvTranspose", [IMAGE, normal(4, 3, 3, 2)], 1, {"output_shape": [8, 9]}, 23),
     ]
     for model in bad:
         with pytest.raises(InputError, match="node it") as caught:
             to_fx(model)
         assert caught.value.code == "E-UNSUPPORTED-OP"
+
+
+def test_what_torch_does_not_compute_is_an_input_error_that_names_the_node() -> None:
+    """Here: bits of a float, which no check of the form knows about."""
+    with pytest.raises(InputError, match="op BitwiseAnd .*node it") as caught:
+        run_with_values(to_fx(one_node("BitwiseAnd", [X, X], 1, {}, 23)), {"i0": X, "i1": X})
+    assert caught.value.code == "E-UNSUPPORTED-OP"

@@ -213,7 +213,7 @@ def _decide_by_latency(step: Step, best: Candidate, lab: Lab) -> None:
         step.reason = f"{weakened}{step.reason}, {1 / ratio:.2f}x faster"
     else:
         word = "slower" if ratio > 1 / FASTER else "not faster"
-        step.reason = f"{word}, {now.median:.3f} ms against {then.median:.3f} ms"
+        step.reason = f"{word}, {1 / ratio:.3g}x the speed in paired runs"
     step.trials.append(Trial(step.report.pass_.values(), step.candidate.quality, step.candidate.drop, step.reason))
 
 

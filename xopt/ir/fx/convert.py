@@ -19,6 +19,8 @@ from xopt.ir.fx.table import CHECKS, TABLE
 from xopt.ir.names import identifier
 
 Environment = dict[ir.Value, fx.Node]
+_SEVERAL = ("Split", "TopK")
+"""Ops whose function gives a tuple, however many outputs are read."""
 
 
 def to_fx(model: ir.Model, *, copy: bool = False) -> fx.GraphModule:
@@ -35,7 +37,8 @@ def to_fx(model: ir.Model, *, copy: bool = False) -> fx.GraphModule:
             file: read and differentiate them, but do not update them in place.
 
     Raises:
-        InputError: ``E-UNSUPPORTED-OP`` names the node and op that has no torch function.
+        InputError: ``E-UNSUPPORTED-OP`` names the node and op that has no torch function, here, or when the module is
+            run by :func:`run_with_values` and the function does not take what it gets.
     """
     return _Converter(model, copy).convert()
 
@@ -119,11 +122,12 @@ class _Converter:
         self._check(node, keywords, parameters)
         arguments = tuple(environment[value] if value is not None else None for value in _inputs(node))
         result = self.graph.call_function(target, arguments, keywords)
+        result.meta["node"] = (node.op_type, str(node.name))
         self._bind(node, result, environment, scope)
 
     def _bind(self, node: ir.Node, result: fx.Node, environment: Environment, scope: str) -> None:
         """Give each output of the ONNX node its fx node."""
-        several = len(node.outputs) > 1 or node.op_type in ("Split", "TopK")
+        several = len(node.outputs) > 1 or node.op_type in _SEVERAL
         for index, value in enumerate(node.outputs):
             if several and not (value.uses() or value.is_graph_output()):
                 continue
@@ -168,6 +172,9 @@ class _Converter:
         for name in keywords:
             if name not in parameters:
                 raise _unsupported(node, f"has the attribute {name}")
+        read = [value.uses() or value.is_graph_output() for value in node.outputs]
+        if any(read[1:]) and "outputs" not in parameters and node.op_type not in _SEVERAL:
+            raise _unsupported(node, f"has {len(read)} outputs")
         check = CHECKS.get(node.op_type)
         reason = check(**keywords, inputs=len(_inputs(node))) if check is not None else None
         if reason is not None:

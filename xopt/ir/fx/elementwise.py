@@ -120,10 +120,21 @@ def dropout(x: Tensor, ratio: Any = None, training_mode: Any = None, *, seed: in
     return x if outputs == 1 else (x, torch.ones_like(x, dtype=torch.bool))
 
 
+def shrink(x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
+    """Move what is beyond ``lambd`` towards 0 by ``bias``, and make the rest 0."""
+    return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, torch.zeros_like(x)))
+
+
 TABLE: dict[str, Callable[..., Any]] = {
     "Abs": torch.abs,
+    "Acos": torch.acos,
+    "Acosh": torch.acosh,
     "Add": torch.add,
     "And": torch.logical_and,
+    "Asin": torch.asin,
+    "Asinh": torch.asinh,
+    "Atan": torch.atan,
+    "Atanh": torch.atanh,
     "BitShift": bit_shift,
     "BitwiseAnd": torch.bitwise_and,
     "BitwiseNot": torch.bitwise_not,
@@ -135,6 +146,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Celu": lambda x, *, alpha=1.0: F.celu(x, alpha),
     "Clip": clip,
     "Cos": torch.cos,
+    "Cosh": torch.cosh,
     "Div": div,
     "Dropout": dropout,
     "Elu": lambda x, *, alpha=1.0: F.elu(x, alpha),
@@ -171,7 +183,9 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Selu": selu,
     "Sigmoid": torch.sigmoid,
     "Sign": torch.sign,
+    "Shrink": shrink,
     "Sin": torch.sin,
+    "Sinh": torch.sinh,
     "Softplus": F.softplus,
     "Softsign": F.softsign,
     "Sqrt": torch.sqrt,
@@ -180,6 +194,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Swish": swish,
     "Tan": torch.tan,
     "Tanh": torch.tanh,
+    "ThresholdedRelu": lambda x, *, alpha=1.0: torch.where(x > alpha, x, torch.zeros_like(x)),
     "Where": torch.where,
     "Xor": torch.logical_xor,
 }

@@ -257,6 +257,14 @@ def space_to_depth(x: Tensor, *, blocksize: int) -> Tensor:
     return parts.permute(0, 3, 5, 1, 2, 4).reshape(n, c * blocksize**2, h // blocksize, w // blocksize)
 
 
+def grid_sample(
+    x: Tensor, grid: Tensor, *, mode: str = "linear", padding_mode: str = "zeros", align_corners: int = 0
+) -> Tensor:
+    """Sample [N, C, ...] at the places of ``grid``, which are from -1 to 1."""
+    kind = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    return F.grid_sample(x, grid, kind, padding_mode, bool(align_corners))
+
+
 def resize(
     x: Tensor,
     roi: Tensor | None = None,
@@ -321,6 +329,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "Gather": gather,
     "GatherElements": gather_elements,
     "GatherND": gather_nd,
+    "GridSample": grid_sample,
     "NonZero": nonzero,
     "OneHot": one_hot,
     "Pad": pad,

@@ -76,6 +76,35 @@ def conv(
     return function(x, w, b, strides, border[:rank] if even else 0, dilations, group)
 
 
+def conv_transpose(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    kernel_shape: Sequence[int] | None = None,
+    output_padding: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Transposed convolution of [N, C, ...] in 1 to 3 spatial axes, grouped; pads are cut off the result."""
+    rank = x.ndim - 2
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    steps, spread = list(strides or [1] * rank), list(dilations or [1] * rank)
+    whole = function(x, w, b, steps, 0, list(output_padding or [0] * rank), group, spread)
+    border = list(pads or [0] * (2 * rank))
+    return whole if not any(border) else pad(whole, [-n for n in border], axes=list(range(2, x.ndim)))
+
+
+def conv_transpose_problem(
+    *, auto_pad: str = "NOTSET", output_shape: Sequence[int] | None = None, **_: Any
+) -> str | None:
+    """Paddings that the sizes decide."""
+    return "output_shape or auto_pad" if output_shape or auto_pad not in ("NOTSET", "") else None
+
+
 def _windows(pooled: Tensor, x: Tensor, strides: Sequence[int], border: Sequence[int]) -> Tensor:
     """Without the windows of ``ceil_mode`` that start in the padding at the end."""
     for axis, (stride, before) in enumerate(zip(strides, border), start=2):
@@ -132,6 +161,11 @@ def global_average_pool(x: Tensor) -> Tensor:
     return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
 
+def global_max_pool(x: Tensor) -> Tensor:
+    """Maximum over all spatial axes, which are kept with size 1."""
+    return x.amax(tuple(range(2, x.ndim)), keepdim=True)
+
+
 def _along(parameter: Tensor, x: Tensor, axis: int) -> Tensor:
     """A parameter per tensor or per channel, shaped to broadcast along ``axis``."""
     return (
@@ -166,12 +200,15 @@ def matmul_integer(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: T
 TABLE: dict[str, Callable[..., Any]] = {
     "AveragePool": average_pool,
     "Conv": conv,
+    "ConvTranspose": conv_transpose,
     "DequantizeLinear": dequantize,
     "Einsum": einsum,
     "Gemm": gemm,
     "GlobalAveragePool": global_average_pool,
+    "GlobalMaxPool": global_max_pool,
     "MatMul": torch.matmul,
     "MatMulInteger": matmul_integer,
     "MaxPool": max_pool,
     "QuantizeLinear": quantize,
 }
+CHECKS: dict[str, Callable[..., str | None]] = {"ConvTranspose": conv_transpose_problem}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,16 @@ def batch_norm(
     training_mode: int = 0,
 ) -> Tensor:
     """Affine map per channel (axis 1) by stored statistics."""
-    return F.batch_norm(x, mean, variance, scale, bias, training=False, eps=epsilon)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    wide = torch.promote_types(x.dtype, variance.dtype)
+    factor = scale.to(wide) * torch.rsqrt(variance.to(wide) + epsilon)
+    shift = bias.to(wide) - mean.to(wide) * factor
+    return (x.to(wide) * factor.reshape(shape) + shift.reshape(shape)).to(x.dtype)
+
+
+def batch_norm_problem(*, training_mode: int = 0, **_: Any) -> str | None:
+    """Statistics of the batch at hand make samples depend on each other."""
+    return "training_mode" if training_mode else None
 
 
 def instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
@@ -60,13 +69,27 @@ def lp_norm(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     return x / torch.linalg.vector_norm(x, ord=p, dim=axis, keepdim=True)
 
 
+def mean_variance_norm(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
+    """Normalize along axes to mean 0 and variance 1."""
+    centred = x - x.mean(list(axes), keepdim=True)
+    return centred / (centred.square().mean(list(axes), keepdim=True).sqrt() + 1e-9)
+
+
+def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """1 at the first largest element along an axis, else 0."""
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
+
+
 TABLE: dict[str, Callable[..., Any]] = {
     "BatchNormalization": batch_norm,
     "GroupNormalization": group_norm,
+    "Hardmax": hardmax,
     "InstanceNormalization": instance_norm,
     "LayerNormalization": layer_norm,
     "LogSoftmax": lambda x, *, axis=-1: torch.log_softmax(x, axis),
     "LpNormalization": lp_norm,
+    "MeanVarianceNormalization": mean_variance_norm,
     "RMSNormalization": rms_norm,
     "Softmax": lambda x, *, axis=-1: torch.softmax(x, axis),
 }
+CHECKS: dict[str, Callable[..., str | None]] = {"BatchNormalization": batch_norm_problem}

@@ -58,6 +58,16 @@ def cumulative_sum(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int 
     return total.flip(along) if reverse else total
 
 
+def cumulative_product(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """Running product along an axis, forward or backward, with or without the element itself."""
+    along = int(axis.item()) % x.ndim
+    source = x.flip(along) if reverse else x
+    if exclusive:
+        source = torch.cat([torch.ones_like(source.narrow(along, 0, 1)), source.narrow(along, 0, x.shape[along] - 1)], along)
+    product = torch.cumprod(source, along, dtype=x.dtype)
+    return product.flip(along) if reverse else product
+
+
 def _reduce_sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return x.sum(axes, keepdim=keep, dtype=x.dtype)
 
@@ -65,6 +75,7 @@ def _reduce_sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 TABLE: dict[str, Callable[..., Any]] = {
     "ArgMax": arg(torch.argmax),
     "ArgMin": arg(torch.argmin),
+    "CumProd": cumulative_product,
     "CumSum": cumulative_sum,
     "ReduceL1": reduction(lambda x, axes, keep: x.abs().sum(axes, keepdim=keep)),
     "ReduceL2": reduction(lambda x, axes, keep: torch.linalg.vector_norm(x, dim=axes, keepdim=keep)),

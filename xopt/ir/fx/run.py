@@ -94,13 +94,24 @@ def _compute(
     for node in gm.graph.nodes:
         if node not in needed:
             continue
-        value = arguments[node.target] if node.op == "placeholder" else interpreter.run_node(node)
+        value = arguments[node.target] if node.op == "placeholder" else _run_node(interpreter, node)
         interpreter.env[node] = hooks[node.name](value) if node.name in hooks else value
         for source in node.all_input_nodes:
             readers[source] -= 1
             if not readers[source] and source not in keep:
                 del interpreter.env[source]
     return {name: interpreter.env[node] for name, node in wanted.items()}
+
+
+def _run_node(interpreter: fx.Interpreter, node: fx.Node) -> Any:
+    """One node; what torch says about a form or a type that it does not compute names the node of the model."""
+    try:
+        return interpreter.run_node(node)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        op, name = node.meta.get("node", (node.target, node.name))
+        reason = " ".join(str(error).split("\n")[0].split())[:200]
+        what = f"op {op} is not supported in this form: {reason or type(error).__name__}"
+        raise InputError("E-UNSUPPORTED-OP", what, where=f"node {name}") from error
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
