@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from xopt.passes.deduplicate import Deduplicate
     from xopt.passes.eliminate_dead import EliminateDead
     from xopt.passes.fold_constants import FoldConstants
+    from xopt.passes.free_batch import FreeBatch
     from xopt.passes.fuse_qkv import FuseQKV
     from xopt.passes.merge_tokens import MergeTokens
     from xopt.passes.prune_heads import PruneHeads
@@ -23,6 +24,7 @@ __all__ = [
     "Deduplicate",
     "EliminateDead",
     "FoldConstants",
+    "FreeBatch",
     "FuseQKV",
     "MergeTokens",
     "PruneHeads",

@@ -123,7 +123,6 @@ def plan(
     else:
         calibration = Dataset.of(data).matched(graph)
     evaluation = calibration if eval_data is None else Dataset.of(eval_data).matched(graph)
-    evaluation = job.whole_batches(evaluation, job.evaluation_batch(graph, 1))
     feeds = job.timed_feeds(evaluation, size)
     return job.Job(
         model=graph,

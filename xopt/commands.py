@@ -145,7 +145,13 @@ def run(
         files.write(output, outputs)
     shown = {name: {"dtype": str(array.dtype), "shape": list(array.shape)} for name, array in outputs.items()}
     if as_json:
-        console.emit({"outputs": shown, "samples": len(next(iter(feeds.values()))), "file": output and str(output)})
+        console.emit(
+            {
+                "outputs": shown,
+                "samples": next((len(array) for array in feeds.values() if array.ndim), 1),
+                "file": output and str(output),
+            }
+        )
     else:
         rows = [(name, facts["dtype"], facts["shape"]) for name, facts in shown.items()]
         console.table("", ["output", "dtype", "shape"], rows, left=3)
@@ -384,11 +390,11 @@ def _dims(pairs: tuple[str, ...]) -> dict[str, int]:
 def _samples(model: ir.Model, data: str | None, seed: int, dims: Mapping[str, int]) -> Dataset:
     """The user's data as the model takes them, or random ones."""
     from xopt.data.dataset import Dataset
-    from xopt.pipeline.verify import static_batch
+    from xopt.search.job import evaluation_batch
 
     if data is not None:
         return Dataset.of(data).matched(model)
-    return Dataset.random(model, 4 * (static_batch(model) or 1), seed, dims)
+    return Dataset.random(model, 4 * evaluation_batch(model, 1), seed, dims)
 
 
 def _feeds(

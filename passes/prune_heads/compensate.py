@@ -89,7 +89,8 @@ def _refit(
     weight, bias = weights(site)
     moments = Moments(site.columns, weight.shape[1], intercept=bias is not None)
     for batch, x, y in zip(data, inputs, wanted):
-        moments.add(batch.rows(x).numpy(), batch.rows(y).numpy())
+        down = site.down
+        moments.add(batch.rows(str(down.input.name), x).numpy(), batch.rows(str(down.output.name), y).numpy())
     plain = Solution(weight[columns], np.zeros(weight.shape[1]) if bias is None else bias)
     fitted = moments.solve(columns, ridge)
     student.give(site.down.output, [_apply(fitted, x, columns) for x in inputs])

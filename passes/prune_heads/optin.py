@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from xopt.ir.fx import run_node
 from xopt.passes.prune_heads.compensate import weights
 from xopt.passes.prune_heads.sites import Site
 from xopt.pipeline.context import silent
@@ -73,7 +74,7 @@ def _site_scores(probe: _Probe, site: Site) -> tuple[tuple[Array, Array], Array]
     matrix = torch.from_numpy(weights(site)[0]).float()
     x = probe.value(str(site.down.input.name)).float()
     y = probe.value(str(site.down.output.name))
-    tokens = probe.batch.rows(x)
+    tokens = probe.batch.rows(str(site.down.input.name), x)
     norms = (tokens.square().mean(0) * matrix.square().sum(1)).reshape(site.units, site.span).sum(1).double().numpy()
     count = site.units if site.heads else min(NEURON_GROUPS, site.units)
     moved, diverged, share = np.zeros(site.units), np.zeros(site.units), np.zeros(site.units)
@@ -110,9 +111,9 @@ class _Probe:
             if node.op == "placeholder":
                 values[node] = batch.feeds[inputs[str(node.target)]]
             elif node.op != "output":
-                values[node] = interpreter.run_node(node)
+                values[node] = run_node(interpreter, node)
         kept = [nodes[name] for name in outputs if values[nodes[name]].is_floating_point()]
-        tokens = min((len(batch.rows(values[nodes[name]])) for name in features), default=0)
+        tokens = min((len(batch.rows(name, values[nodes[name]])) for name in features), default=0)
         sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:TOKENS]
         return cls(gm, batch, [nodes[name] for name in features], kept, sample, values, nodes)
 
@@ -126,21 +127,22 @@ class _Probe:
         for node in self.gm.graph.nodes:
             if node not in changed and node.op != "output" and any(n in changed for n in node.all_input_nodes):
                 interpreter.env = {n: changed.get(n, self.values[n]) for n in node.all_input_nodes}
-                changed[node] = interpreter.run_node(node)
+                changed[node] = run_node(interpreter, node)
         moved = sum(
-            float((self._gram(changed[node]) - self._gram(self.values[node])).square().sum())
+            float((self._gram(node, changed[node]) - self._gram(node, self.values[node])).square().sum())
             for node in self.features
             if node in changed
         )
         diverged = sum(
-            float(self._divergence(self.values[node], changed[node])) for node in self.outputs if node in changed
+            float(self._divergence(node, self.values[node], changed[node])) for node in self.outputs if node in changed
         )
         return moved, diverged
 
-    def _gram(self, feature: Tensor) -> Tensor:
-        tokens = functional.normalize(self.batch.rows(feature)[self.sample], dim=-1)
+    def _gram(self, node: fx.Node, feature: Tensor) -> Tensor:
+        tokens = functional.normalize(self.batch.rows(node.meta["value"], feature)[self.sample], dim=-1)
         return tokens @ tokens.T
 
-    def _divergence(self, before: Tensor, after: Tensor) -> Tensor:
-        p, q = (functional.log_softmax(self.batch.rows(o) / TEMPERATURE, dim=-1) for o in (before, after))
+    def _divergence(self, node: fx.Node, before: Tensor, after: Tensor) -> Tensor:
+        name = node.meta["value"]
+        p, q = (functional.log_softmax(self.batch.rows(name, o) / TEMPERATURE, dim=-1) for o in (before, after))
         return TEMPERATURE**2 * functional.kl_div(q, p, reduction="sum", log_target=True)

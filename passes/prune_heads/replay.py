@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 from torch import Tensor, fx
 
+from xopt.ir.fx import run_node
+
 
 class Replay:
     """The graph in execution over all batches at once, one node after the other.
@@ -62,7 +64,7 @@ class Replay:
                 values[node] = self._feeds[index][self._inputs[str(node.target)]]
             else:
                 self._interpreter.env = values
-                values[node] = self._interpreter.run_node(node)
+                values[node] = run_node(self._interpreter, node)
         self._given.pop(node, None)
         for source in node.all_input_nodes:
             self._readers[source] -= 1

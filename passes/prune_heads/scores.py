@@ -111,12 +111,11 @@ def _project(output: Tensor, batch: Batch, generator: torch.Generator) -> Tensor
 def _per_sample(site: Site, x: Tensor, gradient: Tensor | None, batch: Batch) -> Tensor:
     """Gate gradients [samples, units] from values and gradients [..., units * span]."""
     if gradient is None:
-        return torch.zeros(batch.size, site.units)
-    product = x * gradient.float()
+        return torch.zeros(batch.count, site.units)
+    product = batch.by_sample(str(site.down.input.name), x * gradient.float())
     if batch.valid is not None and tuple(product.shape[:2]) == tuple(batch.valid.shape):
         product = product * batch.valid[..., None]
-    samples = batch.size if product.shape[0] % batch.size == 0 else 1
-    return product.reshape(samples, -1, site.units, site.span).sum(dim=(1, 3))
+    return product.reshape(len(product), -1, site.units, site.span).sum(dim=(1, 3))
 
 
 def _residual_maps(
@@ -133,7 +132,7 @@ def _residual_maps(
         with torch.no_grad():
             found = run_with_values(gm, batch.feeds, names)
         for name, moment in zip(names, moments):
-            rows = batch.rows(found[name]).numpy()
+            rows = batch.rows(name, found[name]).numpy()
             moment.add(rows, np.zeros((len(rows), 0), np.float32))
     maps = []
     for site, moment in zip(sites, moments):

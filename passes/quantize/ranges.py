@@ -51,7 +51,7 @@ def ranges(view: fx.GraphModule, batches: Sequence[Batch], names: Sequence[str])
     for batch in batches:
 
         def watched(name: str, value: Tensor, batch: Batch = batch) -> Tensor:
-            found[name].watch(batch.rows(value))
+            found[name].watch(batch.rows(name, value))
             return value
 
         hooks = {name: lambda value, name=name: watched(name, value) for name in names}

@@ -52,7 +52,7 @@ def _disturbance(
         str(layer.node.outputs[0].name): lambda _: rounded(seen["x"], scale) @ weight,
     }
     actual = run_with_values(view, batch.feeds, None, hooks)
-    return sum(_relative(batch, actual[name], wanted) for name, wanted in expected.items())
+    return sum(_relative(batch, name, actual[name], wanted) for name, wanted in expected.items())
 
 
 def rounded(x: Tensor, scale: Scale) -> Tensor:
@@ -61,8 +61,8 @@ def rounded(x: Tensor, scale: Scale) -> Tensor:
     return ((x / step).round() + zero).clamp(0, LEVELS).sub(zero) * step
 
 
-def _relative(batch: Batch, actual: Tensor, wanted: Tensor) -> float:
+def _relative(batch: Batch, name: str, actual: Tensor, wanted: Tensor) -> float:
     if not wanted.is_floating_point():
         return 0.0
-    before, after = batch.rows(wanted), batch.rows(actual)
+    before, after = batch.rows(name, wanted), batch.rows(name, actual)
     return float((after - before).square().sum() / before.square().sum().clamp_min(torch.finfo(torch.float32).tiny))

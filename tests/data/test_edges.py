@@ -22,5 +22,5 @@ def test_the_last_row_of_a_table_is_taken_or_the_last_that_the_type_holds(
         <float[{rows}, 2] table> {{ wide = Cast<to = 7>(ids) y = Gather(table, wide) }}
     """
     model = ir.from_onnx_text(text, [ir.tensor(np.zeros((rows, 2), np.float32), name="table")])
-    for feeds in edge_feeds(model, Dataset.random(model, 4, 0), None):
+    for feeds in edge_feeds(model, Dataset.random(model, 4, 0)):
         np.testing.assert_array_equal(feeds["ids"], [[0] * 3, [last] * 3])

@@ -405,6 +405,6 @@ def test_an_unknown_op_attribute_form_or_type_is_an_input_error() -> None:
 
 def test_what_torch_does_not_compute_is_an_input_error_that_names_the_node() -> None:
     """Here: bits of a float, which no check of the form knows about."""
-    with pytest.raises(InputError, match="op BitwiseAnd .*node it") as caught:
+    with pytest.raises(InputError, match=r"op BitwiseAnd .*node it") as caught:
         run_with_values(to_fx(one_node("BitwiseAnd", [X, X], 1, {}, 23)), {"i0": X, "i1": X})
     assert caught.value.code == "E-UNSUPPORTED-OP"

@@ -1,6 +1,8 @@
 """Samples for calibration and evaluation: arrays named as the model's inputs, and optional labels.
 
-An ``.npz`` file holds one array for each input of the model, first axis = samples, and optionally ``labels``.
+An ``.npz`` file holds one array for each input of the model, and optionally ``labels``. The axis that is the model's
+batch, mostly the first, has one place for each sample; what all samples share (a temperature, a mask over tokens) has
+the shape that the model takes, or one axis more in front with a value for each sample (timesteps).
 There is one label (or one row of labels) a sample; where a label belongs to k samples in a row, such as a pair of
 sentences, there are N / k of them, and label i belongs to the samples i*k to i*k + k - 1.
 """
@@ -13,7 +15,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ from xopt.errors import InputError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from xopt.ir.batch import BatchAxes
+
 LABELS = "labels"
 FAILURES = (Exception, SystemExit)
 """What a user's own function may end with, and must not end us with."""
@@ -35,26 +39,30 @@ class Dataset:
     """N samples.
 
     Attributes:
-        inputs: array [N, ...] of each input of the model.
+        inputs: array of each input of the model. An input with a batch axis has N samples there, by default on the
+            first axis. One that all samples of a run share has the input's own shape; where it differs from sample to
+            sample (a timestep), its array has an axis of N in front of that shape, and runs hold equal ones.
         labels: [N, ...] or, where k samples share a label, [N / k, ...].
         name: where they come from, for reports.
         synthetic: the samples are random: only fidelity to the original can be measured on them.
+        axes: the batch axes of the model that they were matched with; None before that.
     """
 
     inputs: dict[str, np.ndarray]
     labels: np.ndarray | None = None
     name: str = "data"
     synthetic: bool = field(default=False)
+    axes: BatchAxes | None = field(default=None, compare=False)
+    varying: frozenset[str] = field(default=frozenset(), compare=False)
+    """Shared inputs that have a value for each sample."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
             raise InputError("E-DATA", "there are no arrays", where=self.name, cure="add one array for each input")
         for name, array in {**self.inputs, **({} if self.labels is None else {LABELS: self.labels})}.items():
             _check_numbers(name, array, self.name)
-        sizes = {name: len(array) for name, array in self.inputs.items()}
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise InputError("E-DATA", f"the arrays have different numbers of samples ({listed})", where=self.name)
+        if self.labels is not None and (self.labels.ndim == 0 or not len(self.labels)):
+            raise InputError("E-DATA", "array 'labels' is empty", where=self.name)
         if self.labels is not None and (len(self.labels) > len(self) or len(self) % len(self.labels)):
             raise InputError(
                 "E-DATA",
@@ -62,8 +70,15 @@ class Dataset:
                 where=self.name,
             )
 
+    def axis(self, name: str) -> int | None:
+        """The axis of array ``name`` that runs over samples; None for one that all share."""
+        if name in self.varying or self.axes is None:
+            return 0 if self.inputs[name].ndim else None
+        return self.axes.inputs.get(name, 0)
+
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        sizes = (a.shape[axis] for name, a in self.inputs.items() if (axis := self.axis(name)) is not None)
+        return next(sizes, 1)
 
     @property
     def group(self) -> int:
@@ -76,29 +91,72 @@ class Dataset:
         state = hashlib.sha256()
         for name, array in sorted({**self.inputs, **({} if self.labels is None else {LABELS: self.labels})}.items()):
             state.update(f"{name} {array.dtype} {array.shape} ".encode())
-            state.update(np.ascontiguousarray(array).view(np.uint8).data)
+            state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return state.hexdigest()
+
+    def part(self, start: int, stop: int) -> Dataset:
+        """The samples from ``start`` to ``stop``, which are whole groups."""
+        labels = None if self.labels is None else self.labels[start // self.group : stop // self.group]
+        return replace(self, inputs=self._chosen(slice(start, stop)), labels=labels)
 
     def take(self, count: int) -> Dataset:
         """The first ``count`` samples (whole groups, at least one), or all where there are fewer."""
-        count = max(count // self.group, 1) * self.group
-        labels = None if self.labels is None else self.labels[: count // self.group]
-        return Dataset({n: a[:count] for n, a in self.inputs.items()}, labels, self.name, self.synthetic)
+        return self.part(0, max(count // self.group, 1) * self.group)
 
     def batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Feeds of up to ``size`` samples, in order; the last may be smaller."""
-        for start in range(0, len(self), size):
-            yield {name: array[start : start + size] for name, array in self.inputs.items()}
+        """Feeds of up to ``size`` samples, in order; where the model fixes its batch, of so many, see `runs`."""
+        for _, feeds in self.runs(np.arange(len(self)), size):
+            yield feeds
+
+    def runs(
+        self, order: np.ndarray[Any, np.dtype[np.int64]], size: int
+    ) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.int64]], dict[str, np.ndarray]]]:
+        """The samples of each run, and its feeds.
+
+        Args:
+            order: of the samples.
+            size: of a run at most, where the model does not fix it. A run of a fixed batch is filled up with samples
+                that it has already; they come last.
+        """
+        fixed = self.axes.size if self.axes is not None else None
+        for index in self._alike(order, fixed or size):
+            yield index, self.feeds(index if fixed is None or len(index) == fixed else np.resize(index, fixed))
+
+    def feeds(self, index: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, np.ndarray]:
+        """Arrays of one run of the samples ``index``, which share what the model takes once."""
+        straight = len(index) == index[-1] - index[0] + 1 and bool((np.diff(index) == 1).all())
+        chosen = self._chosen(slice(int(index[0]), int(index[-1]) + 1) if straight else index)
+        return {name: np.asarray(array[0]) if name in self.varying else array for name, array in chosen.items()}
+
+    def _chosen(self, index: Any) -> dict[str, np.ndarray]:
+        axes = {name: self.axis(name) for name in self.inputs}
+        return {
+            n: a if axes[n] is None else a[(slice(None),) * (axes[n] or 0) + (index,)] for n, a in self.inputs.items()
+        }
+
+    def _alike(
+        self, order: np.ndarray[Any, np.dtype[np.int64]], size: int
+    ) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+        """Up to ``size`` samples in a row that agree in what the model takes once for all."""
+        start = 0
+        while start < len(order):
+            stop = min(start + size, len(order))
+            for name in self.varying:
+                values = self.inputs[name][order[start:stop]].reshape(stop - start, -1)
+                same = (values == values[0]).all(axis=1)
+                stop = start + (int(same.argmin()) if not same.all() else len(same))
+            yield order[start:stop]
+            start = stop
 
     def matched(self, model: ir.Model) -> Dataset:
-        """The same samples with just the arrays that ``model`` reads, in its dtypes.
+        """The same samples with just the arrays that ``model`` reads, in its dtypes and with its batch axes.
 
         Raises:
             InputError: E-DATA, naming the array, what the model expects and what was given.
         """
-        sizes: dict[str, int] = {}
-        inputs = {str(v.name): _matched(v, self.inputs, sizes, self.name) for v in _fed_inputs(model)}
-        return Dataset(inputs, self.labels, self.name, self.synthetic)
+        from xopt.data.matching import matched
+
+        return matched(self, model)
 
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
@@ -166,11 +224,14 @@ class Dataset:
             InputError: ``E-DATA``: a model without inputs.
         """
         from xopt.data.synthetic import random_inputs
+        from xopt.ir.batch import batch_axes
 
         if not model.graph.inputs:
             cure = "export it with the tensors that change as inputs"
             raise InputError("E-DATA", "the model has no inputs, it always computes the same", cure=cure)
-        return cls(random_inputs(model, count, seed, dims or {}), None, f"random inputs, seed {seed}", True)
+        axes = batch_axes(model)
+        arrays = random_inputs(model, axes, count, seed, dims or {})
+        return cls(arrays, None, f"random inputs, seed {seed}", True, axes)
 
 
 def symbol_sizes(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -224,75 +285,10 @@ def _as_array(name: str, value: Any, where: str) -> np.ndarray:
 
 
 def _check_numbers(name: str, array: np.ndarray, where: str) -> None:
-    if array.ndim == 0 or array.size == 0:
-        cure = "the first axis is samples, and no axis may be empty"
-        raise InputError("E-DATA", f"array {name!r} has shape {list(array.shape)}", where=where, cure=cure)
     if array.dtype.kind not in npz.NUMBERS and array.dtype.name != "bfloat16":
         raise InputError("E-DATA", f"array {name!r} holds {array.dtype}, expected numbers", where=where)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
-        raise InputError("E-DATA", f"array {name!r} has {bad} values that are NaN or infinite", where=where)
-
-
-def _fed_inputs(model: ir.Model) -> list[ir.Value]:
-    """Inputs that a caller must feed: those without an initializer."""
-    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
-
-
-def _matched(value: ir.Value, arrays: Mapping[str, np.ndarray], sizes: dict[str, int], where: str) -> np.ndarray:
-    from xopt.data.vocabulary import table_rows
-
-    name = str(value.name)
-    if name not in arrays:
-        cure = f"the file has {', '.join(sorted(arrays))}"
-        raise InputError("E-DATA", f"array {name!r} is missing", where=where, cure=cure)
-    array = arrays[name]
-    _check_shape(value, array, sizes, where)
-    array = _as_dtype(value, array, where)
-    rows = table_rows(value)
-    if rows is not None and (array.min() < -rows or array.max() >= rows):
-        got = f"got {array.min()} to {array.max()}"
-        raise InputError("E-DATA", f"array {name!r} indexes a table of {rows} rows, {got}", where=where)
-    return array
-
-
-def _check_shape(value: ir.Value, array: np.ndarray, sizes: dict[str, int], where: str) -> None:
-    """The rank and the fixed axes agree (the first one is samples), and equal symbols stand for equal sizes."""
-    if value.shape is None:
-        return
-    wanted = [dim if isinstance(dim, int) else str(dim.value or "?") for dim in value.shape]
-    before = "".join(f", {name} = {size}" for name, size in sizes.items())
-    agrees = len(wanted) == array.ndim
-    for dim, size in list(zip(wanted, array.shape))[1:]:
-        expected = dim if isinstance(dim, int) else sizes.setdefault(dim, size) if dim != "?" else size
-        agrees = agrees and expected == size
-    if not agrees:
-        shape = ", ".join(["samples", *map(str, wanted[1:])] if wanted else [])
-        what = f"array {str(value.name)!r}: expected [{shape}]{before}, got {list(array.shape)}"
-        raise InputError("E-DATA", what, where=where)
-
-
-def _as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:
-    """Integers to integers and floats to floats, of any width that holds the values; nothing else."""
-    wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
-    if array.dtype == wanted:
-        return array
-    same_kind = _kind(array.dtype) == _kind(wanted) or (_kind(array.dtype), _kind(wanted)) == ("b", "i")
-    if same_kind and _kind(wanted) == "i":
-        limits = np.iinfo(wanted)
-        same_kind = limits.min <= int(array.min()) and int(array.max()) <= limits.max
-    if not same_kind:
-        what = f"array {str(value.name)!r}: expected {wanted}, got {array.dtype}"
-        raise InputError("E-DATA", what, where=where)
-    with np.errstate(over="ignore"):
-        converted = array.astype(wanted)
-    if _kind(wanted) == "f" and not np.isfinite(converted).all():
-        what = f"array {str(value.name)!r} holds numbers that {wanted} does not"
-        raise InputError("E-DATA", what, where=where)
-    return converted
-
-
-def _kind(dtype: np.dtype[Any]) -> str:
-    if dtype.kind in "iu":
-        return "i"
-    return "b" if dtype.kind == "b" else "f"
+    if array.ndim and not len(array):
+        raise InputError("E-DATA", f"array {name!r} has shape {list(array.shape)}, and so no samples", where=where)
+    if array.dtype.kind == "f" and (bad := int((np.isnan(array) | np.isposinf(array)).sum())):
+        cure = "give numbers; -inf is one, in masks that are added"
+        raise InputError("E-DATA", f"array {name!r} has {bad} values that are NaN or infinite", where=where, cure=cure)

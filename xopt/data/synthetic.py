@@ -13,50 +13,67 @@ from xopt.errors import InputError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from xopt.ir.batch import BatchAxes
     from xopt.runtime.manifest import TensorInfo
 
 DEFAULT_DIM = 16
 """Size of a symbolic axis that the caller said nothing about (such as a sequence length)."""
 
 
-def random_inputs(model: ir.Model, count: int, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """One array [count, ...] for each input that must be fed; see :meth:`Dataset.random`."""
+def random_inputs(
+    model: ir.Model, axes: BatchAxes, count: int, seed: int, dims: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """One array for each input that must be fed, with ``count`` samples on its batch axis (:meth:`Dataset.random`)."""
     from xopt.data.vocabulary import table_rows
+    from xopt.ir.batch import fed_inputs
 
     generator = np.random.default_rng(seed)
-    arrays = {}
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers:
-            continue
+    values = fed_inputs(model.graph)
+    shapes = {}
+    for value in values:
+        name = str(value.name)
         if value.shape is None or value.dtype is None:
-            raise _unknown(str(value.name))
+            what = "random data need an input with a known type and shape"
+            raise InputError("E-DATA", what, where=f"input {name!r}", cure="give data")
         shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-        sizes = _sizes(str(value.name), shape, count, dims)
-        arrays[str(value.name)] = _random(str(value.name), value.dtype.numpy(), sizes, table_rows(value), generator)
-    return arrays
+        axis = axes.inputs[name]
+        shapes[name] = _sizes(shape if axis is None else [*shape[:axis], count, *shape[axis + 1 :]], dims)
+    longest = _longest(shapes)
+    return {
+        str(v.name): _random(str(v.name), v.dtype.numpy(), shapes[str(v.name)], table_rows(v), longest, generator)  # type: ignore[union-attr]
+        for v in values
+    }
 
 
 def random_feeds(inputs: Sequence[TensorInfo], batch: int, seed: int, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """One array for each input of a compiled model: ``batch`` samples where that is not fixed."""
+    """One array for each input of a compiled model: ``batch`` samples on the axis called so, or on first ones."""
+    from xopt.ir.batch import is_batch_name
+
     generator = np.random.default_rng(seed)
-    arrays = {}
-    for info in inputs:
-        fixed = info.shape[0] if info.shape else 0
-        sizes = _sizes(info.name, info.shape, fixed if isinstance(fixed, int) else batch, dims)
-        rows = None if info.values is None else info.values[1] + 1
-        arrays[info.name] = _random(info.name, np.dtype(info.dtype), sizes, rows, generator)
-    return arrays
+    named = {dim for info in inputs for dim in info.shape if isinstance(dim, str) and is_batch_name(dim)}
+    symbols = named or {info.shape[0] for info in inputs if info.shape and isinstance(info.shape[0], str)}
+    shapes = {info.name: _sizes(info.shape, {**dict.fromkeys(symbols, batch), **dims}) for info in inputs}
+    longest = _longest(shapes)
+    return {
+        info.name: _random(
+            info.name,
+            np.dtype(info.dtype),
+            shapes[info.name],
+            None if info.values is None else info.values[1] + 1,
+            longest,
+            generator,
+        )
+        for info in inputs
+    }
 
 
-def _sizes(name: str, shape: Sequence[int | str], count: int, dims: Mapping[str, int]) -> list[int]:
-    if not shape:
-        raise _unknown(name)
-    return [count, *(dim if isinstance(dim, int) else dims.get(dim, DEFAULT_DIM) for dim in shape[1:])]
+def _sizes(shape: Sequence[int | str], dims: Mapping[str, int]) -> list[int]:
+    return [dim if isinstance(dim, int) else dims.get(dim, DEFAULT_DIM) for dim in shape]
 
 
-def _unknown(name: str) -> InputError:
-    what = "random data need an input with a known type and a first axis for samples"
-    return InputError("E-DATA", what, where=f"input {name!r}", cure="give data")
+def _longest(shapes: Mapping[str, Sequence[int]]) -> int:
+    """How long a sequence is: the second axis of the inputs that have one, where that is smallest."""
+    return min((shape[1] for shape in shapes.values() if len(shape) > 1), default=1)
 
 
 def _check_memory(name: str, dtype: np.dtype[Any], shape: list[int]) -> None:
@@ -70,14 +87,17 @@ def _check_memory(name: str, dtype: np.dtype[Any], shape: list[int]) -> None:
 
 
 def _random(
-    name: str, dtype: np.dtype[Any], shape: list[int], rows: int | None, generator: np.random.Generator
+    name: str, dtype: np.dtype[Any], shape: list[int], rows: int | None, longest: int, generator: np.random.Generator
 ) -> np.ndarray:
     _check_memory(name, dtype, shape)
     if dtype.kind == "b" or "mask" in name.lower():
         # ones hide nothing: neither in a mask of flags, nor in one that is added, which a softmax does not notice
         return np.ones(shape, dtype)
     if dtype.kind not in "iu":
-        return generator.standard_normal(shape).astype(dtype)
+        return np.asarray(generator.standard_normal(shape)).astype(dtype)
     if "position" in name.lower():
-        return np.broadcast_to(np.arange(shape[-1]) % (rows or shape[-1]), shape).astype(dtype)
-    return generator.integers(0, rows or 2, shape).astype(dtype)
+        places = np.arange(shape[-1] if shape else 1) % (rows or max([1, *shape[-1:]]))
+        return np.broadcast_to(places if shape else places[0], shape).astype(dtype)
+    if rows is None and "len" in name.lower():
+        return np.full(shape, longest, dtype)
+    return np.asarray(generator.integers(0, rows or 2, shape)).astype(dtype)

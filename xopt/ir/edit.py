@@ -63,9 +63,20 @@ def constant(value: ir.Value | None) -> Array | None:
     """Contents of ``value`` when it is an initializer (not overridable by a caller) or a Constant node."""
     if value is None or value.is_graph_input() or value.const_value is None:
         node = producer(value, "Constant")
-        tensor = node.attributes.get("value") if node is not None else None
-        return tensor.as_tensor().numpy() if tensor is not None else None
+        return _written(node) if node is not None else None
     return value.const_value.numpy()
+
+
+def _written(node: ir.Node) -> Array | None:
+    """What a Constant node holds, in whichever attribute; None for strings and sparse tensors."""
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return attribute.as_tensor().numpy()
+        if name in ("value_int", "value_ints"):
+            return np.asarray(attribute.value, np.int64)
+        if name in ("value_float", "value_floats"):
+            return np.asarray(attribute.value, np.float32)
+    return None
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -57,6 +57,13 @@ def _whole(a: Poly, b: Poly) -> Poly | None:
     return None if (a.constant or 0) < 0 or (b.constant or 0) < 0 or b.constant == 0 else a // b
 
 
+def _rest(a: Poly, b: Poly) -> Poly | None:
+    """Of natural numbers, where Mod and fmod agree."""
+    if a.constant is None or b.constant is None or a.constant < 0 or b.constant <= 0:
+        return None
+    return Poly.of(a.constant % b.constant)
+
+
 def _rounded_down(s: Known, node: ir.Node) -> Numbers | None:
     """``Floor``, which makes of a quotient what an integer division gives."""
     inner = node.inputs[0].producer() if node.inputs[0] is not None else None
@@ -169,6 +176,7 @@ NUMBER_RULES: dict[str, Callable[[Known, ir.Node], Numbers | None]] = {
     "Sub": _binary(lambda a, b: a - b),
     "Mul": _binary(lambda a, b: a * b),
     "Div": _quotient,
+    "Mod": _binary(_rest),
     "Floor": _rounded_down,
     "Cast": _cast_numbers,
     "Equal": _binary(_equal),

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.edit import input_at
+from xopt.ir.edit import constant, input_at
 from xopt.ir.poly import ONE, Poly, product
 
 Dims = tuple[Poly, ...]
@@ -396,6 +396,11 @@ def _attention(s: Known, node: ir.Node) -> Shapes:
     return [(q[0], q[1], width)]
 
 
+def _constant(s: Known, node: ir.Node) -> Shapes:
+    array = constant(node.outputs[0])
+    return None if array is None else [tuple(Poly.of(size) for size in array.shape)]
+
+
 def _flatten(s: Known, node: ir.Node) -> Shapes:
     dims = s.dims(node.inputs[0])
     axis = integer(node, "axis", 1)
@@ -440,6 +445,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "Shape": _shape_of,
     "Size": lambda s, node: [()],
     "Range": _range_shape,
+    "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
     "Attention": _attention,

@@ -13,7 +13,7 @@ from xopt.data.metrics import Batch, Metric
 from xopt.ir.unshared import read_only
 
 BATCH = 32
-"""Samples in one run, unless the model's own batch is fixed."""
+"""Samples that a metric sees at once; runs are smaller where the model's own batch is."""
 ARTIFACT, REFERENCE = "artifact", "onnxruntime"
 """What quality is judged on: the compiled artifact, or where that cannot run here, the ONNX file in onnxruntime."""
 KEPT_BYTES = 256 << 20
@@ -35,7 +35,7 @@ class Evaluator:
         metric: what is computed.
         data: the samples, as the model takes them.
         original: the original model; its outputs are computed once and kept where the metric compares.
-        batch: samples in one run.
+        batch: samples that the metric sees at once.
         samples: how many samples the metric sees (known after ``baseline``).
     """
 
@@ -73,29 +73,54 @@ class Evaluator:
         return self.metric.drop(baseline, quality) if np.isfinite(quality) else float("inf")
 
     def _batches(self, runner: Runnable, progress: Callable[[str, int, int], None] | None) -> Iterator[Batch]:
-        size = max(self.batch // self.data.group, 1) * self.data.group
-        total = -(-len(self.data) // size)
-        for index, feeds in enumerate(self.data.batches(size)):
-            labels = self.data.labels
-            rows = size // self.data.group
+        parts = self._parts()
+        for index, part in enumerate(parts):
             yield Batch(
-                feeds,
-                runner.run(feeds),
-                None if labels is None else labels[index * rows : (index + 1) * rows],
+                _samples_first(part.inputs, {name: part.axis(name) for name in part.inputs}),
+                outputs_of(runner, part),
+                part.labels,
                 self._kept[index] if self._kept else None,
             )
             if progress is not None:
-                progress("evaluate", index + 1, total)
+                progress("evaluate", index + 1, len(parts))
+
+    def _parts(self) -> list[Dataset]:
+        """The samples of one batch after the other, in whole groups."""
+        size = max(self.batch // self.data.group, 1) * self.data.group
+        return [self.data.part(start, start + size) for start in range(0, len(self.data), size)]
 
     def _remember(self) -> None:
         """Run the original, and cut the data where its outputs would take too much memory."""
         self._kept = []
-        kept_bytes = 0
-        size = max(self.batch // self.data.group, 1) * self.data.group
-        for feeds in self.data.batches(size):
-            outputs = self.original.run(feeds)
+        kept_bytes = samples = 0
+        for part in self._parts():
+            outputs = outputs_of(self.original, part)
             self._kept.append({name: read_only(array) for name, array in outputs.items()})  # metrics are others' code
             kept_bytes += sum(array.nbytes for array in outputs.values())
+            samples += len(part)
             if kept_bytes > KEPT_BYTES:
-                self.data = self.data.take(len(self._kept) * size)
+                self.data = self.data.take(samples)
                 return
+
+
+def outputs_of(runner: Runnable, data: Dataset) -> dict[str, np.ndarray]:
+    """What ``runner`` makes of all samples, which come first in every output that runs over them.
+
+    The runs are as many as the model's fixed batch asks for, and what fills the last of them up is left out again.
+    """
+    axes = data.axes.outputs if data.axes is not None else {}
+    found: dict[str, list[np.ndarray]] = {}
+    for index, feeds in data.runs(np.arange(len(data)), len(data)):
+        outputs = runner.run(feeds)
+        for name, array in _samples_first(outputs, {n: axes.get(n, 0) for n in outputs}).items():
+            shared = axes.get(name, 0) is None or not array.ndim
+            found.setdefault(name, []).append(array if shared else array[: len(index)])
+    return {
+        n: parts[0] if len(parts) == 1 or axes.get(n, 0) is None else np.concatenate(parts)
+        for n, parts in found.items()
+    }
+
+
+def _samples_first(arrays: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> dict[str, np.ndarray]:
+    """Views whose first axis runs over samples, where there is such an axis."""
+    return {n: np.moveaxis(a, axis, 0) if (axis := axes[n]) and axis < a.ndim else a for n, a in arrays.items()}

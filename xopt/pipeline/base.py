@@ -149,6 +149,8 @@ class Pass(ABC):
 
     name: ClassVar[str]
     effect: ClassVar[Effect]
+    widens: ClassVar[bool] = False
+    """Axes of inputs that were fixed may be open afterwards."""
 
     def __post_init__(self) -> None:
         for option in self.options().values():

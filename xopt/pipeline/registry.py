@@ -24,6 +24,7 @@ BUILT_IN: dict[str, str] = {
     "deduplicate": "xopt.passes.deduplicate:Deduplicate",
     "fuse-qkv": "xopt.passes.fuse_qkv:FuseQKV",
     "eliminate-dead": "xopt.passes.eliminate_dead:EliminateDead",
+    "free-batch": "xopt.passes.free_batch:FreeBatch",
     "prune-heads": "xopt.passes.prune_heads:PruneHeads",
     "merge-tokens": "xopt.passes.merge_tokens:MergeTokens",
     "remove-padding": "xopt.passes.remove_padding:RemovePadding",

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 
-def signature_change(before: ir.Model, after: ir.Model) -> str | None:
+def signature_change(before: ir.Model, after: ir.Model, *, widened: bool = False) -> str | None:
     """What a caller of ``before`` would trip over in ``after``; None when there is nothing.
 
     Inputs that have a default (an initializer of the same name) may become constants: nobody has to feed them. An
     output's axis may become better known, unless its size is one of an input's that stays open.
+
+    Args:
+        before, after: the models.
+        widened: axes of inputs that were fixed may be open.
     """
     fed = [_fed_inputs(model) for model in (before, after)]
     outputs = list(before.graph.outputs), list(after.graph.outputs)
@@ -22,7 +26,8 @@ def signature_change(before: ir.Model, after: ir.Model) -> str | None:
     symbols = {dim.value for value in fed[0] for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)}
     for kind, pairs in (("input", zip(*fed)), ("output", zip(*outputs))):
         for old_value, new_value in pairs:
-            if reason := _value_change(old_value, new_value, symbols if kind == "output" else None):
+            freed = widened and kind == "input"
+            if reason := _value_change(old_value, new_value, symbols if kind == "output" or freed else None):
                 return f"{kind} {str(old_value.name)!r} {reason}"
     return None
 

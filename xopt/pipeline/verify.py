@@ -62,7 +62,7 @@ class VerifyEach(Instrument):
         assert self._known is not None
         name = step.pass_.name
         check_graph(model, name)
-        if (change := signature_change(before, model)) is not None:
+        if (change := signature_change(before, model, widened=step.pass_.widens)) is not None:
             raise VerificationError("E-VERIFY", f"{name} changes what callers know of the model: {change}")
         try:
             actual = self._known[1].again(model)
@@ -118,10 +118,11 @@ def observe(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Observed
     from xopt.runtime.reference import ReferenceSession
 
     session = ReferenceSession(model)
-    batches = _batches(model, samples, count)
+    samples = samples if samples.axes is not None else samples.matched(model)
+    batches = _batches(samples, count)
     outputs = [dict(session.run(feeds)) for feeds in batches]
     edges, edge_outputs = [], []
-    for feeds in edge_feeds(model, samples, static_batch(model)):
+    for feeds in edge_feeds(model, samples):
         try:
             found = dict(session.run(feeds))
         except InputError:  # it need not take what is no usual sample
@@ -254,20 +255,13 @@ def outputs_of(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Outpu
     from xopt.runtime.reference import ReferenceSession
 
     session = ReferenceSession(model)
-    return [dict(session.run(batch)) for batch in _batches(model, samples, count)]
+    samples = samples if samples.axes is not None else samples.matched(model)
+    return [dict(session.run(batch)) for batch in _batches(samples, count)]
 
 
-def _batches(model: ir.Model, samples: Dataset, count: int) -> list[dict[str, np.ndarray]]:
+def _batches(samples: Dataset, count: int) -> list[dict[str, np.ndarray]]:
     taken = samples.take(count)
-    return list(taken.batches(static_batch(model) or max(len(taken), 1)))
-
-
-def static_batch(model: ir.Model) -> int | None:
-    """Fixed size of the first axis of the first input that has one; None when it is symbolic."""
-    for value in model.graph.inputs:
-        if value.shape is not None and len(value.shape) > 0:
-            return value.shape[0] if isinstance(value.shape[0], int) else None
-    return None
+    return list(taken.batches(max(len(taken), 1)))
 
 
 def least_cosine(model: ir.Model) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,10 @@ from torch import Tensor, fx
 
 from xopt.data.dataset import Dataset
 from xopt.ir import walk
+from xopt.ir.batch import BatchAxes, follow
+from xopt.ir.batch_rules import Place
 from xopt.ir.fx import as_tensors, run_with_values
+from xopt.ir.poly import Poly
 from xopt.ir.structure import token_layout
 
 MAX_TOKENS = 16_384
@@ -24,52 +27,105 @@ MASKED_BELOW = -100.0
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: ``feeds`` by input name; ``valid`` bool [B, T] is False at padding, None where there is none."""
+    """Some samples, in one run of the model.
+
+    Attributes:
+        feeds: by input name.
+        valid: bool [B, T], False at padding; None where there is none.
+        size: samples in the run.
+        count: those of them that count; the others fill up a fixed batch, and come last.
+        places: where the samples lie in values, by name.
+    """
 
     feeds: Mapping[str, Tensor]
     valid: Tensor | None
     size: int
+    count: int
+    places: Mapping[str, Place] = field(default_factory=dict)
 
-    def rows(self, value: Tensor) -> Tensor:
-        """The tokens of a value [B, T, K] that are not padding, as [tokens, K] float32."""
-        flat = value.detach().float()
-        if self.valid is not None and tuple(flat.shape[:2]) == tuple(self.valid.shape):
-            return flat[self.valid]
-        return flat.reshape(-1, flat.shape[-1])
+    def rows(self, name: str, value: Tensor) -> Tensor:
+        """The tokens of the value [B, T, K] called ``name`` that are not padding, as [tokens, K] float32."""
+        samples, width = self.by_sample(name, value), value.shape[-1]
+        if self.valid is not None and tuple(samples.shape[:2]) == tuple(self.valid.shape):
+            return samples[self.valid].float()
+        return samples.reshape(-1, width).float()
+
+    def by_sample(self, name: str, value: Tensor) -> Tensor:
+        """The value with the samples that count on its first axis; as [1, ...] where no axis has them."""
+        place = self.places.get(name, _FIRST)
+        value = value.detach()
+        outer = place.outer.constant or 1
+        whole = outer * self.size
+        if not value.ndim or place.axis == value.ndim - 1 or value.shape[place.axis] % whole:
+            return value[None]
+        moved = value.movedim(place.axis, 0)
+        if len(moved) == self.size:
+            return moved[: self.count]
+        parts = moved.reshape(outer, self.size, -1, *moved.shape[1:])
+        return parts.movedim(1, 0)[: self.count].flatten(1, 2)
+
+
+_FIRST = Place(0)
 
 
 def batches(model: ir.Model, gm: fx.GraphModule, data: Dataset) -> list[Batch]:
     """Samples of similar length together, without columns that are padding in all of them.
 
-    As many samples as ``MAX_TOKENS`` allows are taken from the front.
+    As many samples as ``MAX_TOKENS`` allows are taken from the front. Where the model fixes its batch, the last run is
+    filled up.
     """
-    feeds = as_tensors({name: np.ascontiguousarray(array) for name, array in data.inputs.items()})
-    valid = _valid_tokens(model, gm, feeds)
-    tokens = torch.full((len(data),), _tokens_per_sample(model, feeds)) if valid is None else valid.sum(1)
+    assert data.axes is not None
+    places = {str(v.name): place for v, place in _places(model, data.axes).items()}
+    valid = _valid_tokens(model, gm, data)
+    tokens = torch.full((len(data),), _tokens_per_sample(model, data)) if valid is None else valid.sum(1)
     count = max(int((tokens.cumsum(0) <= MAX_TOKENS).sum()), 1)
     if valid is None:
-        return [Batch({n: v[i] for n, v in feeds.items()}, None, len(i)) for i in torch.arange(count).split(BATCH)]
+        runs = data.runs(np.arange(count), BATCH)
+        return [_batch(index, feeds, None, places) for index, feeds in runs]
     lengths = (valid * torch.arange(1, valid.shape[1] + 1)).amax(1)[:count]
-    trimmed = _trimmable(model, feeds, valid.shape[1])
+    trimmed = _trimmable(model, data, valid.shape[1])
     found = []
-    for index in torch.argsort(lengths, stable=True).split(BATCH):
+    for index, feeds in data.runs(torch.argsort(lengths, stable=True).numpy(), BATCH):
         longest = max(int(lengths[index].max()), 1) if trimmed else valid.shape[1]
-        some = {n: v[index][:, :longest] if n in trimmed else v[index] for n, v in feeds.items()}
-        found.append(Batch(some, valid[index, :longest], len(index)))
+        some = {n: v[:, :longest] if n in trimmed else v for n, v in feeds.items()}
+        found.append(_batch(index, some, valid[index, :longest], places))
     return found
 
 
-def _valid_tokens(model: ir.Model, gm: fx.GraphModule, feeds: Mapping[str, Tensor]) -> Tensor | None:
-    """Whether a token is one, [N, T], from the mask [N, 1, 1 or T, T] that attention reads, or None without one."""
+def _batch(
+    index: np.ndarray, feeds: Mapping[str, np.ndarray], valid: Tensor | None, places: Mapping[str, Place]
+) -> Batch:
+    tensors = as_tensors({name: np.asarray(array, order="C") for name, array in feeds.items()})
+    sizes = [feeds[n].shape[places[n].axis] for n in feeds if n in places]
+    return Batch(tensors, valid, max([len(index), *sizes]), len(index), places)
+
+
+def _places(model: ir.Model, axes: BatchAxes) -> Mapping[ir.Value, Place]:
+    """Where the samples lie in each value of the canonical model."""
+    for value in model.graph.inputs:
+        axis = axes.inputs.get(str(value.name))
+        if axis is not None and value.shape is not None:
+            dim = value.shape[axis]
+            size = Poly.of(dim) if isinstance(dim, int) else Poly.axis(str(dim.value))
+            return follow(model.graph, axes.inputs, size).places
+    return {}
+
+
+def _valid_tokens(model: ir.Model, gm: fx.GraphModule, data: Dataset) -> Tensor | None:
+    """Whether a token is one, [N, T], from the mask [N, 1, 1 or T, T] that attention reads, or None without one.
+
+    Nor is there one where the mask is not of all samples of a run, each its own.
+    """
     mask = token_layout(model).padding_mask
     if mask is None:
         return None
-    name = str(mask.name)
-    with torch.no_grad():
-        parts = [
-            _attended(run_with_values(gm, {n: v[i : i + BATCH] for n, v in feeds.items()}, [name])[name])
-            for i in range(0, len(next(iter(feeds.values()))), BATCH)
-        ]
+    parts = []
+    for index, feeds in data.runs(np.arange(len(data)), BATCH):
+        with torch.no_grad():
+            shown = _attended(run_with_values(gm, feeds, [str(mask.name)])[str(mask.name)])
+        if len(shown) < len(index):
+            return None
+        parts.append(shown[: len(index)])
     return torch.cat(parts)
 
 
@@ -79,22 +135,23 @@ def _attended(mask: Tensor) -> Tensor:
     return shown[:, 0, 0] if shown.shape[2] == 1 else shown[:, 0].diagonal(dim1=-2, dim2=-1)
 
 
-def _tokens_per_sample(model: ir.Model, feeds: Mapping[str, Tensor]) -> int:
+def _tokens_per_sample(model: ir.Model, data: Dataset) -> int:
     """Tokens of a sample by the static shape of the attention, or the longest integer input."""
     from xopt.ir.structure import transformer_blocks
 
     shapes = [walk.shape_of(block.input) for block in transformer_blocks(model)]
     static = [shape[-2] for shape in shapes if shape is not None and len(shape) >= 2 and shape[-2] is not None]
-    fed = [value.shape[1] for value in feeds.values() if value.ndim == 2]
+    fed = [a.shape[1 - axis] for n, a in data.inputs.items() if a.ndim == 2 and (axis := data.axis(n)) in (0, 1)]
     return int(max([1, *static, *fed]))
 
 
-def _trimmable(model: ir.Model, feeds: Mapping[str, Tensor], length: int) -> list[str]:
+def _trimmable(model: ir.Model, data: Dataset, length: int) -> list[str]:
     """Inputs whose second axis is the token axis: symbolic, one symbol for all that have this length; else none."""
     symbols = {}
     for value in model.graph.inputs:
         name = str(value.name)
-        if name in feeds and feeds[name].ndim > 1 and feeds[name].shape[1] == length:
+        array = data.inputs.get(name)
+        if array is not None and name not in data.varying and array.ndim > 1 and array.shape[1] == length:
             dim = value.shape[1] if value.shape is not None else None
             symbols[name] = dim.value if isinstance(dim, ir.SymbolicDim) else None
     return list(symbols) if len(set(symbols.values())) == 1 and None not in symbols.values() else []

@@ -15,7 +15,7 @@ from xopt.ir.cost import cost
 from xopt.ir.exporting import export
 from xopt.ir.io import save
 from xopt.measure import peers
-from xopt.measure.accuracy import BATCH, Evaluator
+from xopt.measure.accuracy import Evaluator
 from xopt.measure.isolated import isolated
 from xopt.measure.latency import Latency
 from xopt.pipeline.base import Effect, Pass, PassReport, Refusal
@@ -23,7 +23,7 @@ from xopt.pipeline.context import PassContext, silent
 from xopt.pipeline.manager import PassManager
 from xopt.runtime.reference import ReferenceSession
 from xopt.search.cache import StepCache
-from xopt.search.job import Job, evaluation_batch
+from xopt.search.job import Job
 from xopt.search.lab import Candidate, Lab
 from xopt.search.proof import Agreement, agree, check_precision
 from xopt.search.steps import Step, exact_step, lossy_step, step_from_record, too_much, within_budget
@@ -78,7 +78,7 @@ def run(
         progress: called with (stage, done, total).
     """
     original = ReferenceSession(job.model, job.threads)
-    evaluator = Evaluator(job.metric, job.evaluation, original, evaluation_batch(job.model, BATCH))
+    evaluator = Evaluator(job.metric, job.evaluation, original)
     baseline = evaluator.baseline()
     lab = Lab(job.target, evaluator, baseline, job.feeds, job.dims, job.threads, folder, progress)
     outcome = _passes(job, lab, cache, instruments)

@@ -138,20 +138,12 @@ def resolve_metric(metric: Any, evaluation: Dataset) -> Metric:
 
 def evaluation_batch(model: ir.Model, wanted: int) -> int:
     """Samples in one run: the model's own batch where that is fixed, else ``wanted``."""
-    from xopt.pipeline.verify import static_batch
+    from xopt.ir.batch import batch_axes
 
-    return static_batch(model) or wanted
-
-
-def whole_batches(data: Dataset, batch: int) -> Dataset:
-    """The data without a last batch that a model of fixed batch cannot take; InputError when no batch is left."""
-    if len(data) < batch:
-        what = f"{len(data)} samples, the model takes {batch} at once"
-        raise InputError("E-DATA", what, where=data.name, cure="give more samples")
-    return data.take(len(data) // batch * batch)
+    return batch_axes(model).size or wanted
 
 
 def timed_feeds(data: Dataset, batch: int) -> dict[str, np.ndarray]:
     """The first ``batch`` samples, over again where there are fewer."""
-    rows = np.arange(batch) % len(data)
-    return {name: np.ascontiguousarray(array[rows]) for name, array in data.inputs.items()}
+    feeds = data.feeds(np.arange(batch) % len(data))
+    return {name: np.asarray(array, order="C") for name, array in feeds.items()}

@@ -140,7 +140,14 @@ class Caches:
         source = producer(node.inputs[0], "Concat", "Expand", "Tile") if node.op_type == "Reshape" else None
         dims = self.symbols.dims(source.outputs[0]) if source is not None else None
         flat = self.symbols.dims(node.outputs[0])
-        if source is None or dims is None or flat is None or dims[-1] != Poly.of(2) or flat[-1] != dims[-2] * 2:
+        if (
+            source is None
+            or dims is None
+            or len(dims) < 2
+            or not flat
+            or dims[-1] != Poly.of(2)
+            or flat[-1] != dims[-2] * 2
+        ):
             return False
         inner = self.symbols.dims(source.inputs[0])
         return inner is not None and inner[-1] == ONE and (source.op_type != "Concat" or self._doubles_last(source))

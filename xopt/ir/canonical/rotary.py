@@ -134,6 +134,7 @@ def _joined(symbols: Symbols, value: ir.Value) -> tuple[ir.Value, ir.Value, bool
     inner = [_without_last(symbols, part) for part in (a, b)]
     if (
         dims is None
+        or len(dims) < 2
         or flat is None
         or flat != (*dims[:-2], dims[-2] * dims[-1])
         or inner[0] is None

@@ -9,6 +9,6 @@ Needs torch, which nothing else of ``xopt.ir`` does.
 """
 
 from xopt.ir.fx.convert import to_fx
-from xopt.ir.fx.run import as_tensors, run_with_values, write_back
+from xopt.ir.fx.run import as_tensors, run_node, run_with_values, write_back
 
-__all__ = ["as_tensors", "run_with_values", "to_fx", "write_back"]
+__all__ = ["as_tensors", "run_node", "run_with_values", "to_fx", "write_back"]

@@ -63,7 +63,9 @@ def cumulative_product(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: 
     along = int(axis.item()) % x.ndim
     source = x.flip(along) if reverse else x
     if exclusive:
-        source = torch.cat([torch.ones_like(source.narrow(along, 0, 1)), source.narrow(along, 0, x.shape[along] - 1)], along)
+        source = torch.cat(
+            [torch.ones_like(source.narrow(along, 0, 1)), source.narrow(along, 0, x.shape[along] - 1)], along
+        )
     product = torch.cumprod(source, along, dtype=x.dtype)
     return product.flip(along) if reverse else product
 

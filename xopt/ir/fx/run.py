@@ -94,7 +94,7 @@ def _compute(
     for node in gm.graph.nodes:
         if node not in needed:
             continue
-        value = arguments[node.target] if node.op == "placeholder" else _run_node(interpreter, node)
+        value = arguments[node.target] if node.op == "placeholder" else run_node(interpreter, node)
         interpreter.env[node] = hooks[node.name](value) if node.name in hooks else value
         for source in node.all_input_nodes:
             readers[source] -= 1
@@ -103,7 +103,7 @@ def _compute(
     return {name: interpreter.env[node] for name, node in wanted.items()}
 
 
-def _run_node(interpreter: fx.Interpreter, node: fx.Node) -> Any:
+def run_node(interpreter: fx.Interpreter, node: fx.Node) -> Any:
     """One node; what torch says about a form or a type that it does not compute names the node of the model."""
     try:
         return interpreter.run_node(node)
