@@ -3,9 +3,9 @@
     before   x [2, 196, 768] ─▶ … ─▶ Reshape(…, [2, 196, 12, 64]) ─▶ … ─▶ y [2, 1000]
     after    x [batch, 196, 768] ─▶ … ─▶ Reshape(…, [-1, 196, 12, 64]) ─▶ … ─▶ y [batch, 1000]
 
-The batch axis is followed from the inputs through every node. Where its size was written down it is asked for at run
-time: targets of Reshape, Expand and Resize, ends of Slice, tokens and masks that were repeated for each sample. Then the
-model is run on one, two and three samples, which must come out as they did in the original, sample by sample.
+The batch axis is followed from the inputs through every node. Where its size was written down it is asked for when the
+model runs: targets of Reshape, Expand and Resize, ends of Slice, tokens and masks that were repeated for each sample.
+Then the model is run on one, two and three samples, which must come out as they did from the original one by one.
 
 Refuses  "not-fixed": the model takes any number of samples, or none.
          "along-the-batch", "summed-along-the-batch", "attends-along-the-batch", "batch-on-two-axes", …: a node computes

@@ -6,8 +6,9 @@
 
 The number r of tokens that go is fixed, so shapes stay static: N - r. Each token carries its size; attention after a
 merge adds log(size) to its logits, so that a token of size s counts as s equal ones, and a mean over tokens becomes the
-mean weighted by size. The class token is never given away. The operators: :mod:`xopt.ir.ops.merge_tokens` and
-:mod:`xopt.ir.ops.merge_tokens_mctf`.
+mean weighted by size. So does the attention of a pooling head, whose queries are learned or a class token. Models of
+several towers (image and text) are merged tower by tower. The class token is never given away. The operators:
+:mod:`xopt.ir.ops.merge_tokens` and :mod:`xopt.ir.ops.merge_tokens_mctf`.
 
 Refuses  "causal", "cross-attention", "padding-mask", "position-bias", "rotary", "attention-4d": an attention, here or
          later, depends on the place of a token, or reads others.
@@ -23,8 +24,8 @@ Source   ToMe (Bolya et al., ICLR 2023); MCTF (Lee et al., CVPR 2024) with the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -33,8 +34,8 @@ import onnx_ir as ir
 import xopt.ir
 from xopt.errors import InputError
 from xopt.ir import edit, ops, quantized, walk
-from xopt.ir.structure import AttentionSite, Block, token_layout, transformer_blocks
-from xopt.ir.tokens import tokenwise
+from xopt.ir.structure import AttentionSite, Block, transformer_blocks
+from xopt.ir.tokens import layout, tokenwise
 from xopt.pipeline.base import Between, Choice, Effect, Pass, PassReport, Strength
 from xopt.pipeline.context import PassContext
 from xopt.pipeline.requirements import require_attention
@@ -76,29 +77,54 @@ class MergeTokens(Pass):
     def run(self, model: ir.Model, context: PassContext) -> PassReport:
         report = PassReport(self)
         blocks = [block for block in transformer_blocks(model) if block.attention is not None]
-        protected = max(self.protected, token_layout(model).protected)
         order = walk.Order(model.graph)
-        wanted = {index: amount for index, amount in enumerate(self._amounts(len(blocks))) if amount}
-        judged = {index: _judge(order, self._stream(blocks[index]), protected) for index in wanted}
         again = "already-merged" if any(node.op_type in OPERATOR.values() for node in order.nodes) else None
-        surgery = _Surgery(self, model, blocks, protected)
         merged: list[int] = []
-        tokens = start = _token_count(blocks)
-        for index, amount in wanted.items():
-            r = self._edges(amount, tokens, protected)
-            reason = again or self._problem(blocks[index]) or judged[index].reason
-            reason = reason or (r if isinstance(r, str) else None)
-            if report.accepts(blocks[index], reason) and isinstance(r, int):
-                surgery.merge(index, r)
-                report.rewrote(blocks[index])
-                merged.append(r)
-                tokens = tokens - r if tokens is not None else None
+        before: list[int | None] = []
+        after: list[int | None] = []
+        towers = _towers(order, blocks)
+        amounts = self._by_tower(towers)
+        judged = [self._judged(order, tower, wanted) for tower, wanted in amounts]
+        for (tower, wanted), (protected, verdicts) in zip(amounts, judged):
+            surgery = _Surgery(self, model, protected)
+            tokens = start = _token_count(tower)
+            for index, amount in wanted.items():
+                r = self._edges(amount, tokens, protected)
+                reason = again or self._problem(tower[index]) or verdicts[index].reason
+                reason = reason or (r if isinstance(r, str) else None)
+                if report.accepts(tower[index], reason) and isinstance(r, int):
+                    surgery.merge(tower[index], verdicts[index], r)
+                    report.rewrote(tower[index])
+                    merged.append(r)
+                    tokens = tokens - r if tokens is not None else None
+            surgery.finish()
+            if surgery.size is not None or len(towers) == 1:
+                before.append(start)
+                after.append(tokens)
         if merged:
-            surgery.finish([node for index in wanted for node in judged[index].means])
             report.numbers["merged"] = " ".join(map(str, merged))
-        if start is not None and tokens is not None:
-            report.numbers |= {"tokens-before": start, "tokens-after": tokens}
+            edit.remove_dead(model)
+            xopt.ir.infer_shapes(model)
+        if before and None not in before and None not in after:
+            report.numbers |= {"tokens-before": _shown(before), "tokens-after": _shown(after)}
         return report
+
+    def _by_tower(self, towers: Sequence[Sequence[Block]]) -> list[tuple[Sequence[Block], dict[int, int | float]]]:
+        """What each block of each tower is asked to merge; a schedule has one number for every block of the model."""
+        amounts = [self._amounts(len(tower)) for tower in towers] if len(self.schedule) < 2 else []
+        if not amounts:
+            whole = sorted((block for tower in towers for block in tower), key=lambda block: block.index)
+            of_block = dict(zip((block.index for block in whole), self._amounts(len(whole))))
+            amounts = [[of_block[block.index] for block in tower] for tower in towers]
+        return [(t, {i: amount for i, amount in enumerate(some) if amount}) for t, some in zip(towers, amounts)]
+
+    def _judged(
+        self, order: walk.Order, tower: Sequence[Block], wanted: Iterable[int]
+    ) -> tuple[int, dict[int, _Verdict]]:
+        """How many leading tokens of a tower are left alone, and what follows a merge in each block."""
+        masks = [block.attention.mask for block in tower if block.attention is not None]
+        protected = max(self.protected, layout(tower[0].input, tower[-1].output, masks).protected)
+        return protected, {index: _judge(order, self._stream(tower[index]), protected) for index in wanted}
 
     def _amounts(self, count: int) -> Sequence[int | float]:
         """What each of ``count`` blocks is asked to merge: a number of tokens, or a share of them; 0 for nothing."""
@@ -140,11 +166,34 @@ class MergeTokens(Pass):
             return "no-residual-stream"
         if self._stream(block).dtype != ir.DataType.FLOAT:
             return "not-float32"
-        if site.causal or site.cross or site.mask is not None:
+        if site.cross:
+            return "cross-attention"
+        if site.causal or site.mask is not None:
             return _attention_problem(site.node)
         if self.score == "mctf" and site.heads != site.kv_heads:
             return "grouped-queries"
         return None
+
+
+def _towers(order: walk.Order, blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks whose tokens are the same ones, tower by tower: two encoders side by side, an encoder and a decoder."""
+    towers: list[list[Block]] = []
+    for block in blocks:
+        sources = [
+            tower
+            for tower in towers
+            if _same_tokens(tower[-1].output, block.input) and order.between(tower[-1].output, block.input) is not None
+        ]
+        if sources:
+            max(sources, key=lambda tower: order.of(tower[-1].output)).append(block)
+        else:
+            towers.append([block])
+    return towers
+
+
+def _same_tokens(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two streams [B, N, D] have the same number of tokens, as far as that is known."""
+    return a.shape is None or b.shape is None or list(a.shape)[1:2] == list(b.shape)[1:2]
 
 
 def _token_count(blocks: Sequence[Block]) -> int | None:
@@ -152,35 +201,81 @@ def _token_count(blocks: Sequence[Block]) -> int | None:
     return shape[1] if shape is not None and len(shape) == 3 else None
 
 
+def _shown(counts: Sequence[int | None]) -> int | str:
+    """The number of tokens, or of each tower."""
+    return counts[0] if len(counts) == 1 and counts[0] is not None else " ".join(map(str, counts))
+
+
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether what follows a merge can do with merged tokens: why not, and the means that must heed sizes."""
+    """Whether what follows a merge can do with merged tokens: why not, and what must heed sizes.
+
+    Attributes:
+        reason: why not.
+        means: over tokens.
+        attentions: to tokens.
+        leads: how many other tokens stand before the merged ones in what such a node reads, where some do.
+    """
 
     reason: str | None
-    means: tuple[ir.Node, ...]
+    means: tuple[ir.Node, ...] = ()
+    attentions: tuple[ir.Node, ...] = ()
+    leads: Mapping[ir.Node, int] = field(default_factory=dict)
 
 
 def _judge(order: walk.Order, stream: ir.Value, protected: int) -> _Verdict:
     """Follow the tokens from ``stream [B, N, D]`` to where they are pooled."""
-    carriers = {stream}
-    means = []
+    carriers = {stream: 0}
+    means: list[ir.Node] = []
+    attentions: list[ir.Node] = []
+    leads: dict[ir.Node, int] = {}
     for node in order.nodes:
-        if not any(value in carriers for value in node.inputs):
+        found = {carriers[value] for value in node.inputs if value in carriers}
+        if not found:
             continue
+        lead = max(found)
+        if lead:
+            leads[node] = lead
         if _is_mean(node):
             means.append(node)
-        elif _drops_protected(node, protected) and all(_is_mean(reader) for reader in edit.consumers(node.outputs[0])):
+        elif _drops_protected(node, protected + lead) and all(map(_is_mean, edit.consumers(node.outputs[0]))):
             means += edit.consumers(node.outputs[0])
-        elif not _reads_protected(node, protected):
+            leads |= dict.fromkeys(edit.consumers(node.outputs[0]), lead) if lead else {}
+        elif _pools_by_attention(node, carriers):
+            attentions.append(node)
+        elif (more := _put_in_front(node, carriers)) is not None:
+            carriers[node.outputs[0]] = lead + more
+        elif not _reads_protected(node, protected + lead):
             if reason := _reader_problem(node, carriers):
-                return _Verdict(reason, ())
-            carriers.update(node.outputs)
+                return _Verdict(reason)
+            if len(found) > 1:
+                return _Verdict("mixes-with-unmerged-tokens")
+            attentions += [node] if edit.is_op(node, "Attention") else []
+            carriers.update(dict.fromkeys(node.outputs, lead))
     if any(value.is_graph_output() for value in carriers):
-        return _Verdict("output-keeps-tokens", ())
-    return _Verdict(None, tuple(means))
+        return _Verdict("output-keeps-tokens")
+    return _Verdict(None, tuple(means), tuple(attentions), leads)
 
 
-def _reader_problem(node: ir.Node, carriers: set[ir.Value]) -> str | None:
+def _pools_by_attention(node: ir.Node, carriers: Mapping[ir.Value, int]) -> bool:
+    """Whether other tokens (a learned query, latents, a class token) attend to merged ones, wherever these stand."""
+    if not edit.is_op(node, "Attention") or len(node.inputs) > 4 or _attention_problem(node):
+        return False
+    q, k, v = (value in carriers for value in node.inputs[:3] if value is not None)
+    return not q and k and v and carriers[edit.operand(node, 1)] == carriers[edit.operand(node, 2)]
+
+
+def _put_in_front(node: ir.Node, carriers: Mapping[ir.Value, int]) -> int | None:
+    """How many tokens a Concat puts before the merged ones; None where it does something else."""
+    if not edit.is_op(node, "Concat") or walk.axis(node, 0) != 1 or node.inputs[-1] not in carriers:
+        return None
+    counts = [(walk.shape_of(value) or (None, None))[1] for value in node.inputs[:-1]]
+    if None in counts or any(value in carriers for value in node.inputs[:-1]):
+        return None
+    return sum(count or 0 for count in counts)
+
+
+def _reader_problem(node: ir.Node, carriers: Container[ir.Value | None]) -> str | None:
     """Why a node that reads tokens cannot take merged ones; None when it treats each token alone, or attends."""
     source = node.inputs[0]
     rank = len(walk.shape_of(source) or ())
@@ -213,7 +308,7 @@ def _attention_problem(node: ir.Node) -> str | None:
     return "padding-mask" if of_keys else "position-bias"
 
 
-def _operand_problem(node: ir.Node, carriers: set[ir.Value]) -> str | None:
+def _operand_problem(node: ir.Node, carriers: Container[ir.Value | None]) -> str | None:
     """Whether an elementwise op brings in something along the token axis (1) that is not merged."""
     rank = max(len(walk.shape_of(value) or ()) for value in node.inputs if value in carriers)
     for value in node.inputs:
@@ -244,7 +339,11 @@ def _drops_protected(node: ir.Node, protected: int) -> bool:
 def _reads_protected(node: ir.Node, protected: int) -> bool:
     """Whether a node reads no tokens but protected ones, or only the batch size."""
     if edit.is_op(node, "Shape"):
-        return walk.int_attribute(node, "end", 1 << 31) == 1
+        picked = [
+            edit.is_op(reader, "Gather") and walk.ints(reader.inputs[1]) == [0]
+            for reader in edit.consumers(node.outputs[0])
+        ]
+        return walk.int_attribute(node, "end", 1 << 31) == 1 or (all(picked) and "start" not in node.attributes)
     if edit.is_op(node, "Gather") and walk.axis(node, 0) == 1:
         index = walk.ints(node.inputs[1])
         return index is not None and all(0 <= place < protected for place in index)
@@ -255,18 +354,18 @@ def _reads_protected(node: ir.Node, protected: int) -> bool:
 
 
 class _Surgery:
-    """Puts merges into the graph and keeps track of the sizes of tokens."""
+    """Puts merges into one tower and keeps track of the sizes of its tokens."""
 
-    def __init__(self, options: MergeTokens, model: ir.Model, blocks: Sequence[Block], protected: int) -> None:
+    def __init__(self, options: MergeTokens, model: ir.Model, protected: int) -> None:
         self.options = options
         self.model = model
-        self.blocks = blocks
         self.protected = protected
         self.size: ir.Value | None = None
+        self.means: dict[ir.Node, int] = {}
 
-    def merge(self, index: int, r: int) -> None:
-        """Merge ``r`` tokens in block ``index``; blocks come in their order."""
-        options, block = self.options, self.blocks[index]
+    def merge(self, block: Block, verdict: _Verdict, r: int) -> None:
+        """Merge ``r`` tokens in a block; blocks come in their order."""
+        options = self.options
         assert block.attention is not None
         stream, stem = options._stream(block), f"{block.attention.node.name}/merge"
         readers = list(stream.uses())
@@ -285,21 +384,32 @@ class _Surgery:
         )
         for use in readers:
             use.node.replace_input_with(use.idx, merged)
+        self.means = {node: verdict.leads.get(node, 0) for node in verdict.means}
         if options.proportional:
-            self._weigh_keys(before, index + (options.score == "tome"), stem)
+            self._weigh_keys(before, verdict, stem)
 
-    def _weigh_keys(self, before: ir.Node, first: int, stem: str) -> None:
-        """Add log(size) [B, 1, 1, N] to the logits of the attentions from block ``first`` on."""
-        bias = self._log_size(before, stem)
-        for block in self.blocks[first:]:
-            assert block.attention is not None
-            node = block.attention.node
+    def _weigh_keys(self, before: ir.Node, verdict: _Verdict, stem: str) -> None:
+        """Add log(size) [B, 1, 1, N] to the logits of the attentions that read the merged tokens."""
+        biases: dict[int, ir.Value] = {}
+        for node in verdict.attentions:
+            lead = verdict.leads.get(node, 0)
+            if lead not in biases:
+                biases[lead] = self._log_size(before, stem, lead)
             node.resize_inputs(4)
-            node.replace_input_with(3, bias)
+            node.replace_input_with(3, biases[lead])
 
-    def _log_size(self, before: ir.Node, stem: str) -> ir.Value:
+    def _sizes(self, before: ir.Node, lead: int) -> ir.Value:
+        """Sizes of the tokens, with those of ``lead`` others before them, which are single."""
         assert self.size is not None
-        row = edit.insert(before, "Transpose", [edit.insert(before, "Log", [self.size])], {"perm": [0, 2, 1]})
+        if not lead:
+            return self.size
+        pads = edit.initializer(self.model.graph, "lead", np.array([0, lead, 0, 0, 0, 0], np.int64))
+        one = edit.initializer(self.model.graph, "single", np.array(1, np.float32))
+        return edit.insert(before, "Pad", [self.size, pads, one])
+
+    def _log_size(self, before: ir.Node, stem: str, lead: int = 0) -> ir.Value:
+        sizes = self._sizes(before, lead)
+        row = edit.insert(before, "Transpose", [edit.insert(before, "Log", [sizes])], {"perm": [0, 2, 1]})
         axis = edit.initializer(self.model.graph, f"{stem}.axis", np.array([1], np.int64))
         return edit.insert(before, "Unsqueeze", [row, axis], name=f"{stem}/log_size")
 
@@ -322,20 +432,17 @@ class _Surgery:
         mean = edit.insert(before, "ReduceMean", [received, axes], {"keepdims": 0})
         return edit.insert(before, "Unsqueeze", [mean, last], name=f"{stem}/importance")
 
-    def finish(self, means: Sequence[ir.Node]) -> None:
-        """Make means over tokens heed sizes, and infer shapes anew."""
-        assert self.size is not None
-        for node in dict.fromkeys(means):
+    def finish(self) -> None:
+        """Make means over tokens heed sizes."""
+        for node, lead in self.means.items():
             keep = {"keepdims": walk.int_attribute(node, "keepdims", 1)}
-            axes, size = edit.operand(node, 1), self.size
+            axes, size = edit.operand(node, 1), self._sizes(node, lead)
             if part := edit.producer(node.inputs[0], "Slice"):
                 size = edit.insert(node, "Slice", [size, *part.inputs[1:]])
             weighted = edit.insert(node, "Mul", [node.inputs[0], size])
             total = edit.insert(node, "ReduceSum", [weighted, axes], keep)
             count = edit.insert(node, "ReduceSum", [size, axes], keep)
             edit.replace_uses(node.outputs[0], edit.insert(node, "Div", [total, count], name=f"{node.name}/by_size"))
-        edit.remove_dead(self.model)
-        xopt.ir.infer_shapes(self.model)
 
 
 def _ones(before: ir.Node, stream: ir.Value, stem: str) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Models of a fixed batch, as a plain export makes them, take any number of samples; or the node in the way is named."""
+"""Models of a fixed batch, as a plain export makes them, take any number of samples; or what is in the way is named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from xopt.pipeline.context import PassContext
 from xopt.pipeline.manager import PassManager
 from xopt.pipeline.verify import VerifyEach
 from xopt.runtime.reference import ReferenceSession
-
 
 CONSTANTS = np.arange(1, 13, dtype=np.float32)
 

@@ -117,8 +117,8 @@ def batch_axes(model: ir.Model) -> BatchAxes:
     """The batch axes of a model, by the names and sizes of its inputs' axes, and by where samples stay apart.
 
     Symbols that are called like a batch come first, then first axes, then second ones ([sequence, batch, ...]); the
-    first choice under which no two samples meet is taken, and rather one that could be followed to the outputs. Inputs without the axis (scalars, timesteps, masks over
-    tokens alone) are shared by the samples of a run.
+    first choice under which no two samples meet is taken, and rather one that could be followed to the outputs. Inputs
+    without the axis (scalars, timesteps, masks over tokens alone) are shared by the samples of a run.
     """
     graph = model.graph
     symbols = Symbols(graph)
