@@ -80,7 +80,7 @@ class FreeBatch(Pass):
         except NotFreedError as error:
             report.accepts(error.node, str(error))
             return report
-        samples = context.samples if context.samples.axes is not None else context.samples.matched(model)
+        samples = context.samples.fitted(model)
         same = _same_by_sample(model, trial, axes, samples)
         if report.accepts(f"batch of {axes.size}", None if same else "changes-the-outputs"):
             _free(model, axes, self.axis)

@@ -217,3 +217,75 @@ def test_numbers_beyond_the_model_s_type() -> None:
     )
     error = refusal(lambda: Dataset({"x": np.array([1e300])}).matched(model))
     assert "float32 does not" in str(error)
+
+
+def diffusion_model(t: str, batch: str = "batch") -> ir.Model:
+    """x [batch, 4] times t of another shape."""
+    return ir.from_onnx_text(
+        f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[{batch}, 4] x, float{t} t) => (float[{batch}, 4] y) {{ y = Mul(x, t) }}
+        """
+    )
+
+
+X = np.arange(24, dtype=np.float32).reshape(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("t", "given", "runs", "fed"),
+    [
+        ("[1]", np.ones(1), [4, 2], (1,)),
+        ("[1]", np.array([1.0, 1, 1, 2, 2, 3]), [3, 2, 1], (1,)),
+        ("[1]", np.array([[1.0], [1], [1], [2], [2], [2]]), [3, 3], (1,)),
+        ("", np.array(2.0), [4, 2], ()),
+        ("", np.array([2.0, 2, 2, 2, 2, 3]), [4, 1, 1], ()),
+        ("[batch, 1]", np.arange(6.0)[:, None], [4, 2], (4, 1)),
+        ("[batch, 1]", np.array([[3.0]]), [4, 2], (4, 1)),
+    ],
+)
+def test_what_a_run_takes_once_is_shared_or_given_for_each_sample(
+    t: str, given: np.ndarray, runs: list[int], fed: tuple[int, ...]
+) -> None:
+    model = diffusion_model(t)
+    data = Dataset({"x": X, "t": given.astype(np.float32)}).matched(model)
+    assert len(data) == 6
+    found = list(data.runs(np.arange(6), 4))
+    assert [len(index) for index, _ in found] == runs
+    assert found[0][1]["t"].shape in (fed, (runs[0], *fed[1:]))
+    values = np.broadcast_to(given.reshape(-1) if given.size > 1 else given.reshape(()), 6)
+    for index, feeds in found:
+        np.testing.assert_array_equal(feeds["x"], X[index])
+        assert (np.ravel(feeds["t"]) == values[index][: feeds["t"].size]).all()
+    assert [len(data.take(2)), len(data.part(2, 5))] == [2, 3]
+
+
+def test_a_fixed_batch_is_filled_up_with_samples_that_it_has() -> None:
+    data = Dataset({"x": X[:5], "t": np.ones(1, np.float32)}).matched(diffusion_model("[1]", "3"))
+    (first, _), (last, feeds) = data.runs(np.arange(5), 32)
+    assert (len(first), last.tolist()) == (3, [3, 4])
+    np.testing.assert_array_equal(feeds["x"], X[[3, 4, 3]])
+
+
+def test_minus_infinity_is_a_number_in_a_mask() -> None:
+    mask = np.array([[0.0, -np.inf, 0, 0]] * 2, np.float32)
+    data = Dataset({"x": X[:2], "t": mask}).matched(diffusion_model("[batch, 4]"))
+    assert np.isneginf(data.inputs["t"]).any()
+
+
+@pytest.mark.parametrize("t", ["[1]", "", "[batch, 1]"])
+def test_random_samples_of_what_is_shared_are_one(t: str) -> None:
+    data = Dataset.random(diffusion_model(t), 6, 0)
+    assert len(data) == 6
+    assert data.inputs["t"].shape == {"[1]": (1,), "": (), "[batch, 1]": (6, 1)}[t]
+
+
+def test_random_lengths_are_no_longer_than_the_sequence() -> None:
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[batch, 9, 4] x, int32[batch] lengths) => (float[batch, 9, 4] y, int32[batch] z)
+        { y = Relu(x) z = Identity(lengths) }
+        """
+    )
+    assert (Dataset.random(model, 3, 0).inputs["lengths"] == 9).all()

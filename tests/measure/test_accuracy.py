@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from tests.ir.net import Net
 from xopt.data import metrics
 from xopt.data.dataset import Dataset
 from xopt.measure import accuracy
 from xopt.measure.accuracy import Evaluator
+from xopt.runtime.reference import ReferenceSession
 
 
 class Scale:
@@ -68,3 +71,26 @@ def test_a_quality_that_is_no_number_loses_everything() -> None:
     evaluator = Evaluator(metrics.get("cosine"), data(8), Scale(1.0))
     baseline = evaluator.baseline()
     assert evaluator.drop(baseline, evaluator.evaluate(Scale(float("nan")))) == float("inf")
+
+
+def fixed(batch: int, axis: int = 0) -> ir.Model:
+    """Logits of a sample, for a fixed batch on some axis."""
+    shape = [2, 2]
+    shape[axis] = batch
+    net = Net("fixed")
+    net.output(net.op("Softmax", net.input("x", shape), axis=1 - axis), "logits")
+    return net.build()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_a_fixed_batch_changes_no_metric(batch: int, axis: int) -> None:
+    """Ten samples, which neither 3 nor 4 divides; the pad is not counted, and samples come first for the metric."""
+    model = fixed(batch, axis)
+    x = np.random.default_rng(0).standard_normal((10, 2)).astype(np.float32)
+    samples = Dataset({"x": x if axis == 0 else x.T}, x.argmax(1)).matched(model)
+    evaluator = Evaluator(metrics.get("top-1"), samples, ReferenceSession(model))
+    assert evaluator.baseline() == 1.0
+    assert evaluator.samples == 10
+    wrong = Dataset(samples.inputs, 1 - x.argmax(1)).matched(model)
+    assert Evaluator(metrics.get("top-1"), wrong, ReferenceSession(model)).baseline() == 0.0

@@ -158,6 +158,10 @@ class Dataset:
 
         return matched(self, model)
 
+    def fitted(self, model: ir.Model) -> Dataset:
+        """The samples themselves where they were matched with a model before, else `matched`."""
+        return self if self.axes is not None else self.matched(model)
+
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
         """Read an ``.npz`` file; InputError E-FILE or E-DATA."""

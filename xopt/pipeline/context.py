@@ -39,13 +39,11 @@ class PassContext:
     """Called with (stage, done, total)."""
 
     def fill_in_samples(self, model: ir.Model) -> None:
-        """Make random calibration data for the inputs of ``model`` where the caller gave none, and match given ones."""
+        """Make random calibration data for the inputs of ``model`` where the caller gave none."""
         if self.calibration is None:
             from xopt.data.dataset import Dataset
 
             self.calibration = Dataset.random(model, RANDOM_SAMPLES, self.seed)
-        elif self.calibration.axes is None:
-            self.calibration = self.calibration.matched(model)
 
     @property
     def samples(self) -> Dataset:

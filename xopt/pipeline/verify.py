@@ -118,7 +118,7 @@ def observe(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Observed
     from xopt.runtime.reference import ReferenceSession
 
     session = ReferenceSession(model)
-    samples = samples if samples.axes is not None else samples.matched(model)
+    samples = samples.fitted(model)
     batches = _batches(samples, count)
     outputs = [dict(session.run(feeds)) for feeds in batches]
     edges, edge_outputs = [], []
@@ -255,7 +255,7 @@ def outputs_of(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Outpu
     from xopt.runtime.reference import ReferenceSession
 
     session = ReferenceSession(model)
-    samples = samples if samples.axes is not None else samples.matched(model)
+    samples = samples.fitted(model)
     return [dict(session.run(batch)) for batch in _batches(samples, count)]
 
 

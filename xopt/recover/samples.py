@@ -74,6 +74,7 @@ def batches(model: ir.Model, gm: fx.GraphModule, data: Dataset) -> list[Batch]:
     As many samples as ``MAX_TOKENS`` allows are taken from the front. Where the model fixes its batch, the last run is
     filled up.
     """
+    data = data.fitted(model)
     assert data.axes is not None
     places = {str(v.name): place for v, place in _places(model, data.axes).items()}
     valid = _valid_tokens(model, gm, data)
