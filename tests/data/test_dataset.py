@@ -80,7 +80,6 @@ def test_take_keeps_pairs_together() -> None:
         ({"x": np.array([1.0, np.nan])}, None, "'x' has 1 values that are NaN"),
         ({"x": np.array([np.inf])}, None, "NaN or infinite"),
         ({"x": np.array(["a"])}, None, "'x' holds <U1"),
-        ({"x": np.zeros(3)}, np.zeros(2), "'labels' has 2 rows"),
         ({"x": np.zeros(3)}, np.array([1.0, np.nan, 2.0]), "'labels' has 1 values"),
     ],
 )
@@ -88,6 +87,11 @@ def test_bad_arrays_are_refused_by_name(arrays: dict[str, np.ndarray], labels: n
     error = refusal(lambda: Dataset(arrays, labels))
     assert error.code == "E-DATA"
     assert words in str(error)
+
+
+def test_labels_are_as_many_as_samples_or_groups_of_them() -> None:
+    assert "'labels' has 3 rows" in str(refusal(lambda: Dataset(text_arrays(), np.zeros(3)).matched(text_model())))
+    assert Dataset(text_arrays(), np.zeros(2)).matched(text_model()).group == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"not a zip"])

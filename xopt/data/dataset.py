@@ -63,7 +63,9 @@ class Dataset:
             _check_numbers(name, array, self.name)
         if self.labels is not None and (self.labels.ndim == 0 or not len(self.labels)):
             raise InputError("E-DATA", "array 'labels' is empty", where=self.name)
-        if self.labels is not None and (len(self.labels) > len(self) or len(self) % len(self.labels)):
+        if self.axes is None or self.labels is None:
+            return  # which axis has the samples is not known yet
+        if len(self.labels) > len(self) or len(self) % len(self.labels):
             raise InputError(
                 "E-DATA",
                 f"array 'labels' has {len(self.labels)} rows, expected {len(self)} or a whole fraction of it",
