@@ -63,7 +63,7 @@ class Workload:
         scale: the factor on Q K^T.
         causal: query i sees keys 0..i.
         softcap: scores become ``softcap * tanh(score / softcap)`` before the mask; 0 for none.
-        mask: "none", "bool" (True attends; a row without any gives zeros) or "float" (added).
+        mask: "none", "bool" (True attends) or "float" (added); a row that sees no key gives zeros.
         mask_shape: its four dimensions: 1 where it broadcasts, anything else where it is B, heads, S, T.
         q, k, v: where the operands lie.
         packed: sequences of different lengths lie one behind the other: operands are [T, width] for all tokens T of the

@@ -460,7 +460,7 @@ class Template:
             total = keep(load(self.total, v, 0, lanes=lanes), lanes)
             zero = splat(0.0, lanes)
             inverse = splat(1.0, lanes) / total
-            if w.mask == "bool":
+            if w.mask != "none":  # a row that sees no key
                 inverse = tirx.Select(total == zero, zero, inverse)
             inverse = keep(inverse, lanes)
             row = self.q0 + v * lanes
@@ -479,7 +479,7 @@ class Template:
             return mean
         zero = splat(self._grid(VALUE_ZERO), lanes)
         mean = (keep(mean, lanes) - zero) * splat(self._grid(VALUE_SCALE), lanes)
-        return tirx.Select(inverse == splat(0.0, lanes), inverse, keep(mean, lanes)) if self.w.mask == "bool" else mean
+        return mean if self.w.mask == "none" else tirx.Select(inverse == splat(0.0, lanes), inverse, keep(mean, lanes))
 
     def _store_square(self, v: int, column: Expr, row: Expr, inverse: Expr) -> None:
         lanes = self.lanes

@@ -1,9 +1,10 @@
-"""LayerNormalization, RMSNormalization and RotaryEmbedding."""
+"""Norms, and RotaryEmbedding."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 from tvm import relax
 
 from xopt.targets.ops.bounds import check_indices, valid
@@ -15,22 +16,75 @@ if TYPE_CHECKING:
     from xopt.targets.emitting import Value
 
 
+NARROW = ("float16", "bfloat16")
+"""Floats that are computed with in float32."""
+
+
 def _layer_norm(call: Call) -> Value:
+    """The normalized tensor and, where they are read, the mean and the inverse deviation of what is normalized."""
     x, shape = call.x(), call.shape()
-    axes = list(range(call.axis(-1, len(shape)), len(shape)))
+    axes, epsilon = list(range(call.axis(-1, len(shape)), len(shape))), float(call.attr("epsilon", 1e-5))
     scale = _parameter(call, 1, shape[axes[0] :])
     if call.has(2):
         bias = _parameter(call, 2, shape[axes[0] :])
     else:
-        bias = call.emit(relax.op.zeros(call.lowering.shape_of(scale), str(x.ty.dtype)))
-    return call.emit(relax.op.nn.layer_norm(x, scale, bias, axes, float(call.attr("epsilon", 1e-5))))
+        bias = call.emit(relax.op.zeros(call.lowering.shape_of(scale), str(scale.ty.dtype)))
+    dtype, stash = str(x.ty.dtype), _stash(call)
+    if dtype not in NARROW and not any(output.uses() or output.is_graph_output() for output in call.node.outputs[1:]):
+        return call.emit(relax.op.nn.layer_norm(x, scale, bias, axes, epsilon))
+    op, wide = relax.op, _wide(dtype)
+    x = _cast(call, x, wide)
+    mean = call.emit(op.mean(x, axes, True))
+    centered = call.emit(op.subtract(x, mean))
+    inverse = _inverse_root(call, centered, axes, epsilon)
+    y = op.multiply(op.multiply(centered, inverse), _cast(call, scale, wide))
+    return [
+        _cast(call, op.add(y, _cast(call, bias, wide)), dtype), _cast(call, mean, stash), _cast(call, inverse, stash)
+    ]  # fmt: skip
 
 
 def _rms_norm(call: Call) -> Value:
     x, shape = call.x(), call.shape()
-    axes = list(range(call.axis(-1, len(shape)), len(shape)))
-    scale = _parameter(call, 1, shape[axes[0] :])
-    return call.emit(relax.op.nn.rms_norm(x, scale, axes, float(call.attr("epsilon", 1e-5))))
+    axes, epsilon = list(range(call.axis(-1, len(shape)), len(shape))), float(call.attr("epsilon", 1e-5))
+    scale, dtype = _parameter(call, 1, shape[axes[0] :]), str(x.ty.dtype)
+    _stash(call)
+    if dtype not in NARROW and axes[0] > 0 and str(scale.ty.dtype) == dtype:
+        return call.emit(relax.op.nn.rms_norm(x, scale, axes, epsilon))
+    op, wide, wanted = relax.op, _wide(dtype), str(scale.ty.dtype)
+    x = _cast(call, x, wide)
+    y = op.multiply(op.multiply(x, _inverse_root(call, x, axes, epsilon)), _cast(call, scale, wide))
+    return _cast(call, y, wanted)
+
+
+def _stash(call: Call) -> str:
+    """The type of mean and deviation; they are computed in float32 at least."""
+    kind = ir.DataType(int(call.attr("stash_type", 1)))
+    if not kind.is_floating_point():
+        raise call.unsupported(f"statistics of type {kind.name}")
+    return kind.numpy().name
+
+
+def _wide(dtype: str) -> str:
+    return "float32" if dtype in NARROW else dtype
+
+
+def _inverse_root(call: Call, x: relax.Expr, axes: list[int], epsilon: float) -> relax.Expr:
+    """1 / sqrt(mean(x ** 2) + epsilon)."""
+    op, one, number = relax.op, *(relax.const(value, str(x.ty.dtype)) for value in (1.0, epsilon))
+    return call.emit(op.divide(one, op.sqrt(op.add(op.mean(_squared(x), axes, True), number))))
+
+
+def _lp_norm(call: Call) -> Value:
+    """Divided by the sum of magnitudes, or by the root of the sum of squares; zeros stay."""
+    op, shape, order = relax.op, call.shape(), int(call.attr("p", 2))
+    if order not in (1, 2):
+        raise call.unsupported(f"a norm of order {order}")
+    dtype, axis = str(call.x().ty.dtype), call.axis(-1, len(shape))
+    x = _cast(call, call.x(), _wide(dtype))
+    total = call.emit(op.sum(op.abs(x) if order == 1 else _squared(x), [axis], True))
+    norm = call.emit(op.sqrt(total)) if order == 2 else total
+    none = call.emit(op.equal(norm, relax.const(0.0, _wide(dtype))))
+    return _cast(call, op.divide(x, op.where(none, relax.const(1.0, _wide(dtype)), norm)), dtype)
 
 
 def _batch_norm(call: Call) -> list[Value]:
@@ -39,7 +93,7 @@ def _batch_norm(call: Call) -> list[Value]:
     if len(shape) < 2:
         raise call.unsupported(f"its input has rank {len(shape)}")
     dtype = str(call.x().ty.dtype)
-    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
+    wide = _wide(dtype)
     x, *columns = (_cast(call, call.x(index), wide) for index in range(5))
     scale, bias, mean, variance = (
         call.lowering.reshape(call.lowering.recast(column, [shape[1]]), [1, shape[1], *[1] * (len(shape) - 2)])
@@ -131,7 +185,7 @@ def _angles(call: Call, index: int, tokens: list[Dim], half: int) -> relax.Expr:
 
 
 OPS: dict[str, Emitter] = {
-    "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm,
-    "RotaryEmbedding": _rotary,
+    "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "LpNormalization": _lp_norm,
+    "RMSNormalization": _rms_norm, "RotaryEmbedding": _rotary,
 }  # fmt: skip
 """Emitters by operator type."""

@@ -31,7 +31,11 @@ def _norm(call: Call) -> Value | None:
     constants = [call.const(index) for index in range(1, 3) if call.has(index)]
     if isa is None or call.axis(-1, len(shape)) != len(shape) - 1 or str(call.x().ty.dtype) != "float32":
         return None
-    if not isinstance(shape[-1], int) or any(c is None or c.shape != (shape[-1],) for c in constants):
+    if (
+        unread(call.node)
+        or not isinstance(shape[-1], int)
+        or any(c is None or c.shape != (shape[-1],) for c in constants)
+    ):
         return None
     formats = call.lowering.formats(call.node.outputs[0], shape[-1])
     workload = norm.Workload(
@@ -121,7 +125,9 @@ def _attention(call: Call) -> Value | None:
     isa = call.lowering.target.isa()
     if isa is None or unread(call.node):
         return None
-    call.pass_over("softmax_precision", "qk_matmul_output_mode", "q_num_heads", "kv_num_heads")
+    call.pass_over("softmax_precision", "q_num_heads", "kv_num_heads")
+    if call.attr("qk_matmul_output_mode", 0) not in range(4):
+        return None
     form = _heads_first(call) if len(call.lowering.shape(_values(call)[0])) == 4 else _merged(call)
     mask = _mask(call)
     if form is None or mask is None:

@@ -28,7 +28,7 @@ def workload(
 
 
 def reference(w: Workload, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Q [B,S,H*d], K [B,T,Hkv*d], V [B,T,Hkv*dv] in float64; rows that see nothing give zeros (bool) or NaN (float)."""
+    """Q [B,S,H*d], K [B,T,Hkv*d], V [B,T,Hkv*dv] in float64; rows that see nothing give zeros."""
 
     def split(x: np.ndarray, heads: int) -> np.ndarray:
         x = x.astype(np.float64).reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
@@ -43,10 +43,9 @@ def reference(w: Workload, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np
     if w.causal:
         score = np.where(np.tri(*score.shape[-2:], dtype=bool), score, -np.inf)
     top = score.max(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        p = np.exp(score - (np.where(np.isneginf(top), 0, top) if w.mask == "bool" else top))
-        total = p.sum(-1, keepdims=True)
-        y = p @ v / (np.where(total == 0, 1, total) if w.mask == "bool" else total)
+    p = np.exp(score - np.where(np.isneginf(top), 0, top))
+    total = p.sum(-1, keepdims=True)
+    y = p @ v / np.where(total == 0, 1, total)
     return y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], -1)
 
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.errors import InputError
-from xopt.ir import edit
+from xopt.ir import edit, walk
+from xopt.ir.bodies import body
 from xopt.ir.edit import AttributeValue, attribute, input_at, operand, replace_uses
 from xopt.ir.schema import unread
 
@@ -37,7 +38,9 @@ class Expander:
         }
         for node in list(self._graph):
             expand = expansions.get(node.op_type) if not node.domain else None
-            if expand is not None and (node.op_type != "Relu" or _is_integer(node.inputs[0])):
+            if node.op_type == "Attention" and not node.domain and (unread(node) or walk.mask_ends_early(node)):
+                self._by_body(node)
+            elif expand is not None and (node.op_type != "Relu" or _is_integer(node.inputs[0])):
                 result = expand(node)
                 result.shape = result.shape or node.outputs[0].shape
                 replace_uses(node.outputs[0], result)
@@ -79,6 +82,32 @@ class Expander:
         if key not in self._shared:
             self._shared[key] = build()
         return self._shared[key]
+
+    def _by_body(self, node: ir.Node) -> None:
+        """Put the operators in the place of a node that ONNX defines it by."""
+        simpler = body(node, self._graph.opset_imports.get("", 0))
+        if simpler is None or not isinstance(self._graph, ir.Graph):
+            what = f"{node.op_type} cannot be expanded in this form: {', '.join(unread(node)) or 'a short mask'}"
+            cure = "export the model without it"
+            raise InputError("E-UNSUPPORTED-OP", what, where=f"node {node.name!r}", cure=cure)
+        values: dict[ir.Value | None, ir.Value | None] = {None: None}
+        given = {value.name: value for value in node.inputs if value is not None}
+        values |= {value: given[value.name] for value in simpler.graph.inputs}
+        for value in simpler.graph.initializers.values():
+            own = given.get(value.name)
+            values[value] = own or edit.initializer(self._graph, f"{node.name}/constant", value.const_value)  # type: ignore[arg-type]
+        for inner in simpler.graph:
+            attributes = {name: attribute.value for name, attribute in inner.attributes.items()}
+            inputs = [values[value] for value in inner.inputs]
+            outputs = edit.insert_many(node, inner.op_type, inputs, attributes, len(inner.outputs))
+            for mine, its in zip(outputs, inner.outputs):
+                mine.shape, mine.type = its.shape, its.type
+                values[its] = mine
+        for old in node.outputs:
+            result = next((values[value] for value in simpler.graph.outputs if value.name == old.name), None)
+            if result is not None:
+                replace_uses(old, result)
+        self._graph.remove(node, safe=True)
 
     # Norms and activations
 
@@ -171,7 +200,6 @@ class Expander:
 
     def _attention(self, node: ir.Node) -> ir.Value:
         """softmax(scale * Q @ K' + mask) @ V for every head; heads lie side by side in the last axis (3-D) or apart."""
-        self._check_attention(node)
         q, k, v = (operand(node, index) for index in range(3))
         heads, groups = self._head_counts(node)
         flat = bool(attribute(node, "q_num_heads", 0)) and (q.shape is None or len(q.shape) == 3)
@@ -193,15 +221,6 @@ class Expander:
         if visible is not None:
             result = self._op(node, "Mul", [result, visible])
         return self._join_heads(node, result, heads, repeat, flat)
-
-    def _check_attention(self, node: ir.Node) -> None:
-        if names := unread(node):
-            raise InputError(
-                "E-UNSUPPORTED-OP",
-                f"attention with {names[0]} cannot be expanded",
-                where=f"node {node.name!r}",
-                cure="export the model without it",
-            )
 
     def _head_counts(self, node: ir.Node) -> tuple[int, int]:
         """H and G; G is 0 where they are equal but unknown (4-D without static shapes)."""

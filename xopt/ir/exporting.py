@@ -24,8 +24,8 @@ def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
         inline: put the bodies of xopt's ops into the graph, for runtimes without model-local functions.
 
     Raises:
-        InputError: ``E-UNSUPPORTED-OP``: an ``Attention`` with a key-value cache, or one whose scale is neither written
-            nor known from its shapes.
+        InputError: ``E-UNSUPPORTED-OP``: an ``Attention`` that has no function body, or one whose scale is neither
+            written nor known from its shapes.
     """
     plain = model.clone()
     if inline:

@@ -56,6 +56,9 @@ def without_weights(model: ir.Model) -> onnx.ModelProto:
             if not value.is_graph_input():
                 copy.graph.inputs.append(value)
     copy.ir_version = max(copy.ir_version, 10)
+    for node in copy.graph.all_nodes():
+        if node.op_type == "MeanVarianceNormalization" and not node.domain and "axes" not in node.attributes:
+            node.attributes["axes"] = ir.AttrInt64s("axes", [0, 2, 3])  # inference asks for what has a default
     return ir.to_proto(copy)
 
 

@@ -281,6 +281,8 @@ def attention_problem(node: ir.Node) -> str | None:
     """Why an Attention node is not in the form that passes rely on, or None."""
     if names := unread(node):
         return f"attention-with-{names[0]}"
+    if walk.mask_ends_early(node):
+        return "attention-with-short-mask"
     shapes = [walk.shape_of(value) for value in node.inputs[:3]]
     if any(shape is None for shape in shapes):
         return "unknown-shape"

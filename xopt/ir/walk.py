@@ -36,6 +36,14 @@ def attention_heads(node: ir.Node) -> tuple[int, int, int]:
     return q, kv, kv
 
 
+def mask_ends_early(node: ir.Node) -> bool:
+    """Whether the mask of an attention node is surely shorter than its keys: ONNX hides those beyond its end."""
+    mask, keys = (shape_of(edit.input_at(node, index)) for index in (3, 1))
+    if not mask or not keys or len(keys) < 3 or mask[-1] is None:
+        return False
+    return mask[-1] != keys[-2] if keys[-2] is not None else mask[-1] == 1
+
+
 def shape_of(value: ir.Value | None) -> tuple[int | None, ...] | None:
     """The shape with None for symbolic dimensions, or None when the rank is unknown."""
     if value is None or value.shape is None:

@@ -51,6 +51,7 @@ from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.schema import unread
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
+from xopt.ir.walk import mask_ends_early
 
 SMALL = 4096
 """Elements up to which a constant is looked into."""
@@ -119,6 +120,8 @@ def _of_attention(symbols: Symbols, masks: Masks, node: ir.Node) -> Site | None:
         _write_attributes(node, q_dims[-1])
         _four_axes(masks, node)
         return None
+    if mask_ends_early(node):
+        raise NotAttentionError("short-mask")
     batch, heads = axis("batch0", q_dims[0]), axis("batch1", q_dims[1])
     query, key = axis(QUERY, q_dims[2]), axis(KEY, k_dims[2])
     head_dim = q_dims[3].constant
@@ -203,7 +206,8 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
     """Canonical mask; terms met where the scores had other axes are brought to [B,H,S,T] first.
 
     Raises:
-        NotAttentionError: weights that are NaN count as 0, which ``Attention`` says of boolean masks alone.
+        NotAttentionError: weights that are NaN count as 0, which ``Attention`` says of boolean masks alone; or the mask
+            is the same for all keys, which ``Attention`` takes for one that ends behind the first.
     """
     frame: Axes = (lead, head, site.axes[-2], site.axes[-1])
     terms = [
@@ -212,6 +216,9 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
     mask = masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
     if site.guarded and (mask.hides_rows or not (_finite(site.q) and _finite(site.k))):
         raise NotAttentionError("nan-guard")
+    dims = symbols.dims(mask.value)
+    if dims and dims[-1] == ONE and site.axes[-1]:
+        raise NotAttentionError("mask-of-queries")
     return mask
 
 

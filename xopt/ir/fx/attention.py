@@ -17,14 +17,27 @@ def _heads(x: Tensor, count: int | None) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
 
 
-def _allowed(scores: Tensor, mask: Tensor | None, is_causal: int, past: int) -> Tensor | None:
-    """Boolean mask of the pairs that may attend, or None when all may."""
-    allowed = mask if mask is not None and mask.dtype == torch.bool else None
-    if is_causal:
-        rows, columns = scores.shape[-2:]
-        causal = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril(past)
-        allowed = causal if allowed is None else allowed & causal
-    return allowed
+def _allowed(
+    scores: Tensor, offset: Tensor | int, is_causal: int, windows: tuple[int, int], filled: Tensor | None
+) -> Tensor | None:
+    """Boolean mask of the pairs that may attend by their positions, or None when all may; ``offset``: of query 0."""
+    left, right = windows[0], 0 if is_causal else windows[1]
+    if left < 0 and right < 0 and filled is None:
+        return None
+    rows, columns = (torch.arange(size, device=scores.device) for size in scores.shape[-2:])
+    ahead = columns - (rows[:, None] + (offset if isinstance(offset, int) else offset[:, None, None, None]))
+    allowed = torch.ones_like(ahead, dtype=torch.bool)
+    if left >= 0:
+        allowed = allowed & (-ahead <= left)
+    if right >= 0:
+        allowed = allowed & (ahead <= right)
+    return allowed if filled is None else allowed & (columns < filled[:, None, None, None])
+
+
+def _as_long_as(keys: int, mask: Tensor) -> Tensor:
+    """A mask that hides the keys beyond its end."""
+    hidden = False if mask.dtype == torch.bool else float("-inf")
+    return torch.nn.functional.pad(mask, (0, keys - mask.shape[-1]), value=hidden)
 
 
 def attention(
@@ -34,6 +47,7 @@ def attention(
     attn_mask: Tensor | None = None,
     past_key: Tensor | None = None,
     past_value: Tensor | None = None,
+    nonpad_kv_seqlen: Tensor | None = None,
     *,
     q_num_heads: int | None = None,
     kv_num_heads: int | None = None,
@@ -41,28 +55,34 @@ def attention(
     is_causal: int = 0,
     softcap: float = 0.0,
     softmax_precision: int | None = None,
+    qk_matmul_output_mode: int = 0,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
     outputs: int = 1,
 ) -> Any:
     """``softmax(cap(q @ k' * scale) + mask) @ v`` per head; key and value heads are shared by groups of query heads.
 
-    Operands are 3-D [B, S, H*d] or 4-D [B, H, S, d]; so is the result. Rows that a boolean mask excludes altogether
-    give zeros. Causal is top-left, after the past keys.
+    Operands are 3-D [B, S, H*d] or 4-D [B, H, S, d]; so is the result. Rows that masks exclude altogether give zeros.
+    Causal masks and windows count queries behind the past keys, or as the last of the ``nonpad_kv_seqlen``.
     """
     flat = q.ndim == 3
     q, k, v = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
-    past = 0
+    offset: Tensor | int = 0 if nonpad_kv_seqlen is None else nonpad_kv_seqlen - q.shape[2]
     if past_key is not None and past_value is not None:
-        past = past_key.shape[2]
+        offset = past_key.shape[2]
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
     batch, heads, rows, width = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, rows, width)
     scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, rows, -1)
-    scores = scores * (width**-0.5 if scale is None else scale)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask
-    allowed = _allowed(scores, attn_mask, is_causal, past)
+    stages = [scores * (width**-0.5 if scale is None else scale)]
+    stages.append(softcap * torch.tanh(stages[0] / softcap) if softcap else stages[0])
+    scores = stages[1]
+    allowed = _allowed(scores, offset, is_causal, (left_window_size, right_window_size), nonpad_kv_seqlen)
+    if attn_mask is not None:
+        mask = _as_long_as(scores.shape[-1], attn_mask)
+        shown = mask if mask.dtype == torch.bool else ~torch.isneginf(mask)
+        scores = scores if mask.dtype == torch.bool else scores + mask
+        allowed = shown if allowed is None else allowed & shown
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
         # A finite stand-in keeps softmax and its gradient free of NaN in rows that nothing may attend to.
@@ -73,14 +93,7 @@ def attention(
     mixed = weights.reshape(batch, k.shape[1], -1, *weights.shape[2:]) @ v.unsqueeze(2)
     y = mixed.reshape(batch, heads, rows, -1)
     y = y.transpose(1, 2).reshape(batch, rows, -1) if flat else y
-    return y if outputs == 1 else (y, k, v)
-
-
-def attention_problem(*, qk_matmul_output_mode: int = 0, outputs: int = 1, inputs: int = 3, **_: Any) -> str | None:
-    """Which outputs or inputs of Attention are not supported, or None."""
-    if outputs > 3:
-        return "output qk_matmul_output"
-    return "input nonpad_kv_seqlen" if inputs > 6 else None
+    return y if outputs == 1 else (y, k, v, [*stages, scores, weights][qk_matmul_output_mode])[:outputs]
 
 
 def rotary_embedding(
@@ -115,4 +128,3 @@ def rotary_embedding(
 
 
 TABLE: dict[str, Callable[..., Any]] = {"Attention": attention, "RotaryEmbedding": rotary_embedding}
-CHECKS: dict[str, Callable[..., str | None]] = {"Attention": attention_problem}

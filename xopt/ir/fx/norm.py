@@ -65,8 +65,9 @@ def group_norm(
 
 
 def lp_norm(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
-    """Divide by the Lp norm along an axis."""
-    return x / torch.linalg.vector_norm(x, ord=p, dim=axis, keepdim=True)
+    """Divide by the Lp norm along an axis; zeros stay."""
+    norm = torch.linalg.vector_norm(x, ord=p, dim=axis, keepdim=True)
+    return x / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
 def mean_variance_norm(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:

@@ -29,4 +29,4 @@ TABLE: dict[str, Callable[..., Any]] = {
 }
 
 #: Op type to a check of a node's form, which gives the reason why it is not supported, or None.
-CHECKS: dict[str, Callable[..., str | None]] = {**layout.CHECKS, **linear.CHECKS, **norm.CHECKS, **attention.CHECKS}
+CHECKS: dict[str, Callable[..., str | None]] = {**layout.CHECKS, **linear.CHECKS, **norm.CHECKS}
