@@ -56,7 +56,6 @@ def test_forms(names: list[str], flat: bool, grouped: bool) -> None:
     ("attributes", "given", "why"),
     [
         ({"left_window_size": -2}, {}, "window"),
-        ({"qk_matmul_output_mode": 4}, {}, "qk_matmul_output_mode"),
         ({"softmax_precision": 7}, {}, "softmax"),
         ({}, {**attentions.past(2), "nonpad_kv_seqlen": np.array([2, 2])}, "together"),
         ({}, {"attn_mask": attentions.mask(attentions.QUERIES, attentions.KEYS + 1)}, "longer"),
