@@ -25,6 +25,7 @@ from xopt.targets.ops import (
     packing,
     parameters,
     quantization,
+    recurrent,
     reduction,
     selection,
     templates,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 OPERATORS: dict[tuple[str, str], Emitter] = {
     ("", name): emitter
-    for table in (elementwise, layout, indexing, reduction, linear, norm, attention, quantization, selection)
+    for table in (elementwise, layout, indexing, reduction, linear, norm, attention, quantization, recurrent, selection)
     for name, emitter in table.OPS.items()
 }
 """Emitters of Relax operators by (domain, operator type)."""
