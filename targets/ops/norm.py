@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-from tvm import relax
+from tvm import relax, te, tirx
 
 from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call, Emitter
@@ -85,6 +85,31 @@ def _lp_norm(call: Call) -> Value:
     norm = call.emit(op.sqrt(total)) if order == 2 else total
     none = call.emit(op.equal(norm, relax.const(0.0, _wide(dtype))))
     return _cast(call, op.divide(x, op.where(none, relax.const(1.0, _wide(dtype)), norm)), dtype)
+
+
+def _local_norm(call: Call) -> Value:
+    """Each element by the squares of its channel and those nearby, of which an even size has one more behind."""
+    op, shape, size = relax.op, call.shape(), int(call.attr("size", 0))
+    if size < 1 or len(shape) < 2:
+        raise call.unsupported(f"{size} channels of a tensor of rank {len(shape)}")
+    dtype, channels = str(call.x().ty.dtype), shape[1]
+    most = channels - 1 if isinstance(channels, int) else size
+    before, behind = min((size - 1) // 2, most), min(size // 2, most)
+    x = _cast(call, call.x(), _wide(dtype))
+
+    def squares(data: Any, *index: Any) -> Any:
+        step = te.reduce_axis((0, before + behind + 1), "step")
+        channel = index[1] + step - before
+        value = data(index[0], channel, *index[2:])
+        inside = tirx.all(channel >= 0, channel < channels)
+        return te.sum(tirx.if_then_else(inside, value * value, tirx.const(0, data.dtype)), axis=step)
+
+    total = call.lowering.compute("squares_nearby", shape, squares, x)
+    alpha, beta, bias = (
+        relax.const(float(call.attr(name, default)) / divisor, _wide(dtype))
+        for name, default, divisor in (("alpha", 1e-4, size), ("beta", 0.75, 1), ("bias", 1.0, 1))
+    )
+    return _cast(call, op.divide(x, op.power(op.add(bias, op.multiply(alpha, total)), beta)), dtype)
 
 
 def _batch_norm(call: Call) -> list[Value]:
@@ -185,7 +210,7 @@ def _angles(call: Call, index: int, tokens: list[Dim], half: int) -> relax.Expr:
 
 
 OPS: dict[str, Emitter] = {
-    "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm, "LpNormalization": _lp_norm,
-    "RMSNormalization": _rms_norm, "RotaryEmbedding": _rotary,
+    "BatchNormalization": _batch_norm, "LRN": _local_norm, "LayerNormalization": _layer_norm,
+    "LpNormalization": _lp_norm, "RMSNormalization": _rms_norm, "RotaryEmbedding": _rotary,
 }  # fmt: skip
 """Emitters by operator type."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tvm import relax
 
 from xopt.targets.ops.call import Call, Emitter
@@ -29,6 +30,20 @@ def over(call: Call, reduce: Reduce, axes: list[int] | None) -> Value:
     return call.emit(reduce(call.x(), axes or None, keep))
 
 
+def _extreme(reduce: Reduce, end: float) -> Reduce:
+    """Maximum or minimum; of floats that are all the farthest infinity, TVM would give the last finite number."""
+
+    def extreme(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
+        found, dtype = reduce(x, axes, keep), str(x.ty.dtype)
+        if "float" not in dtype:
+            return found
+        infinity = relax.const(end, dtype)
+        nearer = relax.op.max(relax.op.astype(relax.op.not_equal(x, infinity), "int8"), axes, keep)
+        return relax.op.where(relax.op.astype(nearer, "bool"), found, infinity)
+
+    return extreme
+
+
 def _log_sum_exp(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
     top = relax.op.max(x, axes, True)
     total = relax.op.log(relax.op.sum(relax.op.exp(relax.op.subtract(x, top)), axes, True))
@@ -51,7 +66,8 @@ def _softmax(function: Callable[[relax.Expr, int], relax.Expr]) -> Emitter:
 
 
 REDUCTIONS: dict[str, Reduce] = {
-    "ReduceSum": relax.op.sum, "ReduceMean": _mean, "ReduceMax": relax.op.max, "ReduceMin": relax.op.min,
+    "ReduceSum": relax.op.sum, "ReduceMean": _mean,
+    "ReduceMax": _extreme(relax.op.max, -np.inf), "ReduceMin": _extreme(relax.op.min, np.inf),
     "ReduceProd": relax.op.prod, "ReduceL2": _norm2,
     "ReduceL1": lambda x, axes, keep: relax.op.sum(relax.op.abs(x), axes, keep),
     "ReduceSumSquare": lambda x, axes, keep: relax.op.sum(relax.op.multiply(x, x), axes, keep),
