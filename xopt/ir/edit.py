@@ -246,6 +246,37 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
         new.shape, new.type = old.shape, old.type
 
 
+def same_form(old: ir.Value, new: ir.Value) -> bool:
+    """Whether readers of ``old`` find the same type, rank and sizes in ``new``, as far as they are known.
+
+    A constant of one element is a number to `scalar`, whatever its rank; as an operand it may still add axes, or repeat
+    one of size 1.
+    """
+    if None not in (old.dtype, new.dtype) and old.dtype != new.dtype:
+        return False
+    if old.shape is None or new.shape is None:
+        return True
+    return len(old.shape) == len(new.shape) and all(map(_same_size, old.shape, new.shape))
+
+
+def _same_size(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim) -> bool:
+    """Sizes that inference has left open may be any."""
+    if isinstance(old, int):
+        return old == new if isinstance(new, int) else new.value is None or new.value.startswith("unk__")
+    return True
+
+
+def replace(old: ir.Value, new: ir.Value) -> bool:
+    """Let every reader of ``old`` read ``new`` where both have the same form; whether they do.
+
+    Rewrites that drop a node, or put another in its place, go through here, before they change anything else.
+    """
+    if not same_form(old, new):
+        return False
+    replace_uses(old, new)
+    return True
+
+
 def _identity_of(value: ir.Value, site: ir.Node) -> ir.Value:
     """Output of a new Identity: right after the node that computes ``value``, or before ``site`` if none does."""
     source = value.producer()

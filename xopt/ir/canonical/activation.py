@@ -21,7 +21,8 @@ from xopt.ir.edit import (
     operand,
     producer,
     remove_dead,
-    replace_uses,
+    replace,
+    same_form,
     scalar,
     set_attributes,
     sweep,
@@ -93,9 +94,8 @@ def _sigmoid(node: ir.Node) -> bool:
     found = False
     for x, alpha in candidates:
         for user in consumers(gate, "Mul"):
-            if {operand(user, 0), operand(user, 1)} == {gate, x}:
-                replace_uses(user.outputs[0], insert(user, "Swish", [x], {"alpha": alpha}, shape=x.shape))
-                found = True
+            if {operand(user, 0), operand(user, 1)} == {gate, x} and same_form(user.outputs[0], x):
+                found |= replace(user.outputs[0], insert(user, "Swish", [x], {"alpha": alpha}, shape=x.shape))
     return found
 
 
@@ -107,12 +107,11 @@ def _replace_gate(node: ir.Node, x: ir.Value, approximate: str) -> bool:
             continue
         gate = total.outputs[0]
         for whole in _products_over(gate):
-            if _is_product(whole, 0.5, {x: 1, gate: 1}):
+            if _is_product(whole, 0.5, {x: 1, gate: 1}) and same_form(whole, x):
                 site = whole.producer()
                 assert site is not None
                 result = insert(site, "Gelu", [x], {"approximate": approximate}, shape=x.shape)
-                replace_uses(whole, result)
-                found = True
+                found |= replace(whole, result)
                 break
     return found
 

@@ -20,7 +20,8 @@ from xopt.ir.edit import (
     operand,
     producer,
     remove_dead,
-    replace_uses,
+    replace,
+    same_form,
     scalar,
     set_attributes,
     sweep,
@@ -54,8 +55,7 @@ def _bypass(node: ir.Node) -> bool:
     source, result = operand(node, 0), node.outputs[0]
     if result.is_graph_output() and (source.producer() is None or source.is_graph_output()):
         return False
-    replace_uses(result, source)
-    return True
+    return replace(result, source)
 
 
 def _cast(node: ir.Node) -> bool:
@@ -131,7 +131,7 @@ def _neutral(node: ir.Node) -> bool:
     left, right = operand(node, 0), operand(node, 1)
     if node.op_type in ("Add", "Mul") and scalar(left) == neutral:
         left, right = right, left
-    if scalar(right) != neutral or right.shape is None or left.shape is None or len(right.shape) > len(left.shape):
+    if scalar(right) != neutral or left.shape is None or not same_form(node.outputs[0], left):
         return False
     node.replace_input_with(0, left)
     return _bypass(node)

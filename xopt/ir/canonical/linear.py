@@ -23,7 +23,7 @@ from xopt.ir.edit import (
     operand,
     producer,
     remove_dead,
-    replace_uses,
+    replace,
     sweep,
 )
 from xopt.ir.shapes import equal_by_count, infer_shapes
@@ -51,8 +51,7 @@ def _gemm(node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> bool:
     product = insert(node, "MatMul", [a, _scaled(node, b, alpha)], dtype=a.dtype, shape=node.outputs[0].shape)
     if c is not None and beta != 0:
         product = insert(node, "Add", [product, _bias(node, _scaled(node, c, beta))], shape=node.outputs[0].shape)
-    replace_uses(node.outputs[0], product)
-    return True
+    return replace(node.outputs[0], product)
 
 
 def _scaled(node: ir.Node, value: ir.Value, factor: float) -> ir.Value:
@@ -114,8 +113,7 @@ def _einsum(node: ir.Node) -> bool:
     if new in x or out != x[:-1] + new or not isinstance(node.graph, ir.Graph):
         return False
     right = operand(node, 1) if w[0] == x[-1] else initializer(node.graph, f"{operand(node, 1).name}_t", weight.T)
-    replace_uses(node.outputs[0], insert(node, "MatMul", [operand(node, 0), right], shape=node.outputs[0].shape))
-    return True
+    return replace(node.outputs[0], insert(node, "MatMul", [operand(node, 0), right], shape=node.outputs[0].shape))
 
 
 def _lift_reshape(node: ir.Node) -> bool:
@@ -138,8 +136,7 @@ def _lift_reshape(node: ir.Node) -> bool:
     y = insert(node, "MatMul", [x, weight], name=product.outputs[0].name, shape=result.shape)
     if bias is not None:
         y = insert(node, "Add", [y, operand(bias, 1)], name=bias.outputs[0].name, shape=result.shape)
-    replace_uses(result, y)
-    return True
+    return replace(result, y)
 
 
 def _same_leading(a: ir.Shape | None, b: ir.Shape | None) -> bool:

@@ -27,7 +27,9 @@ from xopt.ir.edit import (
     operand,
     producer,
     remove_dead,
+    replace,
     replace_uses,
+    same_form,
     scalar,
     set_attributes,
     sweep,
@@ -78,10 +80,11 @@ def _fuse(node: ir.Node, report: CanonicalizeReport) -> bool:
     if not isinstance(width, int):
         report.refuse("norm", node.name, "norm-width-unknown")
         return False
+    if not same_form(result, found.x):
+        return False
     scale = initializer(node.graph, f"{node.name}/scale", np.ones(width, found.x.dtype.numpy()))
     attributes = {"axis": -1, "epsilon": found.epsilon}
-    replace_uses(result, insert(site, found.kind, [found.x, scale], attributes, shape=found.x.shape))
-    return True
+    return replace(result, insert(site, found.kind, [found.x, scale], attributes, shape=found.x.shape))
 
 
 def _match(node: ir.Node) -> _Normalized | None:
@@ -178,13 +181,13 @@ def _absorb_affine(node: ir.Node) -> bool:
     user = _only_consumer(result, "Mul")
     if user is not None and array is not None and np.all(array == 1) and input_at(node, 2) is None:
         factor = _other(user, result)
-        if _is_vector(factor, array.size, result):
+        if _is_vector(factor, array.size, result) and same_form(user.outputs[0], result):
             result = _absorb(node, 1, factor, user)
             changed = True
     user = _only_consumer(result, "Add")
     if user is not None and node.op_type == "LayerNormalization" and input_at(node, 2) is None and array is not None:
         bias = _other(user, result)
-        if _is_vector(bias, array.size, result):
+        if _is_vector(bias, array.size, result) and same_form(user.outputs[0], result):
             _absorb(node, 2, bias, user)
             changed = True
     return changed
