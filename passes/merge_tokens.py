@@ -330,10 +330,10 @@ def _drops_protected(node: ir.Node, protected: int) -> bool:
     """Whether a node leaves out some of the protected tokens in front, and no others."""
     if not edit.is_op(node, "Slice"):
         return False
-    starts, ends, axes, steps = (walk.ints(edit.input_at(node, place)) for place in (1, 2, 3, 4))
+    starts, ends, axes = (walk.ints(edit.input_at(node, place)) for place in (1, 2, 3))
     tokens = (walk.shape_of(node.inputs[0]) or (None, None))[1]
     whole = ends is not None and ends[0] >= (tokens if tokens is not None else np.iinfo(np.int32).max)
-    return axes == [1] and starts is not None and 0 < starts[0] <= protected and whole and steps in (None, [1])
+    return axes == [1] and starts is not None and 0 < starts[0] <= protected and whole and walk.in_order(node)
 
 
 def _reads_protected(node: ir.Node, protected: int) -> bool:
@@ -349,7 +349,8 @@ def _reads_protected(node: ir.Node, protected: int) -> bool:
         return index is not None and all(0 <= place < protected for place in index)
     if edit.is_op(node, "Slice"):
         starts, ends, axes = (walk.ints(edit.input_at(node, place)) for place in (1, 2, 3))
-        return axes == [1] and starts is not None and ends is not None and 0 <= starts[0] < ends[0] <= protected
+        inside = starts is not None and ends is not None and 0 <= starts[0] < ends[0] <= protected
+        return axes == [1] and inside and walk.in_order(node)
     return False
 
 

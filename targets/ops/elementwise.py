@@ -124,7 +124,7 @@ def _power(call: Call) -> Value:
     base = call.x()
     if is_integer(base):
         return _integer_power(call, exponent)
-    if exponent is not None and exponent.size == 1:
+    if exponent is not None and exponent.size == 1 and exponent.ndim <= len(call.shape()):
         return call.emit(_constant_power(base, float(exponent.reshape(-1)[0])))
     return _binary(lambda a, b: relax.op.power(a, b if a.ty.dtype == b.ty.dtype else relax.op.astype(b, a.ty.dtype)))(
         call

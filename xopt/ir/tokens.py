@@ -120,7 +120,7 @@ def _pools(node: ir.Node, value: ir.Value, axis: int) -> tuple[Pooled | None, in
 def _slice_kind(node: ir.Node, axis: int) -> tuple[Pooled | None, int | None]:
     starts, ends, axes = (walk.ints(node.inputs[i]) if len(node.inputs) > i else None for i in (1, 2, 3))
     rank = len(walk.shape_of(node.inputs[0]) or ())
-    if starts is None or ends is None or axes is None or not rank:
+    if starts is None or ends is None or axes is None or not rank or not walk.in_order(node):
         return "unknown", None
     for start, end, along in zip(starts, ends, axes):
         if along % rank == axis and (start, end) == (0, 1):

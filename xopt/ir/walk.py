@@ -24,6 +24,12 @@ def ints(value: ir.Value | None) -> list[int] | None:
     return [int(item) for item in data.reshape(-1)]
 
 
+def in_order(node: ir.Node) -> bool:
+    """Whether a Slice takes elements one after the other: steps that the data decide may be any."""
+    steps = edit.input_at(node, 4)
+    return steps is None or set(ints(steps) or [0]) == {1}
+
+
 def int_attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute of a node."""
     found = node.attributes.get(name)

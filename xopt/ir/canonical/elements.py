@@ -131,9 +131,10 @@ class Reader:
         return None if None in args else _COMPUTED[node.op_type](node, *args)
 
     def _triangle(self, node: ir.Node, at: Indices) -> Element | None:
-        offset = self.symbols.integers(input_at(node, 1)) or [0]
+        given = input_at(node, 1)
+        offset = [0] if given is None else self.symbols.integers(given)
         inside = self.broadcast(node.inputs[0], at)  # type: ignore[arg-type]
-        if inside is None:
+        if inside is None or not offset:
             return None
         row, column = Element("index", position=at[-2] + offset[0]), Element("index", position=at[-1])
         keep = at_least(column, row) if integer(node, "upper", 1) else at_least(row, column)
