@@ -54,6 +54,12 @@ FITTING = {
 IGNORED = {"Resize": {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"}}
 """Attributes that converters do not look at, and what they take them for."""
 
+STRINGS = {
+    ("GridSample", "mode"): ("linear", "bilinear", "nearest", "cubic", "bicubic"),
+    ("GridSample", "padding_mode"): ("zeros", "border", "reflection"),
+}
+"""What attributes may say, of which converters pass on whatever they are given."""
+
 
 def convert(call: Call) -> list[Value]:
     """Emit a node through TVM's converter.
@@ -65,6 +71,9 @@ def convert(call: Call) -> list[Value]:
     for name, meant in IGNORED.get(call.node.op_type, {}).items():
         if call.attr(name, meant) != meant:
             raise call.unsupported(f"attribute {name} is not compiled")
+    for (op, name), known in STRINGS.items():
+        if call.node.op_type == op and call.attr(name, known[0]) not in known:
+            raise call.unsupported(f"there is no {name} {call.attr(name)!r}")
     checked = replace(call, read=set())  # what is looked at here is not read by the converter
     _require_fitting(checked)
     if call.node.op_type == "Resize":
