@@ -10,6 +10,7 @@ of the host, whatever the target: a device only counts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,9 @@ def check_sizes(
             raise InputError("E-UNSUPPORTED-OP", f"a size that the data decides cannot be checked: {otherwise}")
         used |= found
     numbers = [used[name] for name in sorted(used)]
-    builder.add_func(_assertion("check_sizes", numbers, conditions, target), "check_sizes")
-    return [relax.BindingBlock([relax.VarBinding(relax.Var("sizes", _NOTHING), _call("check_sizes", numbers))])]
+    name = _unused(builder, "check_sizes")
+    builder.add_func(_assertion(name, numbers, conditions, target), name)
+    return [relax.BindingBlock([relax.VarBinding(relax.Var("sizes", _NOTHING), _call(name, numbers))])]
 
 
 def check_indices(builder: relax.BlockBuilder, counts: Sequence[tuple[relax.Var, str]], target: Target) -> None:
@@ -71,8 +73,9 @@ def check_indices(builder: relax.BlockBuilder, counts: Sequence[tuple[relax.Var,
     for (count, _), number in zip(counts, numbers):
         builder.match_cast(builder.emit(relax.op.tensor_to_shape(count)), relax.ShapeType([number]))
     conditions = [(number == 0, otherwise) for number, (_, otherwise) in zip(numbers, counts)]
-    builder.add_func(_assertion("check_indices", numbers, conditions, target), "check_indices")
-    builder.emit(_call("check_indices", numbers))
+    name = _unused(builder, "check_indices")
+    builder.add_func(_assertion(name, numbers, conditions, target), name)
+    builder.emit(_call(name, numbers))
 
 
 def check_now(name: str, numbers: Sequence[tirx.Var], condition: Condition) -> PrimFunc:
@@ -91,6 +94,12 @@ def check_now(name: str, numbers: Sequence[tirx.Var], condition: Condition) -> P
 
 
 _NOTHING = relax.TupleType([])
+
+
+def _unused(builder: relax.BlockBuilder, name: str) -> str:
+    """A name for one more function of the module."""
+    taken = {variable.name_hint for variable in builder.get().functions}
+    return next(found for number in itertools.count() if (found := f"{name}_{number}" if number else name) not in taken)
 
 
 def _call(name: str, numbers: Sequence[tirx.Var]) -> relax.Call:

@@ -7,8 +7,8 @@ over the nodes is :mod:`xopt.targets.lowering`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -48,6 +48,7 @@ class Emitting:
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     outside: list[tuple[relax.Var, str]] = field(default_factory=list)
     node: str = ""
+    within: bool = False
     tied: dict[ir.Value, ir.Value] = field(default_factory=dict)
     attentions: dict[ir.Node, tuple[Part, Part, Part]] = field(default_factory=dict)
     _bases: dict[relax.Var, relax.Var] = field(default_factory=dict)
@@ -55,7 +56,23 @@ class Emitting:
     _kernels: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dims.later = self._check_now
+        if not self.within:
+            self.dims.later = self.check_now
+
+    def walk(self, graph: ir.Graph) -> None:
+        """Lower every node of a graph in order."""
+        raise NotImplementedError
+
+    def inline(self, graph: ir.Graph) -> None:
+        """Lower every node of a graph inside a node as if it were part of the graph around it."""
+        raise NotImplementedError
+
+    def inside(self, builder: relax.BlockBuilder, values: dict[ir.Value, Value]) -> Self:
+        """The state for a function of its own in the same module, whose graph sees ``values``."""
+        return replace(
+            self, builder=builder, values=values, within=True, wanted={}, ranges={}, layouts={}, tokens_first={},
+            outside=[], tied={}, attentions={}, _bases={}, _views={},
+        )  # fmt: skip
 
     # -- values ----------------------------------------------------------------------------------------------------
     def value(self, value: ir.Value) -> Value:
@@ -318,7 +335,7 @@ class Emitting:
         self.builder.match_cast(self.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType(dims))
         return dims
 
-    def _check_now(self, condition: Any, otherwise: str) -> None:
+    def check_now(self, condition: Any, otherwise: str) -> None:
         """Have a condition on sizes that the data decide checked before what is emitted next."""
         if self.target.device != CPU:
             raise InputError("E-UNSUPPORTED-OP", f"a size that the data decides cannot be checked: {otherwise}")

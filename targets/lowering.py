@@ -77,6 +77,10 @@ class Lowering(Emitting):
                 continue
             self._lower(node)
 
+    def inline(self, graph: ir.Graph) -> None:
+        for node in graph:
+            self._lower(node)
+
     def _lower(self, node: ir.Node) -> None:
         """Lower one node: known results, else what its emitter makes of it, else the function that ONNX defines it by.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
@@ -94,6 +95,16 @@ class Dimensions:
         self._bind(variable.name, 1 << 31, least=0)
         self._decided.add(variable.name)
         return variable
+
+    @contextmanager
+    def apart(self, later: Callable[[Any, str], None]) -> Iterator[dict[str, list[Any]]]:
+        """Meanwhile what is required goes into a dict of its own, which is given, or to ``later``."""
+        before = self.requirements, self.later, set(self._not_negative)
+        self.requirements, self.later = {}, later
+        try:
+            yield self.requirements
+        finally:
+            self.requirements, self.later, self._not_negative = before
 
     def _new(self, name: str) -> tirx.Var:
         internal = identifier("dim", len(self.variables), name)

@@ -16,6 +16,7 @@ from tvm import relax
 
 from xopt.targets.ops import (
     attention,
+    control,
     elementwise,
     fallback,
     indexing,
@@ -39,7 +40,19 @@ if TYPE_CHECKING:
 
 OPERATORS: dict[tuple[str, str], Emitter] = {
     ("", name): emitter
-    for table in (elementwise, layout, indexing, reduction, linear, norm, attention, quantization, recurrent, selection)
+    for table in (
+        elementwise,
+        layout,
+        indexing,
+        reduction,
+        linear,
+        norm,
+        attention,
+        quantization,
+        recurrent,
+        selection,
+        control,
+    )
     for name, emitter in table.OPS.items()
 }
 """Emitters of Relax operators by (domain, operator type)."""

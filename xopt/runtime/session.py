@@ -14,13 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from xopt.errors import InputError
-from xopt.runtime import artifact, trio
+from xopt.runtime import artifact, loops, trio
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
+from xopt.runtime.loops import REFUSAL as REFUSAL
 from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo
 from xopt.runtime.threads import count, running
-
-REFUSAL = "xopt refuses: "
-"""What the message of an assertion in compiled code starts with."""
 
 _POOLED_ALLOCATOR = 2
 
@@ -80,6 +78,7 @@ class Session:
         trio.settle(library)
         manifest = artifact.read_manifest(library)
         runtime = artifact.runtime()
+        loops.register(runtime)
         code = artifact.read_code(library, manifest)
         if manifest.device == CUDA:
             load_cuda_runtime(artifact.tvm_libraries())
@@ -117,7 +116,7 @@ class Session:
             what = "a session on a GPU does not survive a fork"
             raise InputError("E-FORK", what, cure="load the artifact again in the child process")
         try:
-            with self._lock, running(self._threads):
+            with self._lock, running(self._threads), loops.serving(self.machine):
                 results = self._computed(arrays)
         except Exception as error:
             raise _refusal(error) from error
