@@ -104,8 +104,9 @@ class Lowering(Emitting):
             return emit_node(self, node)
         except InputError as error:
             self.dims.requirements, self.ranges, self.outside = before
-            if (simpler := body(node, self.opset)) is None:
-                raise
+            simpler = body(node, self.opset)
+            if simpler is None or any(inner.op_type == "Loop" for inner in simpler.graph):
+                raise  # a loop step by step (Range's body) takes what makes no sense, too
             before = self._noted()
             try:
                 return self._expanded(node, simpler)
