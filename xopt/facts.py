@@ -33,6 +33,7 @@ def describe(model: ir.Model, dims: Mapping[str, int], refused: Iterable[Refused
     Symbolic axes that ``dims`` leaves out are taken as one sample, and as 128 otherwise. ``refused`` is what
     canonicalizing the model left alone.
     """
+    from xopt.ir.batch import batch_axes
     from xopt.ir.cost import cost
     from xopt.ir.structure import transformer_blocks
 
@@ -44,6 +45,7 @@ def describe(model: ir.Model, dims: Mapping[str, int], refused: Iterable[Refused
         "blocks": [_block(block) for block in transformer_blocks(model)],
         "left_out": left_out(model, refused),
         "dims": dict(price.dims),
+        "batch": batch_axes(model).size,
         "opset": model.opset_imports.get("", 0),
         "inputs": [_value(value) for value in model.graph.inputs if value.name not in model.graph.initializers],
         "outputs": [_value(value) for value in model.graph.outputs],

@@ -19,6 +19,7 @@ from xopt import cli, commands
 from xopt.data.dataset import Dataset
 from xopt.ir import export
 from xopt.ir.io import load, save
+from xopt.ir.shapes import bind_dims
 
 MODEL_ARRAY = "pixel_values"
 
@@ -201,6 +202,13 @@ def test_inspect(xopt: Run, model: Path) -> None:
     attention = {"heads": 4, "kv_heads": 4, "head_dim": 8, "causal": False}
     assert answer["blocks"] == [{"attention": attention, "ffn": {"width": 128, "gated": False}}]
     assert answer["bytes"] >= 4 * answer["parameters"] > 0
+
+
+def test_inspect_says_where_the_batch_is_fixed(xopt: Run, model: Path, tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed.onnx"
+    save(bind_dims(load(model), {"batch": 3}), fixed)
+    assert [xopt("inspect", path, "--json").json["batch"] for path in (model, fixed)] == [None, 3]
+    assert "fixed at 3; --passes free-batch" in xopt("inspect", fixed).out
 
 
 def test_inspect_counts_at_the_sizes_it_is_given(xopt: Run, model: Path) -> None:

@@ -120,6 +120,10 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     for kind in ("inputs", "outputs"):
         for value in facts[kind]:
             console.out(f"{kind[:-1]:<11} {value['name']} {value['dtype']} {value['shape']}")
+    if facts["batch"] is not None:
+        console.out(
+            f"batch       fixed at {facts['batch']}; --passes free-batch lets it be any, where the graph allows it"
+        )
     rows = [_block_row(index, block) for index, block in enumerate(facts["blocks"])]
     console.out()
     if rows:
