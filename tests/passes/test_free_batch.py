@@ -42,7 +42,7 @@ def assert_same_by_sample(before: ir.Model, after: ir.Model, axis: int = 0, out:
                 np.testing.assert_allclose(np.take(array, row, out), np.take(alone[name], 0, out), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [2, *(pytest.param(other, marks=pytest.mark.slow) for other in (1, 3))])
 @pytest.mark.parametrize("kind", builders.ZOO)
 def test_every_kind_of_model_is_freed(kind: str, batch: int) -> None:
     fixed = bind_dims(builders.ZOO[kind](), {"batch": batch})
