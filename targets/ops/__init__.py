@@ -28,6 +28,7 @@ from xopt.targets.ops import (
     quantization,
     recurrent,
     reduction,
+    resize,
     selection,
     templates,
 )
@@ -50,6 +51,7 @@ OPERATORS: dict[tuple[str, str], Emitter] = {
         attention,
         quantization,
         recurrent,
+        resize,
         selection,
         control,
     )

@@ -51,8 +51,6 @@ FITTING = {
     "RoiAlign": [((1, 0), (2, 0))],
 }
 """(input, axis) twice, that are of one size: converters take it for granted."""
-IGNORED = {"Resize": {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"}}
-"""Attributes that converters do not look at, and what they take them for."""
 
 STRINGS = {
     ("GridSample", "mode"): ("linear", "bilinear", "nearest", "cubic", "bicubic"),
@@ -68,16 +66,11 @@ def convert(call: Call) -> list[Value]:
         InputError: E-UNSUPPORTED-OP, the converter refuses the node.
     """
     inputs = [None if value is None else _argument(call, value) for value in call.node.inputs]
-    for name, meant in IGNORED.get(call.node.op_type, {}).items():
-        if call.attr(name, meant) != meant:
-            raise call.unsupported(f"attribute {name} is not compiled")
     for (op, name), known in STRINGS.items():
         if call.node.op_type == op and call.attr(name, known[0]) not in known:
             raise call.unsupported(f"there is no {name} {call.attr(name)!r}")
     checked = replace(call, read=set())  # what is looked at here is not read by the converter
     _require_fitting(checked)
-    if call.node.op_type == "Resize":
-        _check_scales(checked)
     if call.node.op_type in ELEMENTWISE:
         inputs = _broadcast(checked)
     if call.node.op_type == "RoiAlign":
@@ -158,28 +151,13 @@ def _require_fitting(call: Call) -> None:
     op = call.node.op_type
     for (a, axis), (b, other) in FITTING.get(op, ()):
         call.require(call.dims.same(call.shape(a)[axis], call.shape(b)[other]), f"inputs {a} and {b} do not fit")
-    if op in FITTING or op in ELEMENTWISE or op == "Resize":
+    if op in FITTING or op in ELEMENTWISE:
         return
     tensors = [
         call.shape(place) for place in range(len(call.node.inputs)) if call.has(place) and call.const(place) is None
     ]
     if len(tensors) > 1 and not all(isinstance(dim, int) for shape in tensors for dim in shape):
         raise call.unsupported("several inputs with dynamic dimensions")
-
-
-def _check_scales(call: Call) -> None:
-    """The converter computes scales from sizes, and leaves the first two axes as they are."""
-    if (mode := str(call.attr("coordinate_transformation_mode", ""))) in ("tf_crop_and_resize", "half_pixel_symmetric"):
-        raise call.unsupported(f"coordinates by {mode}")
-    scales, sizes = call.const(2), call.const(3)
-    for axis, dim in enumerate(call.shape()):
-        if scales is not None and scales.size:
-            scale = float(scales[axis])
-            whole = scale.is_integer() or (isinstance(dim, int) and (dim * scale).is_integer())
-            if not whole or (axis < 2 and scale != 1):
-                raise call.unsupported(f"it scales axis {axis} by {scale:g}")
-        elif axis < 2 and sizes is not None:
-            call.require(call.dims.same(dim, int(sizes[axis])), f"it resizes axis {axis}")
 
 
 def _broadcast(call: Call) -> list[relax.Expr]:

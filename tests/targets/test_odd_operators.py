@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import tvm
 
 from tests.fuzz import reference
 from tests.targets.running import built
@@ -46,6 +47,20 @@ def image(attributes: str, sizes: Sequence[int] = (1, 2, 7, 5)) -> Any:
     return pytest.param(IMAGE, body, [{"x": floats(1, 2, 4, 3)}], id=f"Resize-{attributes}-{sizes}")
 
 
+LINEAR = 'mode: string = "linear"'
+RESIZED = [
+    image(f"antialias: int = 1, {LINEAR}", (1, 2, 2, 2)), image("axes: ints = [2, 3]", (2, 2)),
+    image(f'keep_aspect_ratio_policy: string = "not_larger", {LINEAR}'),
+    *(image(f'{mode}, coordinate_transformation_mode: string = "{how}"', sizes)
+      for mode in (LINEAR, 'mode: string = "cubic"', 'mode: string = "nearest"')
+      for how in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+      for sizes in ((1, 2, 7, 5), (1, 2, 2, 1))),
+    of(IMAGE, f"s = Constant <value_floats: floats = [1.0, 1.0, 0.6, 2.3]> () y = Resize <{LINEAR}> (x, , s)",
+       {"x": floats(1, 2, 4, 3)}),
+    of("float[1, 2, h, w] x",
+       f"s = Constant <value_floats: floats = [1.0, 1.0, 1.5, 2.0]> () y = Resize <{LINEAR}> (x, , s)",
+       {"x": floats(1, 2, 4, 3)}, {"x": floats(1, 2, 5, 1)}),
+]  # fmt: skip
 COUNT = "s = Shape (x) q = Squeeze (s) f = Cast <to: int = 1> (q) z = Constant <value_float: float = 0.0> ()"
 POOL = "kernel_shape: ints = [2, 2], strides: ints = [2, 2]"
 NOOP = "noop_with_empty_axes: int = 1"
@@ -96,7 +111,7 @@ EQUAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("inputs", "body", "feeds"), EQUAL)
+@pytest.mark.parametrize(("inputs", "body", "feeds"), [*EQUAL, *RESIZED])
 def test_equal(inputs: str, body: str, feeds: Sequence[dict[str, np.ndarray]]) -> None:
     proto = parsed(inputs, body)
     theirs, ours = reference.session(proto.SerializeToString()), compiled(proto)
@@ -121,12 +136,7 @@ REFUSED = [
     of("float[3, 4] x", "p = Constant <value_ints: ints = [0, -1, 0, 3]> () y = Pad <mode: string = \"wrap\"> (x, p)"),
     of("float[a] x", f"{COUNT} o = Constant <value_float: float = 0.3> () y = Range (z, f, o)"),
     of(WINDOW, f"y = MaxPool <{POOL}, auto_pad: string = \"SAME_LOWER\"> (x)"),
-    image("antialias: int = 1, mode: string = \"linear\""), image('mode: string = "linear"', (1, 3, 4, 3)),
-    image("axes: ints = [2, 3]", (2, 2)),
-    image('keep_aspect_ratio_policy: string = "not_larger", mode: string = "linear"'),
     image('coordinate_transformation_mode: string = "tf_crop_and_resize"'),
-    of(IMAGE, "s = Constant <value_floats: floats = [1.0, 1.0, 0.6, 2.3]> () "
-       "y = Resize <mode: string = \"linear\"> (x, , s)"),
     of("uint8[3, 3] x, uint8[b] q", "y = MatMulInteger (x, x, q)"),
 ]  # fmt: skip
 
@@ -170,11 +180,13 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(
             ours(given)
 
 
-def test_what_tvm_finds_out_late(tmp_path: Path) -> None:
-    mode = 'mode: string = "linear", coordinate_transformation_mode: string = "align_corners"'
-    body = f"s = Constant <value_ints: ints = [1, 2, 1, 3]> () y = Resize <{mode}> (x, , , s)"
-    proto = parsed(IMAGE, body)
-    proto.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 2, 1, 3]))
+def test_what_tvm_finds_out_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*arguments: Any, **options: Any) -> None:
+        raise tvm.error.InternalError("Check failed: (value_ty.MatchesCode(kDLInt)) is false")
+
+    proto = parsed("float[3] x", "y = Relu (x)")
+    proto.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3]))
     onnx.save_model(proto, tmp_path / "model.onnx")
+    monkeypatch.setattr(tvm.relax, "build", build)
     with pytest.raises(InputError, match="TVM cannot compile"):
         api.compile(tmp_path / "model.onnx", "cpu", tmp_path / "model.so", threads=1, database=False)
