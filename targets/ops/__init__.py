@@ -30,6 +30,7 @@ from xopt.targets.ops import (
     reduction,
     resize,
     selection,
+    spectrum,
     templates,
 )
 from xopt.targets.ops.call import Call, Emitter
@@ -53,6 +54,7 @@ OPERATORS: dict[tuple[str, str], Emitter] = {
         recurrent,
         resize,
         selection,
+        spectrum,
         control,
     )
     for name, emitter in table.OPS.items()
