@@ -221,12 +221,13 @@ def _cumulative_sum(call: Call) -> Value:
 
 
 def sums_along(call: Call, axis: int) -> relax.Expr:
-    """Input 0 summed up along an axis, from the end or without the element itself where the node says so."""
+    """Input 0 summed up (CumProd: multiplied) along an axis, from the end or without the element itself if asked for."""
     x, exclusive = call.x(), bool(call.attr("exclusive", 0))
     backwards = bool(call.attr("reverse", 0))
     if backwards:
         x = _turned(call, x, axis)
-    sums = call.emit(relax.op.cumsum(x, axis, str(x.ty.dtype), exclusive))
+    scan = relax.op.cumprod if call.node.op_type == "CumProd" else relax.op.cumsum
+    sums = call.emit(scan(x, axis, str(x.ty.dtype), exclusive))
     return _turned(call, sums, axis) if backwards else sums
 
 
@@ -249,6 +250,6 @@ def _eye_like(call: Call) -> Value:
 OPS: dict[str, Emitter] = {
     "Gather": _gather, "GatherElements": _gather_elements, "GatherND": _gather_nd, "OneHot": _one_hot,
     "ScatterND": _scatter_nd, "ScatterElements": _scatter_elements, "ArgMax": _arg(True), "ArgMin": _arg(False),
-    "TopK": _top_k, "CumSum": _cumulative_sum, "EyeLike": _eye_like,
+    "TopK": _top_k, "CumSum": _cumulative_sum, "CumProd": _cumulative_sum, "EyeLike": _eye_like,
 }  # fmt: skip
 """Emitters by operator type."""

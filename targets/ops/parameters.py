@@ -477,6 +477,7 @@ RUN_TIME: dict[str, tuple[tuple[int, ...], Emitter]] = {
     "Reshape": ((1,), _reshape), "Expand": ((1,), _expand), "Tile": ((1,), _tile), "Squeeze": ((1,), _squeeze),
     "Unsqueeze": ((1,), _unsqueeze), "Slice": ((1, 2, 3, 4), _slice), "Split": ((1,), _split),
     "Pad": ((1, 3), _pad), "Trilu": ((1,), _triangle), "CumSum": ((1,), _cumulative_sum),
+    "CumProd": ((1,), _cumulative_sum),
     "ConstantOfShape": ((0,), _constant_of_shape), "Range": ((0, 1, 2), _range), "TopK": ((1,), _top_k),
     **{name: ((1,), _reduced(name)) for name in REDUCTIONS},
 }  # fmt: skip
