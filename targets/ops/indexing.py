@@ -221,7 +221,7 @@ def _cumulative_sum(call: Call) -> Value:
 
 
 def sums_along(call: Call, axis: int) -> relax.Expr:
-    """Input 0 summed up (CumProd: multiplied) along an axis, from the end or without the element itself if asked for."""
+    """Input 0 summed up (CumProd: multiplied) along an axis, from the end or without the element itself."""
     x, exclusive = call.x(), bool(call.attr("exclusive", 0))
     backwards = bool(call.attr("reverse", 0))
     if backwards:
