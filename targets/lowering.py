@@ -31,6 +31,7 @@ from xopt.targets.formats import dequantized, plan_formats
 from xopt.targets.integer_attention import parts, stored_formats
 from xopt.targets.symbolic import EVALUATED, STRUCTURAL, Array, Dim, UndecidedError, evaluate, known
 from xopt.targets.weights import Weights
+from xopt.targets.widening import storage, widen
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
@@ -166,7 +167,7 @@ class Lowering(Emitting):
             raise InputError("E-FORMAT", "the input has no type or no rank", where=f"input {value.name}")
         shape = [self._dimension(value, axis, dim) for axis, dim in enumerate(value.shape)]
         name = identifier("input", position, value.name)
-        return relax.Var(name, relax.TensorType(shape, value.dtype.numpy().name))
+        return relax.Var(name, relax.TensorType(shape, storage(value.dtype)))
 
     def _dimension(self, value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
         if isinstance(dim, int):
@@ -176,7 +177,8 @@ class Lowering(Emitting):
     def describe(self, value: ir.Value, tensor: relax.Expr) -> TensorInfo:
         """An input or output for the manifest."""
         shape = tuple(self.dims.readable(dim) for dim in self.shape_of(tensor))
-        return TensorInfo(value.name or "", str(tensor.ty.dtype), shape, self.ranges.get(value))
+        dtype = str(tensor.ty.dtype) if value.dtype is None else value.dtype.numpy().name
+        return TensorInfo(value.name or "", dtype, shape, self.ranges.get(value))
 
     def finish(self, parameters: list[relax.Var]) -> tvm.IRModule:
         """The module; before everything else the sizes are checked and the weights bound from their tuple."""
@@ -215,6 +217,7 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    widen(model)
     lowering = Lowering(target, weights=Weights(store), opset=model.opset_imports[""])
     for name in symbolic_dims(model):  # before the dimensions that have none are called something
         lowering.dims.variable(name)

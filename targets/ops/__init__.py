@@ -22,6 +22,7 @@ from xopt.targets.ops import (
     indexing,
     layout,
     linear,
+    narrow,
     norm,
     packing,
     parameters,
@@ -35,6 +36,7 @@ from xopt.targets.ops import (
 )
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
+from xopt.targets.widening import storage
 
 if TYPE_CHECKING:
     from xopt.targets.base import Target
@@ -58,7 +60,7 @@ OPERATORS: dict[tuple[str, str], Emitter] = {
         control,
     )
     for name, emitter in table.OPS.items()
-}
+} | narrow.OPS
 """Emitters of Relax operators by (domain, operator type)."""
 
 KERNELS: dict[tuple[str, str], Callable[[Call], Value | None]] = templates.KERNELS | packing.KERNELS
@@ -94,7 +96,7 @@ def _check(call: Call, output: ir.Value, result: Value) -> None:
     """A result is of the type and the sizes that ONNX says, and a reduction has something to reduce."""
     if not isinstance(result, relax.Expr) or not isinstance(result.ty, relax.TensorType):
         return
-    wanted = None if output.dtype is None else output.dtype.numpy().name
+    wanted = None if output.dtype is None else storage(output.dtype)
     if wanted is not None and str(result.ty.dtype) != wanted:
         raise call.unsupported(f"its result would be {result.ty.dtype}, not {wanted}")
     shape = call.lowering.shape_of(result)

@@ -291,7 +291,7 @@ def _as_array(name: str, value: Any, where: str) -> np.ndarray:
 
 
 def _check_numbers(name: str, array: np.ndarray, where: str) -> None:
-    if array.dtype.kind not in npz.NUMBERS and array.dtype.name != "bfloat16":
+    if array.dtype.kind not in npz.NUMBERS and (array.dtype.kind != "V" or array.dtype.name.startswith("void")):
         raise InputError("E-DATA", f"array {name!r} holds {array.dtype}, expected numbers", where=where)
     if array.ndim and not len(array):
         raise InputError("E-DATA", f"array {name!r} has shape {list(array.shape)}, and so no samples", where=where)

@@ -135,7 +135,8 @@ def _deserialize(proto: onnx.ModelProto, folder: Path) -> ir.Model:
     try:
         with bounded_memory():
             model: ir.Model = ir.from_proto(proto)
-            for body in (model.graph, *model.functions.values()):
+            bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+            for body in bodies:
                 if not _is_sorted(body):  # tools append what they add
                     body.sort()
             for graph in model.graphs():

@@ -30,6 +30,13 @@ DEVICES = (1, 2)
 DTYPES = frozenset(
     ["bool", "float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))]
 )
+BYTES = frozenset(
+    (
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn"),
+        *("float6_e2m3fn", "float6_e3m2fn", "int4", "uint4", "int2", "uint2"),
+    )
+)
+"""Types of inputs and outputs that numpy has from ``ml_dtypes``, a byte for each number; bfloat16 is one of two."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def _device(value: Any) -> int:
 
 
 def _dtype(value: Any) -> str:
-    if _text(value) not in DTYPES | {"bfloat16"}:
+    if _text(value) not in DTYPES | BYTES | {"bfloat16"}:
         raise ValueError(f"dtype {str(value)[:60]!r} is unknown")
     return str(value)
 
@@ -212,6 +219,18 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "weights": _weights,
     "limits": lambda value: {name: _natural(most) for name, most in _of(value, dict).items()},
 }
+
+
+def array_type(name: str) -> np.dtype[Any]:
+    """The numpy type of an input or output."""
+    if name not in DTYPES:
+        import ml_dtypes  # noqa: F401  numpy then knows it by its name
+    return np.dtype(name)
+
+
+def stored_type(name: str) -> str:
+    """What the code takes an input or output for: the runtime has no types of less than a byte, nor bfloat16."""
+    return "uint8" if name in BYTES else "uint16" if name == "bfloat16" else name
 
 
 def weights_path(library: Path) -> Path:

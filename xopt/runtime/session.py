@@ -17,7 +17,7 @@ from xopt.errors import InputError
 from xopt.runtime import artifact, loops, trio
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.loops import REFUSAL as REFUSAL
-from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo
+from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo, array_type, stored_type
 from xopt.runtime.threads import count, running
 
 _POOLED_ALLOCATOR = 2
@@ -102,10 +102,11 @@ class Session:
 
         Args:
             feeds: a numpy array or CPU torch tensor per input; they are read in place when they are contiguous and
-                64-byte aligned, and copied otherwise.
+                64-byte aligned, and copied otherwise. Types that numpy lacks are those of ``ml_dtypes``.
 
         Returns:
-            The outputs by name: torch tensors when an input was one, else numpy arrays. They own their memory.
+            The outputs by name: torch tensors when an input was one, else numpy arrays. They own their memory. Of
+            types that torch lacks it gets the bytes.
 
         Raises:
             InputError: E-DATA, a name, dtype, rank, dimension or index does not fit the model; E-FORK, the session
@@ -124,10 +125,8 @@ class Session:
             what = f"the code has {len(results)} outputs, the manifest {len(self.outputs)}"
             raise InputError("E-ARTIFACT", what, cure="compile the model again")
         if any(type(value).__module__ == "torch" for value in feeds.values()):
-            import torch
-
-            return {info.name: torch.from_dlpack(result) for info, result in zip(self.outputs, results)}
-        return {info.name: np.from_dlpack(result) for info, result in zip(self.outputs, results)}
+            return {info.name: _as_torch(info, result) for info, result in zip(self.outputs, results)}
+        return {info.name: _as_array(info, result) for info, result in zip(self.outputs, results)}
 
     def _arguments(self, feeds: Mapping[str, Any]) -> list[Any]:
         """The inputs in order, checked."""
@@ -199,7 +198,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
     """An input as the runtime takes it, after its type, shape and range were checked against the manifest."""
     array = value if isinstance(value, np.ndarray) else _as_numpy(info, value)
-    if array.dtype != info.dtype:
+    if array.dtype != array_type(info.dtype):
         raise _data_error(info, f"has dtype {array.dtype}, the model takes {info.dtype}")
     if array.ndim != len(info.shape):
         raise _data_error(info, f"has rank {array.ndim}, the model takes {_shape(info)}")
@@ -212,11 +211,29 @@ def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
         array = aligned_copy(array)  # the caller's could be changed after it was checked
         if array.min() < info.values[0] or array.max() > info.values[1]:
             raise _data_error(info, f"holds values outside {info.values[0]} to {info.values[1]}")
-    return _aligned(array)
+    return _aligned(array.view(stored_type(info.dtype)))
+
+
+def _as_array(info: TensorInfo, result: Any) -> npt.NDArray[Any]:
+    return np.from_dlpack(result).view(array_type(info.dtype))
+
+
+def _as_torch(info: TensorInfo, result: Any) -> Any:
+    import torch
+
+    tensor, dtype = torch.from_dlpack(result), getattr(torch, info.dtype, None)
+    if stored_type(info.dtype) == info.dtype or dtype is None or dtype.itemsize != tensor.dtype.itemsize:
+        return tensor
+    return tensor.view(dtype)
 
 
 def _as_numpy(info: TensorInfo, value: Any) -> npt.NDArray[Any]:
     try:
+        if stored_type(info.dtype) != info.dtype and str(getattr(value, "dtype", "")) == f"torch.{info.dtype}":
+            import torch
+
+            value = value.view(getattr(torch, stored_type(info.dtype)))
+            return np.from_dlpack(value).view(array_type(info.dtype))
         return np.from_dlpack(value) if hasattr(value, "__dlpack__") else np.asarray(value)
     except (RuntimeError, TypeError, ValueError, BufferError) as error:
         raise _data_error(info, f"is neither a numpy array nor a CPU tensor ({error})") from error
