@@ -48,13 +48,13 @@ def storage(dtype: ir.DataType) -> str:
 def widen(model: ir.Model) -> None:
     """Carry all narrow values of a canonical model in wider types, in place. Inputs and outputs stay what they are."""
     given = list(model.graph.inputs)
-    kinds = {value: value.dtype for graph in model.graphs() for value in _values(graph) if value.dtype in CARRIERS}
+    values = [value for graph in model.graphs() for value in _values(graph)]
+    kinds = {value: value.dtype for value in values if value.dtype is not None and value.dtype in CARRIERS}
     if not kinds:
         return
     for node in list(model.graph.all_nodes()):
         _adapt(node, kinds)
     for value, kind in kinds.items():
-        assert kind is not None
         if value not in given:
             _retype(value, kind)
     for value in given:
@@ -84,7 +84,7 @@ def _retype(value: ir.Value, kind: ir.DataType) -> None:
         )
 
 
-def _adapt(node: ir.Node, kinds: dict[ir.Value, ir.DataType | None]) -> None:
+def _adapt(node: ir.Node, kinds: dict[ir.Value, ir.DataType]) -> None:
     """Say with operators of the domain, or by attributes, what the types of a node have said."""
     narrow = kinds.get(node.outputs[0]) if node.outputs else None
     source = kinds.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
@@ -165,9 +165,8 @@ def _unpack_input(graph: ir.Graph, value: ir.Value) -> None:
     node.replace_input_with(0, value)
 
 
-def _packed(graph: ir.Graph, value: ir.Value, kind: ir.DataType | None) -> ir.Value:
+def _packed(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
     """The output as it is stored, under the name that callers know."""
-    assert kind is not None
     node = ir.Node(DOMAIN, "Pack", [value], [ir.AttrInt64("type", int(kind))], num_outputs=1)
     stored = node.outputs[0]
     stored.name, value.name = value.name, f"{value.name}/carried"

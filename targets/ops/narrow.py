@@ -95,7 +95,7 @@ def rounded(x: Any, to: ir.DataType, wide: Bits, saturate: bool) -> Any:
     """``x`` of the type ``wide`` as the nearest number of a narrower one."""
     if to == ir.DataType.FLOAT16 and wide is SINGLE:
         return x.astype("float16").astype("float32")
-    form = ml_dtypes.finfo(to.numpy())
+    form = ml_dtypes.finfo(to.numpy())  # type: ignore[no-untyped-call]
     top, ends = float(form.max), _beyond(to.numpy(), to.bitwidth, saturate)
     low, high = (tirx.const(int(exponent), wide.integer) for exponent in (form.minexp, form.maxexp))
     digits = tirx.const(int(form.nmant), wide.integer)
@@ -114,7 +114,7 @@ def rounded(x: Any, to: ir.DataType, wide: Bits, saturate: bool) -> Any:
 
 def _beyond(dtype: np.dtype[Any], width: int, saturate: bool) -> float:
     """What becomes of numbers beyond the largest."""
-    largest = float(ml_dtypes.finfo(dtype).max)
+    largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
     if width >= 16 or not saturate:
         with np.errstate(over="ignore"):
             return float(np.array(np.inf, np.float32).astype(dtype).astype(np.float32))
@@ -180,7 +180,7 @@ def packed(x: Any, to: ir.DataType) -> Any:
     bits = tirx.reinterpret("int32", x)
     if to == ir.DataType.FLOAT8E8M0:
         return ((bits >> tirx.const(23, "int32")) & tirx.const(255, "int32")).astype("uint8")
-    form = ml_dtypes.finfo(to.numpy())
+    form = ml_dtypes.finfo(to.numpy())  # type: ignore[no-untyped-call]
     digits, low = int(form.nmant), int(form.minexp)
     # The exponent and the mantissa, the exponent counted from that of the least normal number on.
     normal = ((bits & tirx.const(0x7FFFFFFF, "int32")) >> tirx.const(23 - digits, "int32")) - tirx.const(
