@@ -114,7 +114,8 @@ def dequantize(node: ir.Node) -> Array:
     elif scale.ndim == 1 and x.ndim:
         shape = [-1 if position == axis % x.ndim else 1 for position in range(x.ndim)]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    difference = x.astype(np.int64) - zero_point.astype(np.int64)
+    exact = np.float32 if x.dtype.kind == "f" else np.int64  # floats of few bits are carried in float32
+    difference = x.astype(exact) - zero_point.astype(exact)
     result: Array = (difference.astype(np.float32) * scale).astype(scale.dtype)
     return result
 

@@ -36,13 +36,14 @@ def _quantize(call: Call) -> Value:
 
 
 def _dequantize(call: Call) -> Value:
-    """``(x - zero) * scale``, the difference in int32."""
+    """``(x - zero) * scale``, the difference in int32, or in float32 where x is a float of few bits."""
     dtype = str(call.x(1).ty.dtype)
+    exact = "float32" if "float" in str(call.x().ty.dtype) else "int32"
 
     def element(x: Any, *rest: Any) -> Any:
         parameters, index = rest[: len(operands)], rest[len(operands) :]
         scale, zero = _at(parameters, index, axis)
-        return (x(*index).astype("int32") - zero.astype("int32")).astype(dtype) * scale
+        return (x(*index).astype(exact) - zero.astype(exact)).astype(dtype) * scale
 
     operands, axis = _parameters(call, str(call.x().ty.dtype))
     return call.lowering.compute("dequantized", call.shape(), element, call.x(), *operands)
