@@ -24,6 +24,7 @@ STEPS = (
     "dimensions",
     "constants",
     "cleanup",
+    "integers",
     "linear",
     "norm",
     "activation",
