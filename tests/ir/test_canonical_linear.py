@@ -76,9 +76,38 @@ def test_einsum(body: str) -> None:
     assert form(check(model_of(DEEP, body))) == ["MatMul"]
 
 
-def test_other_einsums_stay() -> None:
+def test_einsum_in_another_order() -> None:
     signature = DEEP.replace("float[B, 3, 2] y", "float[2, 3, B] y")
-    assert form(check(model_of(signature, 'y = Einsum <equation = "bsk,kn->nsb"> (x, w)'))) == ["Einsum"]
+    body = 'y = Einsum <equation = "bsk,kn->nsb"> (x, w)'
+    assert form(check(model_of(signature, body))) == ["MatMul", "Transpose"]
+
+
+@pytest.mark.parametrize("equation", ["bqhd,bkhd->bhqk", "bqhd,bkhd->qhkb", "bqhd,bthd->bqth"])
+def test_einsum_of_two_computed_tensors(equation: str) -> None:
+    letters = dict(zip("bqhdkt", "B3245S"))
+    letters["k"] = letters["t"] = "S"
+    result = ", ".join(letters[letter] for letter in equation.split("->")[1])
+    signature = f"(float[B, 3, 2, 4] x, float[B, S, 2, 4] z) => (float[{result}] y)"
+    found = form(check(model_of(signature, f'y = Einsum <equation = "{equation}"> (x, z)')))
+    assert "Einsum" not in found
+    assert found.count("MatMul") == 1
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [("bsk,kn->bn", "B, 2"), ("bsk,kn->bkn", "B, 4, 2"), ("bsk,kn->bskn", "B, 3, 4, 2")],
+)
+def test_einsums_that_are_no_product_stay(equation: str, shape: str) -> None:
+    signature = DEEP.replace("float[B, 3, 2] y", f"float[{shape}] y")
+    assert form(check(model_of(signature, f'y = Einsum <equation = "{equation}"> (x, w)'))) == ["Einsum"]
+
+
+def test_packed_weights_are_cut_now() -> None:
+    numbers = "float[3, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3}, int64[2] sizes = {2, 1}"
+    signature = f"(float[B, 3, 4] x) => (float[B, 3, 2] y, float[B, 3, 1] z) <{numbers}>"
+    parts = "a, c = Split <axis: int = 0> (w, sizes) at = Transpose (a) ct = Transpose (c) "
+    body = parts + "y = MatMul(x, at) z = MatMul(x, ct)"
+    assert form(check(model_of(signature, body))) == ["MatMul", "MatMul"]
 
 
 def test_computed_right_operand_is_no_linear_layer() -> None:

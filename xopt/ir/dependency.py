@@ -19,13 +19,15 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 from xopt.ir import edit, walk
-from xopt.ir.projection import Projection
+from xopt.ir.projection import Projection, before_per_head_ops
 from xopt.ir.shapes import infer_shapes
 from xopt.ir.structure import ACTIVATIONS, AttentionSite, FeedForward, Unrecognized, transformer_blocks
 from xopt.ir.width import BlockedError, Retarget, stream_width
 
+#: Ops of a division by the length of each head.
+LENGTH = ("ReduceL2", "ReduceSumSquare", "Sqrt", "Clip", "Max", "Div", "Sub")
 #: Ops that may stand between the projections of a site: they treat heads or neurons alike, whatever their number.
-BETWEEN = (*ACTIVATIONS, *walk.NORMS, *"MatMul Add Mul Split Reshape RotaryEmbedding Attention".split())  # noqa: SIM905
+BETWEEN = (*ACTIVATIONS, *walk.NORMS, *LENGTH, *"MatMul Add Mul Split Reshape RotaryEmbedding Attention".split())  # noqa: SIM905
 
 Kind = Literal["heads", "neurons", "width"]
 Site = AttentionSite | FeedForward
@@ -256,6 +258,10 @@ def _head_slices(site: AttentionSite) -> tuple[int, list[Member]]:
     if not _shares_one_head(site):
         members += _columns(site.k, site.head_dim) + _columns(site.v, site.v_head_dim)
     members.append(Member(site.out.weight, 0, 0, group * site.v_head_dim))
+    cut = ((site.q, group * site.head_dim), (site.k, site.head_dim), (site.v, site.v_head_dim))
+    for (part, unit), value in zip(cut, site.node.inputs):
+        if part in _ups(site):
+            members += [Member(vector, 0, 0, unit, reader) for vector, reader in before_per_head_ops(value)[1]]
     if site.mask is not None and _own_mask(site):
         members.append(Member(site.mask, 1, 0, group))
     return units, list(dict.fromkeys(members))
@@ -357,6 +363,8 @@ def _refresh(node: ir.Node) -> None:
     elif edit.is_op(node, "Attention"):
         values = (walk.shape_of(node.inputs[2]) or ())[-1] or 0
         width = values // walk.int_attribute(node, "kv_num_heads", 1) * walk.int_attribute(node, "q_num_heads", 1)
+    elif edit.is_op(node, "ReduceL2", "ReduceSumSquare"):
+        width = 1
     elif edit.is_op(node, "RotaryEmbedding") and width is not None:
         before = (walk.shape_of(node.outputs[0]) or ())[-1] or 0
         edit.set_attributes(node, num_heads=width * walk.int_attribute(node, "num_heads", 1) // before)

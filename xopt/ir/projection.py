@@ -50,8 +50,8 @@ class Projection:
 
 
 def projection_into(value: ir.Value | None) -> Projection | None:
-    """The projection that makes an operand of attention, seen through rotary embedding and per-head norms."""
-    value = _before_per_head_ops(value)
+    """The projection that makes an operand of attention, seen through what is done to each head apart."""
+    value, _ = before_per_head_ops(value)
     output, part = value, None
     if split := edit.producer(value, "Split"):
         part = _split_part(split, value)
@@ -77,7 +77,11 @@ def projection_from(value: ir.Value) -> Projection | None:
     return _linear(output, None, output)
 
 
-def _before_per_head_ops(value: ir.Value | None) -> ir.Value | None:
+def before_per_head_ops(value: ir.Value | None) -> tuple[ir.Value | None, list[tuple[ir.Value, ir.Node]]]:
+    """An operand of attention before what is done to each head apart, and the vectors [heads * d] of that with their
+    readers: temperatures and biases of heads.
+    """
+    vectors: list[tuple[ir.Value, ir.Node]] = []
     while value is not None:
         node = value.producer()
         if edit.is_op(node, "RotaryEmbedding"):
@@ -85,16 +89,28 @@ def _before_per_head_ops(value: ir.Value | None) -> ir.Value | None:
             value = node.inputs[0]
         elif (inside := per_head_norm(node)) is not None:
             value = inside[0]
+        elif node is not None and (constants := _per_head_constants(node)) is not None:
+            vectors.append((constants, node))
+            value = node.inputs[0]
         else:
             break
-    return value
+    return value, vectors
+
+
+def _per_head_constants(node: ir.Node) -> ir.Value | None:
+    """The vector that a node scales or shifts an operand by, when it is not the bias of a projection."""
+    if not edit.is_op(node, "Mul", "Div", "Add", "Sub") or not walk.is_weight(node.inputs[1], rank=1):
+        return None
+    return None if edit.producer(node.inputs[0], "MatMul") is not None else node.inputs[1]
 
 
 def per_head_norm(node: ir.Node | None) -> tuple[ir.Value, ir.Node] | None:
-    """For the last node of Reshape [0,0,-1,d] - norm - Reshape [0,0,-1]: the value before, and the norm."""
+    """For the last node of Reshape [0,0,-1,d] - norm - Reshape [0,0,-1]: the value before, and the norm; that may be a
+    division by the length.
+    """
     if node is None or not edit.is_op(node, "Reshape") or walk.ints(node.inputs[1]) != [0, 0, -1]:
         return None
-    norm = edit.producer(node.inputs[0], *walk.NORMS)
+    norm = edit.producer(node.inputs[0], *walk.NORMS, "Div")
     split = edit.producer(norm.inputs[0], "Reshape") if norm is not None else None
     if norm is None or split is None:
         return None

@@ -366,12 +366,22 @@ def _conv(s: Known, node: ir.Node) -> Shapes:
 
 
 def _pool(s: Known, node: ir.Node) -> Shapes:
-    """Pooling whose windows tile the axes or cover them; the sizes of any other are left open."""
+    """Pooling over whole axes, or over axes of known sizes; the others are left open."""
     x = s.dims(node.inputs[0])
     if x is None:
         return None
-    whole = node.op_type.startswith("Global")
-    return [(*x[:2], *(ONE if whole else Poly.unknown() for _ in x[2:]))]
+    if node.op_type.startswith("Global"):
+        return [(*x[:2], *(ONE for _ in x[2:]))]
+    padded = node.attributes.get("auto_pad")
+    plain = integer(node, "ceil_mode", 0) == 0 and (padded is None or padded.as_string() in ("NOTSET", "VALID"))
+    kernel, count = _ints(node, "kernel_shape", []), len(x) - 2
+    strides, dilations = _ints(node, "strides", [1] * count), _ints(node, "dilations", [1] * count)
+    pads = _ints(node, "pads", [0] * 2 * count)
+    sizes = []
+    for i, size in enumerate(x[2:]):
+        covered = size + (pads[i] + pads[count + i] - dilations[i] * (kernel[i] - 1) - 1)
+        sizes.append(covered // strides[i] + 1 if plain and size.constant is not None else Poly.unknown())
+    return [(*x[:2], *sizes)] * len(node.outputs)
 
 
 def _pad(s: Known, node: ir.Node) -> Shapes:
@@ -405,6 +415,32 @@ def _flatten(s: Known, node: ir.Node) -> Shapes:
     dims = s.dims(node.inputs[0])
     axis = integer(node, "axis", 1)
     return None if dims is None else [(product(dims[:axis]), product(dims[axis:]))]
+
+
+def _einsum(s: Known, node: ir.Node) -> Shapes:
+    found = einsum_terms(node)
+    if found is None:
+        return None
+    sizes: dict[str, Poly] = {}
+    for letters, value in zip(found[0], node.inputs):
+        dims = s.dims(value)
+        if dims is None or len(dims) != len(letters):
+            return None
+        for letter, dim in zip(letters, dims):
+            sizes[letter] = broadcast((sizes.get(letter, ONE),), (dim,))[0]
+    return [tuple(sizes[letter] for letter in found[1])]
+
+
+def einsum_terms(node: ir.Node) -> tuple[list[str], str] | None:
+    """The letters of each operand and of the result; None for an ellipsis, or a letter that one operand has twice."""
+    equation = node.attributes.get("equation")
+    text = equation.as_string().replace(" ", "") if equation is not None else ""
+    left, arrow, result = text.partition("->")
+    terms = left.split(",")
+    plain = all(term.isalpha() and len({*term}) == len(term) for term in terms)
+    if not arrow or not plain or len(terms) != len(node.inputs) or len({*result}) != len(result):
+        return None
+    return (terms, result) if {*result} <= {*left} - {","} else None
 
 
 SAME_SHAPE = (
@@ -450,6 +486,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "Conv": _conv,
     "Attention": _attention,
     "Flatten": _flatten,
+    "Einsum": _einsum,
     "Pad": _pad,
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool),
 }

@@ -20,15 +20,11 @@ import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, before, is_read, merged
 from xopt.ir.canonical.masks import Mask, Masks, Term
-from xopt.ir.canonical.operands import Operand, assemble, scaling, trace
+from xopt.ir.canonical.moving import move, move_result
+from xopt.ir.canonical.operands import DEPTH, KEY, QUERY, VALUE, Operand, assemble, placed, scaling, trace
 from xopt.ir.canonical.placing import in_four_axes
-from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.canonical.report import CanonicalizeReport, NotAttentionError
 from xopt.ir.canonical.scores import (
-    DEPTH,
-    KEY,
-    QUERY,
-    VALUE,
-    NotAttentionError,
     PlacedTerm,
     attention_scale,
     read_scores,
@@ -103,8 +99,12 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
     assert node.inputs[0] is not None
     scores = read_scores(symbols, node.inputs[0], axes)
     weighted = read_values(symbols, node, axes)
+    q = scores.q
+    for temperature in scores.temperatures:
+        q = insert(weighted.node, "Mul", [q, temperature], shape=q.shape)
+        _visit(symbols, q)
     return Site(
-        weighted.node, scores.q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
+        weighted.node, q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
         scores.scale, scores.softcap, False, scores.terms,
         weighted.node.outputs[0], weighted.axes, weighted.guarded,
     )  # fmt: skip
@@ -170,30 +170,53 @@ def _write_attributes(node: ir.Node, width: Poly) -> None:
 
 def _canonical(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeReport) -> None:
     """Replace the site by its canonical form."""
-    q = trace(symbols, site.q, site.q_axes, site.axes[-2], DEPTH)
-    k = trace(symbols, site.k, site.k_axes, site.axes[-1], DEPTH)
-    v = trace(symbols, site.v, site.v_axes, site.axes[-1], VALUE)
-    if q is None or k is None or v is None or not _agree(q, k, v):
+    operands = _operands(symbols, site)
+    if operands is None or not _agree(*operands):
         _keep_four(symbols, masks, site, report)
         return
-    mask = _mask(symbols, masks, site, q.lead, q.head)
+    q, k, v = operands
+    lead = q.lead or k.lead or v.lead
+    mask = _mask(symbols, masks, site, lead, q.head)
     attributes = _attributes(site, mask, site.scale * q.scale * k.scale)
     attributes |= {"q_num_heads": q.heads, "kv_num_heads": k.heads}
-    y = _attention(site, assemble(site.anchor, (q, k, v)), mask, attributes)
+    query, key = site.axes[-2:]
+    y = _attention(site, assemble(symbols, site.anchor, operands, (query, key, key)), mask, attributes)
     _visit(symbols, y)
     if v.scale != 1.0:
         y = _scaled(site.anchor, y, v.scale)
         _visit(symbols, y)
-    _connect(symbols, site, y, q)
+    _connect(symbols, site, y, lead, q.head)
 
 
 def _attributes(site: Site, mask: Mask, scale: float) -> dict[str, int | float]:
     return {"scale": float(scale), "is_causal": int(mask.causal or site.causal), "softcap": float(site.softcap)}
 
 
+def _operands(symbols: Symbols, site: Site) -> tuple[Operand, Operand, Operand] | None:
+    """Queries, keys and values in 3-D form; None when nothing tells that heads lie side by side in any of them."""
+    query, key = site.axes[-2:]
+    given = (
+        (site.q, site.q_axes, query, DEPTH), (site.k, site.k_axes, key, DEPTH), (site.v, site.v_axes, key, VALUE),
+    )  # fmt: skip
+    traced = [trace(symbols, *one) for one in given]
+    four = {digit.label for digit in site.axes[1]} if len(site.axes) == 4 else set()
+    told = [one for one in traced if one and (one.head or not four & {digit.label for digit in one.lead})]
+    if not told:
+        return None
+    model = max(told, key=lambda one: (bool(one.head), len(one.lead)))
+    head, lead = model.head, model.lead
+    found = [
+        one if one in told and one.lead in ((), lead) else placed(symbols, value, axes, lead, head, depth)
+        for one, (value, axes, _, depth) in zip(traced, given)
+    ]
+    q, k, v = found
+    return None if q is None or k is None or v is None else (q, k, v)
+
+
 def _agree(q: Operand, k: Operand, v: Operand) -> bool:
-    """Whether the operands have the same batch, and consecutive query heads share a key head."""
-    if not q.lead == k.lead == v.lead or k.heads != v.heads or q.heads % k.heads or q.head_dim != k.head_dim:
+    """Whether the operands have the same batch, or none, and consecutive query heads share a key head."""
+    leads = {operand.lead for operand in (q, k, v) if operand.lead}
+    if len(leads) > 1 or k.heads != v.heads or q.heads % k.heads or q.head_dim != k.head_dim:
         return False
     if not k.head or not q.head:
         return not k.head and not v.head
@@ -302,18 +325,27 @@ def _scaled(site: ir.Node, value: ir.Value, factor: float) -> ir.Value:
     return insert(site, "Mul", [value, initializer(graph, "scale", np.asarray(factor, np.float32))])
 
 
-def _connect(symbols: Symbols, site: Site, y: ir.Value, q: Operand) -> None:
+def _connect(symbols: Symbols, site: Site, y: ir.Value, lead: Axis, head: Axis) -> None:
     """Let the readers of the old output read ``y`` [B,S,H*d]."""
-    value, axes = site.output, site.output_axes
-    wanted = (q.lead, site.axes[-2], (*q.head, *axes[-1]))
-    while tuple(merged(row) for row in axes) != wanted:
+    value, axes = site.output, tuple(merged(row) for row in site.output_axes)
+    wanted = (lead, site.axes[-2], (*head, *axes[-1]))
+    joined: tuple[ir.Value, Axes] | None = None
+    while axes != wanted:
+        if axes[-1] == wanted[-1] and all(digit.whole for row in axes for digit in row):
+            joined = value, axes
         readers = consumers(value)
         moved = after(symbols, readers[0], axes) if len(readers) == 1 and not value.is_graph_output() else None
         if moved is None:
-            replace_uses(site.output, _four_again(symbols, site, y))
-            return
-        value, axes = readers[0].outputs[0], moved
-    replace_uses(value, y)
+            break
+        value, axes = readers[0].outputs[0], tuple(merged(row) for row in moved)
+    if axes == wanted:
+        replace_uses(value, y)
+    elif joined is not None:
+        replace_uses(*move_result(symbols, site.anchor, y, wanted, *joined))
+    elif len(site.axes) <= 4 and lead + head == tuple(digit for row in site.axes[:-2] for digit in row):
+        replace_uses(site.output, _four_again(symbols, site, y))
+    else:
+        replace_uses(site.output, move(symbols, site.anchor, y, wanted, site.output_axes))
 
 
 def _four_again(symbols: Symbols, site: Site, y: ir.Value) -> ir.Value:

@@ -2,8 +2,9 @@
 
     Gemm(x, W, b, transB=1)                        ->  Add(MatMul(x, W'), b)
     MatMul(x, Transpose(W))                        ->  MatMul(x, W')
+    Einsum("bqhd,bkhd->bhqk", q, k)                ->  MatMul(Transpose(q), Transpose(k))
     Reshape(Add(MatMul(Reshape(x, [-1, K]), W), b), [B, S, N])  ->  Add(MatMul(x, W), b)      (GPT-2's Conv1D)
-W' is W transposed now; where W is DequantizeLinear(V), its integers V are.
+W' is W transposed now; where W is DequantizeLinear(V), its integers V are. Packed weights are cut now.
 Refuses  "gemm-dynamic": a Gemm whose second operand is computed and scaled.
 """
 
@@ -26,6 +27,7 @@ from xopt.ir.edit import (
     replace,
     sweep,
 )
+from xopt.ir.shape_rules import einsum_terms
 from xopt.ir.shapes import equal_by_count, infer_shapes
 
 
@@ -33,11 +35,57 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Bring every linear layer into the canonical form."""
     infer_shapes(model)  # earlier steps leave values of unknown shape, and shapes tell what a Reshape does
     transposed: dict[ir.Value, ir.Value] = {}
+    report.rewrote("constant-part", sweep(model, ("Split", "Slice"), _constant_part))
     report.rewrote("gemm", sweep(model, ("Gemm",), lambda node: _gemm(node, transposed)))
     report.rewrote("transposed-weight", sweep(model, ("MatMul",), lambda node: _weight(node, transposed)))
     report.rewrote("einsum", sweep(model, ("Einsum",), _einsum))
     report.rewrote("linear-reshape", sweep(model, ("Reshape",), _lift_reshape))
     remove_dead(model)
+
+
+def _constant_part(node: ir.Node) -> bool:
+    """A part of a constant, as packed projections are cut, is a constant."""
+    array = constant(operand(node, 0))
+    if array is None or not isinstance(node.graph, ir.Graph):
+        return False
+    parts = _split(node, array) if node.op_type == "Split" else _sliced(node, array)
+    if parts is None or len(parts) != len(node.outputs):
+        return False
+    made = [initializer(node.graph, output.name or "part", part) for output, part in zip(node.outputs, parts)]
+    replaced = [replace(output, part) for output, part in zip(node.outputs, made)]
+    return all(replaced)
+
+
+def _split(node: ir.Node, array: np.ndarray) -> list[np.ndarray] | None:
+    axis = int(attribute(node, "axis", 0) or 0)
+    sizes = constant(input_at(node, 1))
+    if not -array.ndim <= axis < array.ndim:
+        return None
+    if sizes is None:
+        count, total = len(node.outputs), array.shape[axis]
+        chunk = -(-total // count)
+        sizes = np.asarray([min(chunk, total - chunk * i) for i in range(count)])
+    if sizes.min() < 0 or sizes.sum() != array.shape[axis] or (input_at(node, 1) is not None and sizes.ndim != 1):
+        return None
+    return list(np.split(array, np.cumsum(sizes)[:-1], axis))
+
+
+def _sliced(node: ir.Node, array: np.ndarray) -> list[np.ndarray] | None:
+    given = [constant(input_at(node, i)) for i in range(1, 5)]
+    if any(value is None and input_at(node, i) is not None for i, value in enumerate(given, 1)):
+        return None
+    starts, ends, axes, steps = given
+    if starts is None or ends is None:
+        return None
+    axes = np.arange(starts.size) if axes is None else axes
+    steps = np.ones(starts.size, np.int64) if steps is None else steps
+    if not starts.size == ends.size == axes.size == steps.size or any(not -array.ndim <= a < array.ndim for a in axes):
+        return None
+    for start, end, axis, step in zip(starts.tolist(), ends.tolist(), axes.tolist(), steps.tolist()):
+        if step < 1:
+            return None
+        array = array[(slice(None),) * (axis % array.ndim) + (slice(start, end, step),)]
+    return [array]
 
 
 def _gemm(node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> bool:
@@ -100,20 +148,53 @@ def _weight(node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> bool:
 
 
 def _einsum(node: ir.Node) -> bool:
-    """``bsk,kn->bsn`` and ``bsk,nk->bsn`` with a constant second operand."""
-    equation = str(attribute(node, "equation", "")).replace(" ", "")
-    sides = equation.split("->")
-    weight = constant(input_at(node, 1))
-    if len(sides) != 2 or weight is None or weight.ndim != 2 or sides[0].count(",") != 1:
+    """A product over one letter, of batches that both have: ``bsk,kn->bsn``, ``bhid,bhjd->bhij``, ``bqhd,bkhd->bhqk``.
+
+    The order of the axes is made by Transpose.
+    """
+    found = einsum_terms(node)
+    if found is None or len(found[0]) != 2:
         return False
-    (x, w), out = sides[0].split(","), sides[1]
-    if "." in equation or len(set(x)) != len(x) or len(set(w)) != 2 or not x or x[-1] not in w:
+    (a, b), out = found
+    summed, batch = {*a} & {*b} - {*out}, {*a} & {*b} & {*out}
+    rows, columns = [x for x in a if x not in b], [x for x in b if x not in a]
+    if len(summed) != 1 or len(columns) != 1 or not {*rows, *columns} <= {*out}:
         return False
-    new = w.replace(x[-1], "")
-    if new in x or out != x[:-1] + new or not isinstance(node.graph, ir.Graph):
+    if batch and len(rows) != 1:
         return False
-    right = operand(node, 1) if w[0] == x[-1] else initializer(node.graph, f"{operand(node, 1).name}_t", weight.T)
-    return replace(node.outputs[0], insert(node, "MatMul", [operand(node, 0), right], shape=node.outputs[0].shape))
+    if any(dims is None for dims in (value.shape for value in node.inputs if value is not None)):
+        return False
+    if not _same_batch(node, a, b, batch):
+        return False
+    lead, inner = "".join(x for x in out if x in batch), summed.pop()
+    left = _turned(node, operand(node, 0), a, (lead if batch else "") + "".join(rows) + inner)
+    right = _turned(node, operand(node, 1), b, lead + inner + columns[0])
+    order = lead + "".join(rows) + columns[0]
+    shape = node.outputs[0].shape
+    dims = None if shape is None else [shape[out.index(letter)] for letter in order]
+    product = insert(node, "MatMul", [left, right], shape=dims)
+    return replace(node.outputs[0], _turned(node, product, order, out))
+
+
+def _same_batch(node: ir.Node, a: str, b: str, batch: set[str]) -> bool:
+    """Whether the summed axes are of one size: Einsum lets a size of 1 broadcast, MatMul does so for batches alone."""
+    shapes = [operand(node, index).shape for index in (0, 1)]
+    summed = [x for x in a if x in b and x not in batch]
+    if shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(a) or len(shapes[1]) != len(b):
+        return False
+    return all(shapes[0][a.index(x)] == shapes[1][b.index(x)] for x in summed)
+
+
+def _turned(node: ir.Node, value: ir.Value, letters: str, order: str) -> ir.Value:
+    """``value`` with its axes in another order: now when it is a constant."""
+    if letters == order:
+        return value
+    perm = [letters.index(letter) for letter in order]
+    array = constant(value)
+    if array is not None and isinstance(node.graph, ir.Graph):
+        return initializer(node.graph, f"{value.name}_t", array.transpose(perm))
+    shape = None if value.shape is None else [value.shape[place] for place in perm]
+    return insert(node, "Transpose", [value], {"perm": perm}, shape=shape)
 
 
 def _lift_reshape(node: ir.Node) -> bool:

@@ -11,27 +11,41 @@ first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, Axis, Digit, axis, before, columns, merged, width
-from xopt.ir.edit import constant, initializer, insert, insert_many, is_op, producer, scalar
-from xopt.ir.poly import ONE
+from xopt.ir.canonical.moving import LAST, move_operand
+from xopt.ir.edit import constant, initializer, input_at, insert, insert_many, is_op, producer, scalar
+from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
 
 NORMS = ("LayerNormalization", "RMSNormalization")
+QUERY, KEY, DEPTH, VALUE = "query", "key", "depth", "value"
+"""Labels of the axes; those of the batch are "batch0", "batch1", ..."""
+ARITHMETIC = ("Add", "Sub", "Mul", "Div")
+LENGTHS = ("ReduceL2", "ReduceSumSquare")
 
 
 @dataclass(frozen=True)
+class Step:
+    """A node that treats every head alike or by constants, and every token alone; ``axes`` are those of its result."""
+
+    node: ir.Node
+    axes: Axes
+
+
+@dataclass(frozen=True, eq=False)
 class Operand:
     """``value`` [B, S, total], of which ``columns`` (None: all, in order) are the heads, ``head_dim`` wide each.
 
     ``lead`` and ``head`` tell which parts of the attention's batch axes became batch and heads; ``steps`` are the
-    per-head nodes between the value and the attention, the last one first.
+    per-head nodes between the value and the attention, the last one first. ``moves`` are the axes of a value that is
+    to be moved to [B, S, total] first, and what the last axis is to be.
     """
 
     value: ir.Value
@@ -41,23 +55,27 @@ class Operand:
     head_dim: int
     lead: Axis
     head: Axis
-    steps: tuple[ir.Node, ...]
+    steps: tuple[Step, ...]
     scale: float
+    moves: tuple[Axes, Axis] | None = None
 
 
 def trace(symbols: Symbols, value: ir.Value, axes: Axes, sequence: Axis, depth: str) -> Operand | None:
-    """The earliest 3-D tensor that holds all of an operand; None when there is none.
+    """The earliest 3-D tensor that holds all of an operand, its heads side by side; or else the earliest that can be
+    moved to be one, or one with the heads in its batch; None when there is none.
 
     Args:
         axes: layout of ``value`` over the attention's axes.
         sequence: the axis of positions.
         depth: label of the axis within a head.
     """
-    steps: tuple[ir.Node, ...] = ()
-    scale, best = 1.0, None
+    steps: tuple[Step, ...] = ()
+    scale = 1.0
+    best: Operand | None = None
     while True:
         found = _in_three_axes(value, axes, sequence, depth, steps, scale)
-        best = found or best
+        movable = None if found else _moved_to_three_axes(value, axes, sequence, depth, steps, scale)
+        best = max((one for one in (found, movable, best) if one), key=_closeness, default=None)
         moved = before(symbols, value, axes)
         if moved is not None:
             value, axes = moved
@@ -65,13 +83,18 @@ def trace(symbols: Symbols, value: ir.Value, axes: Axes, sequence: Axis, depth: 
         node = value.producer()
         if node is None:
             return best
-        factor = None if any(is_op(step, *NORMS) for step in steps) else scaling(node)
+        commutes = all(is_op(step.node, "RotaryEmbedding", "Mul") for step in steps)
+        factor = scaling(node) if commutes else None
         if factor is not None:
             value, scale = factor[0], scale * factor[1]
-        elif _per_head(symbols, node, axes, sequence, depth, found is not None and found.columns is None):
-            steps, value = (*steps, node), node.inputs[0]  # type: ignore[assignment]
+        elif _per_head(symbols, node, axes, sequence, depth, found):
+            steps, value = (*steps, Step(node, axes)), node.inputs[0]  # type: ignore[assignment]
         else:
             return best
+
+
+def _closeness(operand: Operand) -> tuple[bool, bool]:
+    return bool(operand.head), operand.moves is None
 
 
 def scaling(node: ir.Node) -> tuple[ir.Value, float] | None:
@@ -94,12 +117,70 @@ def _scales(number: float) -> bool:
 
 
 def _in_three_axes(
-    value: ir.Value, axes: Axes, sequence: Axis, depth: str, steps: tuple[ir.Node, ...], scale: float
+    value: ir.Value, axes: Axes, sequence: Axis, depth: str, steps: tuple[Step, ...], scale: float
 ) -> Operand | None:
     """The operand, when ``axes`` are [batch][positions][heads and depth]."""
     if len(axes) != 3 or merged(axes[1]) != sequence:
         return None
-    lead, last = merged(axes[0]), merged(axes[2])
+    return _operand(value, merged(axes[0]), merged(axes[2]), sequence, depth, steps, scale)
+
+
+def _moved_to_three_axes(
+    value: ir.Value, axes: Axes, sequence: Axis, depth: str, steps: tuple[Step, ...], scale: float
+) -> Operand | None:
+    """The operand, when the last of ``axes`` are heads and depth, and the others batch and positions in any order."""
+    if any(step.node.op_type == "RotaryEmbedding" for step in steps):  # its tables are of the batch as it was
+        return None
+    digits = [digit for row in axes[:-1] for digit in row]
+    names = {digit.label for digit in sequence}
+    lead = ordered([digit for digit in digits if digit.label not in names])
+    if lead is None or ordered([digit for digit in digits if digit.label in names]) != sequence:
+        return None
+    found = _operand(value, lead, merged(axes[-1]), sequence, depth, steps, scale)
+    if found is None:
+        return None
+    last = axis(LAST, Poly.of(found.total))
+    return replace(found, moves=((*axes[:-1], last), last))
+
+
+def placed(symbols: Symbols, value: ir.Value, axes: Axes, lead: Axis, head: Axis, depth: str) -> Operand | None:
+    """An operand of which no more is known than its ``axes`` at the attention: moved, with the heads where others are.
+
+    None when a size is not known.
+    """
+    digits = [digit for row in axes for digit in row]
+    labels = {digit.label for digit in head}
+    both = labels & {digit.label for digit in lead}
+    own = head if both else tuple(digit for digit in digits if digit.label in labels)
+    shared = not {digit.label for digit in digits} & {digit.label for digit in lead}
+    inner = next((digit for row in axes for digit in row if digit.label == depth), None)
+    head_dim = inner.count.constant if inner is not None else 1
+    heads = product(digit.count for digit in own).constant
+    if heads is None or head_dim is None or len(own) > 1:
+        return None
+    last = (*own, inner) if inner is not None else own
+    plain = tuple(replace(digit, radix=digit.count) for digit in own)
+    return Operand(value, heads * head_dim, None, heads, head_dim, () if shared else lead, plain, (), 1.0, (axes, last))
+
+
+def ordered(digits: Sequence[Digit]) -> Axis | None:
+    """The axis that digits make, by label and with the most significant first; None when they make none."""
+    row: list[Digit] = []
+    for label in sorted({digit.label for digit in digits}):
+        left = [digit for digit in digits if digit.label == label]
+        while left:
+            highest = next((d for d in left if all(d.stride.exactly(o.stride) is not None for o in left)), None)
+            if highest is None or not highest.whole:
+                return None
+            row.append(highest)
+            left.remove(highest)
+    return merged(tuple(row))
+
+
+def _operand(
+    value: ir.Value, lead: Axis, last: Axis, sequence: Axis, depth: str, steps: tuple[Step, ...], scale: float
+) -> Operand | None:
+    """The operand with heads and depth in the ``last`` axis of ``value``."""
     inner = [digit for digit in last if digit.label == depth]
     head = [digit for digit in last if digit.label not in (depth, "")]
     others = {digit.label for digit in (*lead, *head)} & {depth, *(digit.label for digit in sequence)}
@@ -112,29 +193,111 @@ def _in_three_axes(
         return None
     chosen = None if np.array_equal(places, np.arange(total)) else places
     plain = tuple(Digit(digit.label, digit.count, digit.stride, digit.count) for digit in head)
+    if any(is_op(step.node, *ARITHMETIC) and vector(step, plain, depth) is None for step in steps):
+        return None
     return Operand(value, total, chosen, heads, head_dim, lead, plain, steps, scale)
 
 
-def _per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth: str, flat: bool) -> bool:
-    """Whether the node treats every head alike and apart, so that it has a 3-D form."""
+def _per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth: str, found: Operand | None) -> bool:
+    """Whether the node treats every head apart, so that it has a 3-D form."""
+    if not node.outputs:
+        return False
     if is_op(node, "RotaryEmbedding"):
         in_heads = len(axes) == 4 and axes[2] == sequence and [digit.label for digit in axes[3]] == [depth]
-        return flat or in_heads
+        return in_heads or (found is not None and found.columns is None)
     size = symbols.dims(node.outputs[0])
-    per_head = is_op(node, *NORMS) and integer(node, "axis", -1) in (-1, len(axes) - 1)
-    return per_head and size is not None and axes[-1] == axis(depth, size[-1])
+    if size is None or size != symbols.dims(node.inputs[0]):
+        return False
+    in_depth = axes[-1] == axis(depth, size[-1])
+    if is_op(node, *NORMS):
+        return in_depth and integer(node, "axis", -1) in (-1, len(axes) - 1)
+    if is_op(node, *ARITHMETIC) and constant(node.inputs[1]) is not None:
+        return found is None and producer(node.inputs[0], "MatMul") is None
+    return in_depth and unit_norm(node) is not None
 
 
-def assemble(site: ir.Node, operands: Sequence[Operand]) -> list[ir.Value]:
-    """3-D values of the operands, put right before ``site``."""
-    sources: dict[ir.Value, list[int]] = {}
+def vector(step: Step, head: Axis, depth: str) -> np.ndarray | None:
+    """The constant of an arithmetic step over [heads * depth]; None when it differs along another axis."""
+    array, rows = constant(step.node.inputs[1]), step.axes
+    if array is None or array.ndim > len(rows):
+        return None
+    array = array.reshape((1,) * (len(rows) - array.ndim) + array.shape)
+    wanted = [(digit.label, digit.stride, digit.count) for row in (head, rows[-1]) for digit in row]
+    found: dict[int, int] = {}
+    for place, (row, size) in enumerate(zip(rows, array.shape)):
+        digits = [(digit.label, digit.stride, digit.count) for digit in row]
+        if size == 1:
+            continue
+        if len(digits) != 1 or digits[0] not in wanted or not row[0].whole:
+            return None
+        found[wanted.index(digits[0])] = place
+    counts = [digit.count.constant for row in (head, rows[-1]) for digit in row]
+    if None in counts or [digit.label for digit in rows[-1]] not in ([], [depth]):
+        return None
+    kept = [array.shape[found[i]] if i in found else 1 for i in range(len(wanted))]
+    order = [place for _, place in sorted(found.items())]
+    rest = [place for place in range(array.ndim) if place not in order]
+    laid = array.transpose([*rest, *order]).reshape(kept)
+    return np.broadcast_to(laid, [count or 1 for count in counts]).reshape(-1)
+
+
+def unit_norm(node: ir.Node) -> list[ir.Node] | None:
+    """The nodes that compute the length of x over its last axis, the first one first, where ``node`` is x / length."""
+    if not is_op(node, "Div") or node.inputs[0] is None:
+        return None
+    chain: list[ir.Node] = []
+    value = node.inputs[1]
+    while value is not None and value is not node.inputs[0]:
+        maker = value.producer()
+        if maker is None or not is_op(maker, "Expand", "Clip", "Max", "Add", "Sqrt", *LENGTHS):
+            return None
+        if maker.op_type in LENGTHS:
+            axes, rank = constant(input_at(maker, 1)), len(value.shape or ())
+            last = axes is not None and axes.size == 1 and int(axes.item()) in (-1, rank - 1)
+            if not last or rank == 0 or not integer(maker, "keepdims", 1) or maker.inputs[0] is not node.inputs[0]:
+                return None
+        elif maker.op_type != "Expand" and any(scalar(v) is None for v in maker.inputs[1:] if v is not None):
+            return None
+        if maker.op_type != "Expand":
+            chain.insert(0, maker)
+        value = maker.inputs[0]
+    return chain if chain and chain[0].op_type in LENGTHS else None
+
+
+def assemble(symbols: Symbols, site: ir.Node, operands: Sequence[Operand], sequences: Sequence[Axis]) -> list[ir.Value]:
+    """3-D values of the operands, which have these axes of positions, put right before ``site``."""
+    sources: dict[tuple[ir.Value, tuple[Axes, Axis] | None], list[int]] = {}
     for index, operand in enumerate(operands):
-        sources.setdefault(operand.value, []).append(index)
+        sources.setdefault((operand.value, operand.moves), []).append(index)
     values: dict[int, ir.Value] = {}
-    for source, indices in sources.items():
+    for (source, moves), indices in sources.items():
+        if moves is not None:
+            axes, last = moves
+            target = (operands[indices[0]].lead, sequences[indices[0]], last)
+            source = move_operand(symbols, site, source, axes, target)
         parts = _parts(site, source, [operands[i] for i in indices])
         values.update(zip(indices, parts))
-    return [_steps(site, values[i], operand) for i, operand in enumerate(operands)]
+    found = [_steps(site, values[i], *one) for i, one in enumerate(zip(operands, (DEPTH, DEPTH, VALUE)))]
+    model = next((value for value, operand in zip(found, operands) if operand.lead), None)
+    return [
+        value if operand.lead or model is None else _repeated(symbols, site, value, model)
+        for value, operand in zip(found, operands)
+    ]
+
+
+def _repeated(symbols: Symbols, site: ir.Node, value: ir.Value, other: ir.Value) -> ir.Value:
+    """``value`` [1, S, n] as often as ``other`` has samples."""
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    samples = insert(site, "Shape", [other], {"start": 0, "end": 1}, dtype=ir.DataType.INT64, shape=[1])
+    ones = initializer(graph, "ones", np.ones(2, np.int64))
+    shape = insert(site, "Concat", [samples, ones], {"axis": 0}, dtype=ir.DataType.INT64, shape=[3])
+    result = insert(site, "Expand", [value, shape])
+    for made in (samples, shape, result):
+        node = made.producer()
+        assert node is not None
+        symbols.visit(node)
+    return result
 
 
 def _parts(site: ir.Node, source: ir.Value, operands: Sequence[Operand]) -> Sequence[ir.Value]:
@@ -181,9 +344,10 @@ def _reordered(site: ir.Node, source: ir.Value, order: npt.NDArray[np.int64]) ->
     return value
 
 
-def _steps(site: ir.Node, value: ir.Value, operand: Operand) -> ir.Value:
+def _steps(site: ir.Node, value: ir.Value, operand: Operand, depth: str) -> ir.Value:
     """Re-apply the per-head nodes in 3-D form."""
-    for node in reversed(operand.steps):
+    for step in reversed(operand.steps):
+        node = step.node
         if node.op_type == "RotaryEmbedding":
             attributes = {
                 "num_heads": operand.heads,
@@ -191,6 +355,11 @@ def _steps(site: ir.Node, value: ir.Value, operand: Operand) -> ir.Value:
                 "rotary_embedding_dim": integer(node, "rotary_embedding_dim", 0),
             }
             value = insert(site, "RotaryEmbedding", [value, *node.inputs[1:]], attributes, shape=value.shape)
+        elif is_op(node, *ARITHMETIC) and (numbers := vector(step, operand.head, depth)) is not None:
+            graph = site.graph
+            assert isinstance(graph, ir.Graph)
+            constants = initializer(graph, f"{node.name}/per_head", numbers)
+            value = insert(site, node.op_type, [value, constants], shape=value.shape)
         else:
             value = _normed(site, value, node, operand.head_dim)
     return value
@@ -203,9 +372,16 @@ def _normed(site: ir.Node, value: ir.Value, node: ir.Node, head_dim: int) -> ir.
     apart = initializer(graph, "per_head", np.asarray([0, 0, -1, head_dim], np.int64))
     joined = initializer(graph, "joined_heads", np.asarray([0, 0, -1], np.int64))
     split = insert(site, "Reshape", [value, apart])
-    attributes = {
-        "axis": -1,
-        "epsilon": node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5,
-    }
-    normed = insert(site, node.op_type, [split, *node.inputs[1:]], attributes)
+    chain = unit_norm(node)
+    if chain is None:
+        attributes = {
+            "axis": -1,
+            "epsilon": node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5,
+        }
+        normed = insert(site, node.op_type, [split, *node.inputs[1:]], attributes)
+    else:
+        length = split
+        for part in chain:
+            length = insert(site, part.op_type, [length, *part.inputs[1:]], {"keepdims": 1} if part is chain[0] else {})
+        normed = insert(site, "Div", [split, length])
     return insert(site, "Reshape", [normed, joined], shape=value.shape)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.canonical.layout import Axes, merged
-from xopt.ir.canonical.scores import NotAttentionError
+from xopt.ir.canonical.layout import Axes, Digit, merged
+from xopt.ir.canonical.moving import refined
+from xopt.ir.canonical.report import NotAttentionError
 from xopt.ir.edit import initializer, insert
 from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.symbolic import Symbols
@@ -15,24 +16,29 @@ from xopt.ir.symbolic import Symbols
 def in_four_axes(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, frame: Axes) -> ir.Value:
     """``value``, which broadcasts over ``axes``, as one that broadcasts over ``frame`` [batch, head, query, key].
 
-    Both are the same digits in the same order, grouped differently. Where one axis of the frame is made of a
-    broadcast and a present part (windows shared by all images), the value is expanded to the whole axis.
+    Both are the same digits, grouped differently and perhaps in another order. Where one axis of the frame is made of
+    a broadcast and a present part (windows shared by all images), the value is expanded to the whole axis.
 
     Raises:
-        NotAttentionError: the axes were permuted, or a size that is needed is not known.
+        NotAttentionError: the digits are not the same, or a size that is needed is not known.
     """
     if [merged(row) for row in axes] == list(frame):
         return value
-    if [d for row in axes for d in row] != [d for row in _refined(frame, axes) for d in row]:
-        raise NotAttentionError("mask-layout")
     dims = symbols.dims(value)
     if dims is None:
         raise NotAttentionError("mask-rank")
     dims = (ONE,) * (len(axes) - len(dims)) + dims
+    axes = refined(axes, refined(frame, axes))
+    here, there = ([digit for row in part for digit in row] for part in (axes, refined(frame, axes)))
+    if {*here} != {*there}:
+        raise NotAttentionError("mask-layout")
+    if here != there:
+        value, axes = _in_order(symbols, site, value, axes, dims, there)
+        dims = symbols.dims(value) or ()
     present = {digit for row, dim in zip(axes, dims) if dim != ONE for digit in row}
     target: list[Poly] = []
     shared = False
-    for row in _refined(frame, axes):
+    for row in refined(frame, axes):
         inside = [digit in present for digit in row]
         shared = shared or (any(inside) and not all(inside))
         target.append(product(d.count for d in row) if any(inside) else ONE)
@@ -41,21 +47,16 @@ def in_four_axes(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, f
     return _reshaped(symbols, site, value, target)
 
 
-def _refined(frame: Axes, axes: Axes) -> Axes:
-    """``frame`` written with the digits that ``axes`` is written with."""
+def _in_order(
+    symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, dims: tuple[Poly, ...], order: list[Digit]
+) -> tuple[ir.Value, Axes]:
+    """``value`` with an axis per digit, in this order, and these axes."""
     digits = [digit for row in axes for digit in row]
-    rows = []
-    for row in frame:
-        left, taken = product(d.count for d in row), []
-        while left != ONE and digits:
-            digit = digits.pop(0)
-            rest = left.exactly(digit.count)
-            if rest is None:
-                raise NotAttentionError("mask-layout")
-            taken.append(digit)
-            left = rest
-        rows.append(tuple(taken))
-    return tuple(rows)
+    present = {digit for row, dim in zip(axes, dims) if dim != ONE for digit in row}
+    value = _reshaped(symbols, site, value, [digit.count if digit in present else ONE for digit in digits])
+    value = insert(site, "Transpose", [value], {"perm": [digits.index(digit) for digit in order]})
+    symbols.visit(value.producer())  # type: ignore[arg-type]
+    return value, tuple((digit,) for digit in order)
 
 
 def _expanded(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, dims: tuple[Poly, ...]) -> ir.Value:

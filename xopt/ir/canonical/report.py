@@ -15,6 +15,12 @@ class Refused:
     reason: str
 
 
+class NotAttentionError(Exception):
+    """The softmax is none of an attention, or of one that cannot be written as an ``Attention``; the message is the
+    reason.
+    """
+
+
 @dataclass
 class CanonicalizeReport:
     """Filled by the steps as they go.

@@ -15,14 +15,12 @@ import onnx_ir as ir
 
 from xopt.ir.canonical.layout import Axes, after, axis, before
 from xopt.ir.canonical.masks import LOWEST
-from xopt.ir.canonical.operands import scaling
-from xopt.ir.edit import attribute, consumers, is_op, producer, scalar
+from xopt.ir.canonical.operands import DEPTH, KEY, QUERY, VALUE, scaling
+from xopt.ir.canonical.report import NotAttentionError
+from xopt.ir.edit import attribute, constant, consumers, is_op, producer, scalar
 from xopt.ir.poly import ONE, product
 from xopt.ir.shape_rules import Dims, integer
 from xopt.ir.symbolic import Symbols
-
-QUERY, KEY, DEPTH, VALUE = "query", "key", "depth", "value"
-"""Labels of the axes; those of the batch are "batch0", "batch1", ..."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class PlacedTerm:
 @dataclass
 class Scores:
     """What is left of a softmax: ``q`` and ``k`` with their layouts over the softmax's axes, and what was done to
-    their product.
+    their product. ``temperatures`` are constants [..., 1, 1] that it was multiplied by before anything else.
     """
 
     q: ir.Value
@@ -49,6 +47,7 @@ class Scores:
     scale: float
     softcap: float
     terms: list[PlacedTerm] = field(default_factory=list)
+    temperatures: list[ir.Value] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,6 @@ class Weighted:
     node: ir.Node
     axes: Axes
     guarded: bool
-
-
-class NotAttentionError(Exception):
-    """The softmax is none of an attention, or of one that cannot be written as an ``Attention``; the message is the
-    reason.
-    """
 
 
 def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
@@ -96,6 +89,7 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
         NotAttentionError: no such product, or something between that ``Attention`` cannot say.
     """
     terms: list[PlacedTerm] = []
+    temperatures: list[tuple[ir.Value, Axes]] = []
     factor, softcap = 1.0, 0.0
     while True:
         node = value.producer()
@@ -103,7 +97,10 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
             raise NotAttentionError("no-product")
         if is_op(node, "MatMul"):
             q_axes, k_axes = _factors(symbols, node, axes)
-            return Scores(node.inputs[0], node.inputs[1], q_axes, k_axes, factor, softcap, terms)  # type: ignore[arg-type]
+            if any(at[:-2] != axes[:-2] for _, at in temperatures):
+                raise NotAttentionError("temperature-layout")
+            by = [value for value, _ in temperatures]
+            return Scores(node.inputs[0], node.inputs[1], q_axes, k_axes, factor, softcap, terms, by)  # type: ignore[arg-type]
         moved = before(symbols, value, axes)
         scaled = scaling(node)
         if moved is not None:
@@ -115,13 +112,24 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
             factor = softcap
         elif scaled is not None:
             value, factor = scaled[0], factor * scaled[1]
-        elif is_op(node, "Add", "Where"):
-            if softcap:
-                raise NotAttentionError("mask-inside-softcap")
+        elif is_op(node, "Mul") and _is_temperature(symbols, node, axes):
+            temperatures.append((node.inputs[1], axes))  # type: ignore[arg-type]
+            value = node.inputs[0]  # type: ignore[assignment]
+        elif is_op(node, "Add", "Sub", "Where"):
+            if softcap or temperatures:
+                raise NotAttentionError("mask-inside-softcap" if softcap else "mask-under-temperature")
             value, term = _masked(symbols, node, factor, axes)
             terms.append(term)
         else:
             raise NotAttentionError(f"scores-{node.op_type.lower()}")
+
+
+def _is_temperature(symbols: Symbols, node: ir.Node, axes: Axes) -> bool:
+    """Whether the second factor of a Mul is a constant that is the same for all queries and keys."""
+    dims, scores = symbols.dims(node.inputs[1]), symbols.dims(node.inputs[0])
+    if constant(node.inputs[1]) is None or dims is None or scores is None or len(scores) != len(axes):
+        return False
+    return len(dims) <= len(axes) and dims[-2:] == (ONE, ONE)
 
 
 def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple[ir.Value, PlacedTerm]:
@@ -132,6 +140,12 @@ def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple
                 _check_broadcast(symbols, mask, axes)
                 return scores, PlacedTerm("add", mask, factor, axes)
         raise NotAttentionError("no-product")
+    if node.op_type == "Sub":
+        scores, mask = node.inputs
+        if scores is None or mask is None or _product(scores, _ELEMENTWISE + _MOVING) is None:
+            raise NotAttentionError("no-product")
+        _check_broadcast(symbols, mask, axes)
+        return scores, PlacedTerm("add", mask, -factor, axes)
     condition, chosen, other = node.inputs
     assert condition is not None
     _check_broadcast(symbols, condition, axes)
