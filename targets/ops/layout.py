@@ -22,9 +22,10 @@ FAR = 1 << 40
 
 def _reshape(call: Call) -> Value:
     old, wanted = call.shape(), call.ints(1) or []
+    zeros_stay = bool(call.attr("allowzero", 0))
     shape: list[Dim] = []
     for axis, dim in enumerate(wanted):
-        copies = isinstance(dim, int) and dim == 0 and not call.attr("allowzero", 0)
+        copies = isinstance(dim, int) and dim == 0 and not zeros_stay
         if copies and axis >= len(old):
             raise call.unsupported(f"it copies axis {axis} of a tensor of rank {len(old)}")
         shape.append(old[axis] if copies else dim)

@@ -55,6 +55,7 @@ def test_an_input_that_nothing_knows(body: str) -> None:
         "y = Gemm <alpha: float = 1.0, beta: float = 0.5> (x, w)",
         "y = ReduceSum <keepdims: int = 1, noop_with_empty_axes: int = 1> (x)",
         "r = Constant <value_float: float = 0.5> () y = Dropout <seed: int = 3> (x, r)",
+        "s = Constant <value_ints: ints = [4, 2]> () y = Reshape <allowzero: int = 1> (x, s)",
     ],
 )
 def test_what_changes_nothing_is_taken(body: str) -> None:
