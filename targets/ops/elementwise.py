@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 import tvm
 from tvm import relax, tirx
 
-from xopt.targets.ops.bounds import refuse_rows
+from xopt.targets.ops import integers
 from xopt.targets.ops.call import Call, Emitter
-from xopt.targets.symbolic import Array
+from xopt.targets.ops.integers import is_integer
 
 if TYPE_CHECKING:
     from xopt.targets.emitting import Value
-
-
-def is_integer(tensor: relax.Expr) -> bool:
-    """Whether a tensor holds integers."""
-    return "int" in str(tensor.ty.dtype)
 
 
 def scalar(value: float, like: relax.Expr) -> relax.Expr:
@@ -72,74 +68,19 @@ def _divide(a: relax.Expr, b: relax.Expr) -> relax.Expr:
 
 
 def _division(call: Call) -> Value:
-    if not is_integer(call.x()):
-        return _binary(_divide)(call)
-    # ONNX divides integers towards zero.
-    return _divided(call, "integer_quotient", tirx.truncdiv, lambda x: x * -1)
-
-
-def _divided(
-    call: Call, name: str, function: Callable[[Any, Any], Any], by_minus_one: Callable[[Any], Any]
-) -> relax.Var:
-    """A quotient or remainder of integers, where the processor would end the process: by 0, and the least by -1."""
-    known, dtype = call.const(1), str(call.x(1).ty.dtype)
-    signed, zero, one = not dtype.startswith("u"), tirx.const(0, dtype), tirx.const(1, dtype)
-    if known is not None and (known == 0).any():
-        raise call.unsupported("it divides integers by 0")
-    if known is not None and not (signed and (known == -1).any()):
-        return _paired(call, name, function)
-    if known is None:
-        refuse_rows(call, 1, 1, lambda row: tirx.EQ(row[0], zero), "it divides integers by 0")
-
-    def divide(x: Any, y: Any) -> Any:
-        if not signed:
-            return function(x, tirx.Select(tirx.EQ(y, zero), one, y))
-        minus = tirx.EQ(y, tirx.const(-1, dtype))
-        return tirx.Select(minus, by_minus_one(x), function(x, tirx.Select(tirx.Or(tirx.EQ(y, zero), minus), one, y)))
-
-    return _paired(call, name, divide)
-
-
-def _paired(call: Call, name: str, function: Callable[[Any, Any], Any]) -> relax.Var:
-    a, b = call.aligned(call.x(0), call.x(1))
-    shape = call.dims.broadcast(call.lowering.shape_of(a), call.lowering.shape_of(b))
-    a, b = (call.emit(relax.op.broadcast_to(x, shape)) for x in (a, b))
-    return call.lowering.compute(name, shape, lambda x, y, *i: function(x(*i), y(*i)), a, b)
-
-
-def _remainder(call: Call) -> Value:
-    if is_integer(call.x()):
-        function = tirx.truncmod if call.attr("fmod", 0) else tirx.floormod
-        return _divided(call, "remainder", function, lambda x: x * 0)
-    if call.attr("fmod", 0):
-        function = {"float32": "fmodf", "float64": "fmod"}.get(dtype := str(call.x().ty.dtype))
-        if function is None:
-            raise call.unsupported(f"remainders of {dtype}")
-        return _paired(call, "remainder", lambda x, y: tirx.call_pure_extern(dtype, function, x, y))
-    return _binary(relax.op.floor_mod)(call)
+    return integers.quotient(call) if is_integer(call.x()) else _binary(_divide)(call)
 
 
 def _power(call: Call) -> Value:
     exponent = call.const(1)
     base = call.x()
     if is_integer(base):
-        return _integer_power(call, exponent)
+        return integers.power(call)
     if exponent is not None and exponent.size == 1 and exponent.ndim <= len(call.shape()):
         return call.emit(_constant_power(base, float(exponent.reshape(-1)[0])))
     return _binary(lambda a, b: relax.op.power(a, b if a.ty.dtype == b.ty.dtype else relax.op.astype(b, a.ty.dtype)))(
         call
     )
-
-
-def _integer_power(call: Call, exponent: Array | None) -> Value:
-    if exponent is None or exponent.size != 1 or exponent.reshape(-1)[0] not in (1, 2, 3, 4):
-        raise call.unsupported("powers of integers other than the first four")
-    x = (
-        call.x()
-        if exponent.ndim <= len(call.shape())
-        else call.lowering.reshape(call.x(), [*[1] * (exponent.ndim - len(call.shape())), *call.shape()])
-    )
-    return call.emit(reduce(relax.op.multiply, [x] * int(exponent.reshape(-1)[0])))
 
 
 def _constant_power(base: relax.Expr, exponent: float) -> relax.Expr:
@@ -241,6 +182,15 @@ def _is_infinite(call: Call) -> Value:
     return call.emit(relax.op.equal(x, scalar(np.inf if positive else -np.inf, x)))
 
 
+def _bit_cast(call: Call) -> Value:
+    """The same bits as another type of as many."""
+    kind, x = ir.DataType(int(call.attr("to"))), call.x()
+    dtype, source = kind.numpy().name, str(x.ty.dtype)
+    if "bool" in (dtype, source):  # stored as a byte of 0 or 1
+        return call.emit(relax.op.astype(x, dtype))
+    return call.lowering.compute("bits", call.shape(), lambda t, *i: tirx.reinterpret(dtype, t(*i)), x)
+
+
 def _reciprocal(x: relax.Expr) -> relax.Expr:
     return relax.op.divide(scalar(1.0, x), x)
 
@@ -269,9 +219,10 @@ OPS: dict[str, Emitter] = {
     "Gelu": _gelu, "Swish": _swish, "Clip": _clip, "Cast": _cast, "CastLike": _cast,
     "Identity": _identity, "Dropout": _dropout, "Celu": _celu, "Constant": _constant,
     "Add": _binary(op.add), "Sub": _binary(op.subtract), "Mul": _binary(op.multiply), "Div": _division,
-    "Pow": _power, "Mod": _remainder, "Min": _extreme(op.minimum), "Max": _extreme(op.maximum),
+    "Pow": _power, "Mod": integers.remainder, "BitShift": integers.shift,
+    "Min": _extreme(op.minimum), "Max": _extreme(op.maximum),
     "Sum": _binary(op.add), "Mean": _mean, "And": _binary(op.logical_and), "Or": _binary(op.logical_or),
-    "Xor": _binary(op.logical_xor), "Equal": _equal, "Less": _binary(op.less),
+    "Xor": _binary(op.logical_xor), "BitCast": _bit_cast, "Equal": _equal, "Less": _binary(op.less),
     "LessOrEqual": _binary(op.less_equal), "Greater": _binary(op.greater),
     "GreaterOrEqual": _binary(op.greater_equal), "Where": _where,
 }  # fmt: skip

@@ -79,6 +79,13 @@ EQUAL = [
        {"x": np.float32([7.5, -7.5, 7.5, 1e8, 1, 1e20]), "z": np.float32([3, 3, -3, 0.3, np.inf, 7])}),
     of("float[5] x", "y = Celu <alpha: float = 2.0> (x)", {"x": floats(5)}),
     of("int64[4] x", "e = Constant <value_int: int = 3> () y = Pow (x, e)", {"x": np.array([3, -2, 0, 9])}),
+    of(INTS, "y = Pow (x, z)", {"x": np.array([3, -2]), "z": np.array([7, 13])},
+       {"x": np.array([1, -1]), "z": np.array([63, 63])}, {"x": np.array([0, 7]), "z": np.array([0, 22])}),
+    of("int32[3] x, float[3] z", "y = Pow (x, z)", {"x": np.array([2, 9, 5], np.int32),
+       "z": np.array([3, 0.5, 2], np.float32)}),
+    of("float[8] x, float[8] z", "y = Mod <fmod: int = 1> (x, z)",
+       {"x": np.array([3, -3, 5.5, -5.5, 0, 7, 1, 2], np.float32),
+        "z": np.array([2, 2, -2, -2, 3, 7, 9, -9], np.float32)}),
     of("float[5] x", "l = Constant <value_float: float = -1.0> () h = Constant <value_float: float = 1.0> () "
        "y = Clip (x, l, h)", {"x": NAN["x"]}),
     *(of(BOTH, f"y = {body}", NAN) for body in
@@ -130,7 +137,7 @@ def compiled(proto: onnx.ModelProto) -> Any:
 
 REFUSED = [
     of("float[1, 1, 4, 4] x", "v, y = MaxPool <kernel_shape: ints = [2, 2]> (x)"),
-    of(INTS, "y = Pow (x, z)"), of("int32[2, 3] x", "y = ReduceMean (x)"),
+    of("int32[2, 3] x", "y = ReduceMean (x)"),
     of("float[2, 0] x", "y = ReduceMax <keepdims: int = 0> (x)"),
     of("float[2, 0] x, float[0, 3] z", "y = MatMul (x, z)"),
     of("float[3, 4] x", "p = Constant <value_ints: ints = [0, -1, 0, 3]> () y = Pad <mode: string = \"wrap\"> (x, p)"),
