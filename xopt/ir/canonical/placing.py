@@ -37,13 +37,13 @@ def in_four_axes(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, f
         dims = symbols.dims(value) or ()
     present = {digit for row, dim in zip(axes, dims) if dim != ONE for digit in row}
     target: list[Poly] = []
-    shared = False
+    missing: set[Digit] = set()
     for row in refined(frame, axes):
-        inside = [digit in present for digit in row]
-        shared = shared or (any(inside) and not all(inside))
-        target.append(product(d.count for d in row) if any(inside) else ONE)
-    if shared:
-        value = _expanded(symbols, site, value, axes, dims)
+        inside = [digit for digit in row if digit in present]
+        missing |= {*row} - {*inside} if inside else set()
+        target.append(product(d.count for d in row) if inside else ONE)
+    if missing:
+        value = _expanded(symbols, site, value, axes, missing)
     return _reshaped(symbols, site, value, target)
 
 
@@ -59,14 +59,13 @@ def _in_order(
     return value, tuple((digit,) for digit in order)
 
 
-def _expanded(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, dims: tuple[Poly, ...]) -> ir.Value:
-    """``value`` [1, windows, ...] repeated for every image: batch axes at full size, the others as they are."""
+def _expanded(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, missing: set[Digit]) -> ir.Value:
+    """``value`` [1, windows, ...] repeated for every image: the axes of ``missing`` digits at full size."""
     graph = site.graph
     assert isinstance(graph, ir.Graph)
-    sizes = [product(d.count for d in row) for row in axes]
     parts: list[ir.Value] = []
-    for place, (size, dim) in enumerate(zip(sizes, dims)):
-        wanted = size if place < len(axes) - 3 and dim == ONE else ONE
+    for row in axes:
+        wanted = product(digit.count for digit in row) if missing.issuperset(row) else ONE
         if wanted.constant is not None:
             parts.append(initializer(graph, "windows", np.asarray([wanted.constant], np.int64)))
         else:
