@@ -14,6 +14,7 @@ import pytest
 
 from xopt.facts import left_out
 from xopt.ir.canonical import CanonicalizeReport, canonicalize
+from xopt.ir.edit import consumers
 from xopt.ir.structure import token_layout, transformer_blocks
 from xopt.runtime.reference import ReferenceSession
 
@@ -100,7 +101,10 @@ def _check_kind(model: ir.Model, report: CanonicalizeReport, expect: Expect) -> 
     assert {place["reason"] for place in left_out(model, report.refused)} == set(expect.named)
     if not nodes:
         return
-    assert expect.named or not any(node.op_type == "Softmax" for node in model.graph)
+    weights = [node for node in model.graph if node.op_type == "Softmax" and consumers(node.outputs[0], "MatMul")]
+    assert expect.named or not weights
+    if "attention-4d" in expect.named:
+        return
     parts = (expect.heads, expect.mask, expect.fused, expect.scale)
     for node, *each in zip(nodes, *(_each(part, expect.count) for part in parts), strict=True):
         _check_node(node, replace(expect, **dict(zip(("heads", "mask", "fused", "scale"), each, strict=True))))

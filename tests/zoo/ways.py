@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import hf, own, stories260k
+from . import diffusion, hf, hybrid, linear, own, stories260k, tokens, vision
 from .entry import Entry
 from .exporting import Way
 
-ENTRIES: tuple[Entry, ...] = (*hf.ENTRIES, *own.ENTRIES, stories260k.TINY)
+PICTURES: tuple[Entry, ...] = (
+    *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *diffusion.ENTRIES,
+)  # fmt: skip
+"""Models of images and videos, each exported in at most two ways."""
+ENTRIES: tuple[Entry, ...] = (*hf.ENTRIES, *own.ENTRIES, stories260k.TINY, *PICTURES)
 
 NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 """Models whose masked sdpa torch's dynamo exporter cannot decompose (torch 2.13)."""
@@ -19,8 +23,18 @@ DYNAMO_BY_DEFAULT = {
 }  # fmt: skip
 
 
+PICTURES_BY_DEFAULT = {
+    "twins", "maxvit", "cosine", "axial", "hilo", "eva", "irpe", "xcit", "efficientvit", "crossvit", "perceiver",
+    "pixart", "samvision", "siglipvision", "hiera",
+}  # fmt: skip
+"""Of these, those that between them show all their idioms."""
+
+
 def default_ways(entry: Entry) -> Iterator[Way]:
     """One export by TorchScript (cheap), and by dynamo for models that between them show all its idioms."""
+    if entry in PICTURES:
+        yield from list(_ways_of_a_picture(entry))[: entry.name in PICTURES_BY_DEFAULT]
+        return
     if entry.torchscript != "none":
         yield Way("torchscript", 17, entry.attentions[0], entry.torchscript == "dynamic")
     if entry.name in DYNAMO_BY_DEFAULT or entry.torchscript == "none":
@@ -28,7 +42,10 @@ def default_ways(entry: Entry) -> Iterator[Way]:
 
 
 def all_ways(entry: Entry) -> Iterator[Way]:
-    """Opsets 14 to 23, static and dynamic axes, each attention implementation."""
+    """Opsets 14 to 23, static and dynamic axes, each attention implementation; of pictures, two."""
+    if entry in PICTURES:
+        yield from _ways_of_a_picture(entry)
+        return
     for attention in entry.attentions:
         if entry.torchscript != "none":
             yield Way("torchscript", 17, attention, entry.torchscript == "dynamic")
@@ -37,6 +54,12 @@ def all_ways(entry: Entry) -> Iterator[Way]:
         yield Way("dynamo", 18, attention, False)
         yield Way("dynamo", 20, attention, True)
         yield Way("dynamo", 23, attention, True)
+
+
+def _ways_of_a_picture(entry: Entry) -> Iterator[Way]:
+    if entry.torchscript != "none":
+        yield Way("torchscript", 17, entry.attentions[0], entry.torchscript == "dynamic")
+    yield Way("dynamo", 20, entry.attentions[0], True)
 
 
 def _dynamo_attentions(entry: Entry) -> list[str]:
