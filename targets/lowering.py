@@ -29,7 +29,16 @@ from xopt.targets import checks
 from xopt.targets.emitting import Emitting, Value, in_memory
 from xopt.targets.formats import dequantized, plan_formats
 from xopt.targets.integer_attention import parts, stored_formats
-from xopt.targets.symbolic import EVALUATED, STRUCTURAL, Array, Dim, UndecidedError, evaluate, known
+from xopt.targets.symbolic import (
+    EVALUATED,
+    STRUCTURAL,
+    Array,
+    Dim,
+    ImpossibleError,
+    UndecidedError,
+    evaluate,
+    known,
+)
 from xopt.targets.weights import Weights
 from xopt.targets.widening import storage, widen
 
@@ -103,6 +112,8 @@ class Lowering(Emitting):
         before = self._noted()
         try:
             return emit_node(self, node)
+        except ImpossibleError:
+            raise
         except InputError as error:
             self.dims.requirements, self.ranges, self.outside = before
             simpler = body(node, self.opset)

@@ -45,6 +45,10 @@ class UndecidedError(Exception):
     """The value cannot be told while lowering: compute it at run time instead."""
 
 
+class ImpossibleError(InputError):
+    """Sizes contradict each other whatever the inputs are: no other way to compile the node is of use."""
+
+
 @dataclass(frozen=True)
 class Ints:
     """A small tensor of known elements: an array of objects, and the numpy name of the type they stand for."""
@@ -169,7 +173,7 @@ class Dimensions:
             otherwise: what is wrong when it does not hold.
 
         Raises:
-            InputError: E-UNSUPPORTED-OP, it holds for no sizes of the dimensions.
+            ImpossibleError: E-UNSUPPORTED-OP, it holds for no sizes of the dimensions.
         """
         if isinstance(condition, (bool, np.bool_)):
             holds = bool(condition)
@@ -183,7 +187,7 @@ class Dimensions:
                     self.requirements.setdefault(otherwise, []).append(condition)
                 return
         if not holds:
-            raise InputError("E-UNSUPPORTED-OP", otherwise, cure="correct the model")
+            raise ImpossibleError("E-UNSUPPORTED-OP", otherwise, cure="correct the model")
 
     def require_sizes(self, shape: Sequence[Dim], what: str) -> None:
         """Demand that no dimension of a shape is negative."""

@@ -391,7 +391,6 @@ def test_an_unknown_op_attribute_form_or_type_is_an_input_error() -> None:
         one_node("Gelu", [X], 1, {"axis": 1}, 23),
         one_node("Resize", [IMAGE, None, np.ones(4, np.float32)], 1, {"mode": "nearest"}, 23),
         one_node("Cast", [X], 1, {"to": int(ir.DataType.STRING)}, 23),
-        one_node("Attention", [normal(1, 1, 2, 4)] * 3, 4, {}, 23),
         one_node("MaxPool", [IMAGE], 2, {"kernel_shape": [2, 2]}, 23),
         one_node("LayerNormalization", [X, normal(4)], 3, {}, 23),
         one_node("BatchNormalization", [IMAGE, *[positive(4)] * 4], 1, {"training_mode": 1}, 23),
