@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.ir.canonical import model_of
+from xopt.errors import InputError
 from xopt.ir import canonicalize, load
 from xopt.ir.io import to_bytes
 from xopt.runtime.reference import ReferenceSession
@@ -86,11 +87,13 @@ def run(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
     return ReferenceSession(ir.from_proto(onnx.load_model_from_string(to_bytes(model)))).run(dict(feeds))["y"]
 
 
-def test_text_is_a_tensor(tmp_path: Path) -> None:
+def test_text_is_refused_in_a_word(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (string[2] y, float[2] z) { z = Relu(x) }'
     )
     words = onnx.numpy_helper.from_array(np.array(["a", "b"], object))
     model.graph.node.append(onnx.helper.make_node("Constant", [], ["y"], value=words))
     onnx.save_model(model, tmp_path / "model.onnx")
-    assert [node.op_type for node in load(tmp_path / "model.onnx").graph] == ["Relu", "Constant"]
+    with pytest.raises(InputError, match="tensor of texts, value 'y'") as caught:
+        load(tmp_path / "model.onnx")
+    assert caught.value.code == "E-UNSUPPORTED-OP"
