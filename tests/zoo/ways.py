@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import diffusion, hf, hybrid, linear, own, stories260k, tokens, vision
+from . import diffusion, hf, hybrid, linear, own, stories260k, text, tokens, vision
 from .entry import Entry
 from .exporting import Way
 
@@ -12,7 +12,7 @@ PICTURES: tuple[Entry, ...] = (
     *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *diffusion.ENTRIES,
 )  # fmt: skip
 """Models of images and videos, each exported in at most two ways."""
-ENTRIES: tuple[Entry, ...] = (*hf.ENTRIES, *own.ENTRIES, stories260k.TINY, *PICTURES)
+ENTRIES: tuple[Entry, ...] = (*hf.ENTRIES, *own.ENTRIES, stories260k.TINY, *text.ENTRIES, *PICTURES)
 
 NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 """Models whose masked sdpa torch's dynamo exporter cannot decompose (torch 2.13)."""
@@ -21,6 +21,9 @@ DYNAMO_BY_DEFAULT = {
     "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved",
     "windows",
 }  # fmt: skip
+
+TEXT_BY_DEFAULT = {"albert", "modernbert", "phi3", "gemma2", "falcon"}
+"""Of the text models, those that between them show all their idioms."""
 
 
 PICTURES_BY_DEFAULT = {
@@ -32,6 +35,9 @@ PICTURES_BY_DEFAULT = {
 
 def default_ways(entry: Entry) -> Iterator[Way]:
     """One export by TorchScript (cheap), and by dynamo for models that between them show all its idioms."""
+    if entry in text.ENTRIES:
+        yield from list(_text_ways())[: entry.name in TEXT_BY_DEFAULT]
+        return
     if entry in PICTURES:
         yield from list(_ways_of_a_picture(entry))[: entry.name in PICTURES_BY_DEFAULT]
         return
@@ -42,7 +48,10 @@ def default_ways(entry: Entry) -> Iterator[Way]:
 
 
 def all_ways(entry: Entry) -> Iterator[Way]:
-    """Opsets 14 to 23, static and dynamic axes, each attention implementation; of pictures, two."""
+    """Opsets 14 to 23, static and dynamic axes, each attention implementation; of pictures and text models, two."""
+    if entry in text.ENTRIES:
+        yield from _text_ways()
+        return
     if entry in PICTURES:
         yield from _ways_of_a_picture(entry)
         return
@@ -54,6 +63,11 @@ def all_ways(entry: Entry) -> Iterator[Way]:
         yield Way("dynamo", 18, attention, False)
         yield Way("dynamo", 20, attention, True)
         yield Way("dynamo", 23, attention, True)
+
+
+def _text_ways() -> Iterator[Way]:
+    yield Way("torchscript", 17, "eager", True)
+    yield Way("dynamo", 20, "sdpa", True)
 
 
 def _ways_of_a_picture(entry: Entry) -> Iterator[Way]:

@@ -32,6 +32,7 @@ STEPS = (
     "attention",
     "cleanup",
     "linear",
+    "parts",
 )
 
 
