@@ -24,6 +24,7 @@ DYNAMO_BY_DEFAULT = {
 
 TEXT_BY_DEFAULT = {"albert", "modernbert", "phi3", "gemma2", "falcon"}
 """Of the text models, those that between them show all their idioms."""
+TEXT_BY_DYNAMO = {"roberta", "electra", "albert"}
 
 
 PICTURES_BY_DEFAULT = {
@@ -36,7 +37,7 @@ PICTURES_BY_DEFAULT = {
 def default_ways(entry: Entry) -> Iterator[Way]:
     """One export by TorchScript (cheap), and by dynamo for models that between them show all its idioms."""
     if entry in text.ENTRIES:
-        yield from list(_text_ways())[: entry.name in TEXT_BY_DEFAULT]
+        yield from list(_text_ways(entry))[: entry.name in TEXT_BY_DEFAULT]
         return
     if entry in PICTURES:
         yield from list(_ways_of_a_picture(entry))[: entry.name in PICTURES_BY_DEFAULT]
@@ -48,9 +49,9 @@ def default_ways(entry: Entry) -> Iterator[Way]:
 
 
 def all_ways(entry: Entry) -> Iterator[Way]:
-    """Opsets 14 to 23, static and dynamic axes, each attention implementation; of pictures and text models, two."""
+    """Opsets 14 to 23, static and dynamic axes, each attention implementation; of pictures and text models, at most two."""
     if entry in text.ENTRIES:
-        yield from _text_ways()
+        yield from _text_ways(entry)
         return
     if entry in PICTURES:
         yield from _ways_of_a_picture(entry)
@@ -65,9 +66,10 @@ def all_ways(entry: Entry) -> Iterator[Way]:
         yield Way("dynamo", 23, attention, True)
 
 
-def _text_ways() -> Iterator[Way]:
+def _text_ways(entry: Entry) -> Iterator[Way]:
     yield Way("torchscript", 17, "eager", True)
-    yield Way("dynamo", 20, "sdpa", True)
+    if entry.name in TEXT_BY_DYNAMO:
+        yield Way("dynamo", 20, "sdpa", True)
 
 
 def _ways_of_a_picture(entry: Entry) -> Iterator[Way]:
