@@ -59,9 +59,11 @@ def _one_split(node: ir.Node) -> bool:
     if len(ranked) < 2 or [start for start, _ in bounds] != ends[:-1] or ends[-1] != shape[-1]:
         return False
     sizes = initializer(graph, f"{source.name}/sizes", np.diff(ends).astype(np.int64))
-    parts = insert_many(node, "Split", [source, sizes], {"axis": -1}, len(ranked), name=f"{source.name}/part")
+    parts = insert_many(
+        node, "Split", [source, sizes], {"axis": -1}, len(ranked), name=f"{source.name}/part", dtype=source.dtype
+    )
     for reader, part in zip(ranked, parts):
-        part.dtype, part.shape = source.dtype, reader.outputs[0].shape
+        part.shape = reader.outputs[0].shape
     done = [replace(reader.outputs[0], part) for reader, part in zip(ranked, parts)]
     return all(done)
 
