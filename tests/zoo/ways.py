@@ -49,7 +49,7 @@ def default_ways(entry: Entry) -> Iterator[Way]:
 
 
 def all_ways(entry: Entry) -> Iterator[Way]:
-    """Opsets 14 to 23, static and dynamic axes, each attention implementation; of pictures and text models, at most two."""
+    """Opsets 14 to 23, static or dynamic, each attention implementation; of pictures and text models, one or two."""
     if entry in text.ENTRIES:
         yield from _text_ways(entry)
         return
