@@ -55,6 +55,7 @@ FITTING = {
 STRINGS = {
     ("GridSample", "mode"): ("linear", "bilinear", "nearest", "cubic", "bicubic"),
     ("GridSample", "padding_mode"): ("zeros", "border", "reflection"),
+    ("RoiAlign", "mode"): ("avg",),  # the converter's maximum is of other points than ONNX's
 }
 """What attributes may say, of which converters pass on whatever they are given."""
 
