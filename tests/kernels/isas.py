@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from xopt.kernels.isa import BY_NAME, Isa
+from xopt.kernels.isa import AVX2, AVX512, BY_NAME, Isa
 from xopt.targets.base import cpu_features
 
 
@@ -27,3 +27,7 @@ def parameters(*isas: Isa) -> list[Any]:
         )
         for isa in isas or BY_NAME.values()
     ]
+
+
+PAIRS = AVX2 if lacking(AVX512) else AVX512
+"""The widest instruction set without dot products of bytes that this CPU runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.isas import parameters
+from tests.kernels.isas import PAIRS, parameters
 from tests.kernels.test_attention import SMALL, make_mask, reference, workload
 from xopt.kernels import attention
 from xopt.kernels.attention import Config, Workload, fused
@@ -55,7 +55,7 @@ def weight_of_all(w: Workload, q: np.ndarray, k: np.ndarray, mask: np.ndarray | 
 def test_the_heuristic_over_several_blocks_of_keys(compiled):
     w = workload(2, 2, 16, 16, causal=True, layout=fused, operands="int8")
     for length in (1, 16, 33, 253):
-        check(compiled, w, AVX512, 1, length, length, config=None)
+        check(compiled, w, PAIRS, 1, length, length, config=None)
 
 
 @pytest.mark.parametrize("isa", ISAS)

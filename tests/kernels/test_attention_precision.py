@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import test_attention_int8
+from tests.kernels.isas import PAIRS
 from tests.kernels.test_attention import SMALL, make_mask, reference, workload
 from tests.kernels.test_gemm_precision import ISAS
 from xopt.kernels import attention, precision
@@ -40,8 +41,8 @@ def check(compiled, w: Workload, isa: Isa, b: int, s: int, t: int, seed: int = 0
     return found, expected
 
 
-KINDS = [pytest.param("bfloat16", *isa.values, id=f"bfloat16-{isa.id}") for isa in ISAS]
-KINDS += [pytest.param("int8", *isa.values, id=f"int8-{isa.id}") for isa in test_attention_int8.ISAS]
+KINDS = [pytest.param("bfloat16", *isa.values, id=f"bfloat16-{isa.id}", marks=isa.marks) for isa in ISAS]
+KINDS += [pytest.param("int8", *isa.values, id=f"int8-{isa.id}", marks=isa.marks) for isa in test_attention_int8.ISAS]
 CHECKS = {"bfloat16": check, "int8": test_attention_int8.check}
 """Each against float64 on the numbers that its operands stand for, by its own bound."""
 
@@ -73,7 +74,7 @@ def test_head_sizes_in_a_fused_projection(
 def test_masks(compiled, operands: str, mask: str, mask_shape: tuple, causal: bool):
     w = workload(2, 2, 8, 8, mask=mask, mask_shape=mask_shape, causal=causal, operands=operands)
     for b, s, t in ((1, 1, 1), (2, 9, 9), (1, 40, 11)):
-        CHECKS[operands](compiled, w, AVX512, b, s, t, s)
+        CHECKS[operands](compiled, w, PAIRS, b, s, t, s)
 
 
 def test_the_heuristic_over_several_blocks_of_keys(compiled):

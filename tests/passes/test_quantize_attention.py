@@ -23,6 +23,7 @@ from xopt.passes.quantize.scales import scales_by_head
 from xopt.pipeline import text
 from xopt.runtime.reference import ReferenceSession
 from xopt.runtime.session import Session
+from xopt.targets.base import cpu_features
 from xopt.targets.integer_attention import parts
 from xopt.targets.lowering import lower
 
@@ -91,7 +92,10 @@ def test_the_written_file_reaches_the_same_kernels(kind: str, fused: bool, tmp_p
     assert not any("quantize" in name or "from_" in name for name in names)
 
 
-@pytest.mark.parametrize("target", ["cpu:avx512", "cpu:avx2"])
+WITH_AVX512 = pytest.mark.skipif("avx512bw" not in cpu_features(), reason="this CPU has no AVX-512")
+
+
+@pytest.mark.parametrize("target", [pytest.param("cpu:avx512", marks=WITH_AVX512), "cpu:avx2"])
 def test_other_instruction_sets_round_alike(target: str, tmp_path: Path) -> None:
     model = quantized("bert")
     data = samples(model)
