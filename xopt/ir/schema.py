@@ -108,7 +108,7 @@ def carried(node: ir.Node) -> Iterator[Carried]:
     form = form_of(node.op_type) if node.domain in ("", "ai.onnx") else None
     for name, attribute in node.attributes.items():
         default = form.defaults.get(name) if form is not None else None
-        if attribute.is_ref() or default is None or not _equal(attribute.value, default):
+        if attribute.is_ref() or default is None or not _equal(attribute, default):
             yield Carried(name)
     for place, value in enumerate(node.inputs):
         if value is not None and (form is None or place >= form.required):
@@ -122,8 +122,10 @@ def _named(names: tuple[str, ...], place: int, kind: str) -> str:
     return names[place] if place < len(names) else f"{kind} {place}"
 
 
-def _equal(value: Any, default: Any) -> bool:
-    if isinstance(default, ir.TensorProtocol) or isinstance(value, ir.TensorProtocol):
+def _equal(attribute: ir.Attr, default: Any) -> bool:
+    """Whether an attribute says what is its default; of tensors that is not asked."""
+    value = attribute.value
+    if attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
         return False
     return list(value) == list(default) if isinstance(value, (list, tuple)) else bool(value == default)
 
