@@ -43,6 +43,12 @@ class Symbols:
         if numbers is not None and len(numbers) <= LARGEST:
             self._numbers[node.outputs[0]] = numbers
 
+    def learn(self, value: ir.Value) -> ir.Value:
+        """Learn what a rewrite has computed by a new node; gives it back."""
+        if (node := value.producer()) is not None:
+            self.visit(node)
+        return value
+
     def dims(self, value: ir.Value | None) -> Dims | None:
         """Dimensions of a value, or None when even its rank is unknown."""
         if value is None:

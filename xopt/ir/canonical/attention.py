@@ -102,7 +102,7 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
     q = scores.q
     for temperature in scores.temperatures:
         q = insert(weighted.node, "Mul", [q, temperature], shape=q.shape)
-        _visit(symbols, q)
+        symbols.learn(q)
     return Site(
         weighted.node, q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
         scores.scale, scores.softcap, False, scores.terms,
@@ -181,10 +181,10 @@ def _canonical(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeR
     attributes |= {"q_num_heads": q.heads, "kv_num_heads": k.heads}
     query, key = site.axes[-2:]
     y = _attention(site, assemble(symbols, site.anchor, operands, (query, key, key)), mask, attributes)
-    _visit(symbols, y)
+    symbols.learn(y)
     if v.scale != 1.0:
         y = _scaled(site.anchor, y, v.scale)
-        _visit(symbols, y)
+        symbols.learn(y)
     _connect(symbols, site, y, lead, q.head)
 
 
@@ -281,7 +281,7 @@ def _keep_four(symbols: Symbols, masks: Masks, site: Site, report: CanonicalizeR
     if k is None:
         k = insert(site.anchor, "Transpose", [site.k], {"perm": [0, 1, 3, 2]})
     y = _attention(site, [q or site.q, k, site.v], mask, _attributes(site, mask, site.scale * q_scale * k_scale))
-    _visit(symbols, y)
+    symbols.learn(y)
     replace_uses(site.output, y)
 
 
@@ -353,9 +353,9 @@ def _four_again(symbols: Symbols, site: Site, y: ir.Value) -> ir.Value:
     graph, size = site.anchor.graph, product(digit.count for digit in site.output_axes[-1]).constant
     assert isinstance(graph, ir.Graph) and size is not None
     apart = insert(site.anchor, "Reshape", [y, initializer(graph, "apart", np.asarray([0, 0, -1, size], np.int64))])
-    _visit(symbols, apart)
+    symbols.learn(apart)
     turned = insert(site.anchor, "Transpose", [apart], {"perm": [0, 2, 1, 3]})
-    _visit(symbols, turned)
+    symbols.learn(turned)
     if len(site.axes) == 4:
         return turned
     flat = initializer(graph, "flat", np.asarray([-1, *_tail(symbols, site)], np.int64))
@@ -368,9 +368,3 @@ def _tail(symbols: Symbols, site: Site) -> list[int]:
     if len(tail) != len(site.axes) - 1 or None in tail:
         raise NotAttentionError("output-layout")
     return tail  # type: ignore[return-value]
-
-
-def _visit(symbols: Symbols, value: ir.Value) -> None:
-    node = value.producer()
-    if node is not None:
-        symbols.visit(node)

@@ -89,16 +89,12 @@ class Caches:
         assert isinstance(graph, ir.Graph)
         numbers = [0, 2 * width, -1, 2] if interleaved else [0, width, -1, 1]
         bounds = [initializer(graph, "half", np.asarray([number], np.int64)) for number in numbers]
-        half = insert(site, "Slice", [value, *bounds])
-        self.symbols.visit(half.producer())  # type: ignore[arg-type]
-        return half
+        return self.symbols.learn(insert(site, "Slice", [value, *bounds]))
 
     def _insert(self, site: ir.Node, op: str, value: ir.Value, axes: list[int]) -> ir.Value:
         graph = site.graph
         assert isinstance(graph, ir.Graph)
-        result = insert(site, op, [value, initializer(graph, "axes", np.asarray(axes, np.int64))])
-        self.symbols.visit(result.producer())  # type: ignore[arg-type]
-        return result
+        return self.symbols.learn(insert(site, op, [value, initializer(graph, "axes", np.asarray(axes, np.int64))]))
 
     def _repeats(self, value: ir.Value | None, interleaved: bool) -> bool:
         """Whether the two halves of the last axis (or each pair of neighbours) are surely equal."""

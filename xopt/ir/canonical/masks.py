@@ -241,11 +241,7 @@ class Masks:
         attributes: dict[str, int] | dict[str, list[int]] | None = None,
         dtype: ir.DataType | None = None,
     ) -> ir.Value:
-        value = insert(site, op, inputs, attributes, name=f"mask/{op}", dtype=dtype)
-        node = value.producer()
-        assert node is not None
-        self.symbols.visit(node)
-        return value
+        return self.symbols.learn(insert(site, op, inputs, attributes, name=f"mask/{op}", dtype=dtype))
 
 
 def hides_later_keys(symbols: Symbols, mask: ir.Value) -> bool:

@@ -134,8 +134,4 @@ def _made(
     attributes: dict[str, list[int]],
     name: str | None = None,
 ) -> ir.Value:
-    value = insert(site, op, inputs, attributes, name=name)
-    node = value.producer()
-    assert node is not None
-    symbols.visit(node)
-    return value
+    return symbols.learn(insert(site, op, inputs, attributes, name=name))

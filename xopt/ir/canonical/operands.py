@@ -293,11 +293,9 @@ def _repeated(symbols: Symbols, site: ir.Node, value: ir.Value, other: ir.Value)
     ones = initializer(graph, "ones", np.ones(2, np.int64))
     shape = insert(site, "Concat", [samples, ones], {"axis": 0}, dtype=ir.DataType.INT64, shape=[3])
     result = insert(site, "Expand", [value, shape])
-    for made in (samples, shape, result):
-        node = made.producer()
-        assert node is not None
-        symbols.visit(node)
-    return result
+    for made in (samples, shape):
+        symbols.learn(made)
+    return symbols.learn(result)
 
 
 def _parts(site: ir.Node, source: ir.Value, operands: Sequence[Operand]) -> Sequence[ir.Value]:

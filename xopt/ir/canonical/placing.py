@@ -54,8 +54,7 @@ def _in_order(
     digits = [digit for row in axes for digit in row]
     present = {digit for row, dim in zip(axes, dims) if dim != ONE for digit in row}
     value = _reshaped(symbols, site, value, [digit.count if digit in present else ONE for digit in digits])
-    value = insert(site, "Transpose", [value], {"perm": [digits.index(digit) for digit in order]})
-    symbols.visit(value.producer())  # type: ignore[arg-type]
+    value = symbols.learn(insert(site, "Transpose", [value], {"perm": [digits.index(digit) for digit in order]}))
     return value, tuple((digit,) for digit in order)
 
 
@@ -70,11 +69,8 @@ def _expanded(symbols: Symbols, site: ir.Node, value: ir.Value, axes: Axes, miss
             parts.append(initializer(graph, "windows", np.asarray([wanted.constant], np.int64)))
         else:
             parts.append(_size_at_run_time(symbols, site, wanted))
-    shape = insert(site, "Concat", parts, {"axis": 0}, dtype=ir.DataType.INT64)
-    out = insert(site, "Expand", [value, shape])
-    for made in (shape, out):
-        symbols.visit(made.producer())  # type: ignore[arg-type]
-    return out
+    shape = symbols.learn(insert(site, "Concat", parts, {"axis": 0}, dtype=ir.DataType.INT64))
+    return symbols.learn(insert(site, "Expand", [value, shape]))
 
 
 def _size_at_run_time(symbols: Symbols, site: ir.Node, size: Poly) -> ir.Value:
@@ -96,6 +92,6 @@ def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Pol
     graph = site.graph
     assert isinstance(graph, ir.Graph)
     shape = [-1 if number is None else number for number in numbers]
-    out = insert(site, "Reshape", [value, initializer(graph, "mask_shape", np.asarray(shape, np.int64))])
-    symbols.visit(out.producer())  # type: ignore[arg-type]
-    return out
+    return symbols.learn(
+        insert(site, "Reshape", [value, initializer(graph, "mask_shape", np.asarray(shape, np.int64))])
+    )

@@ -232,9 +232,7 @@ def _in_one_piece(symbols: Symbols, site: ir.Node, x: ir.Value) -> ir.Value:
 
 
 def _insert(symbols: Symbols, site: ir.Node, op: str, inputs: list[ir.Value], attributes: dict[str, int]) -> ir.Value:
-    value = insert(site, op, inputs, attributes)
-    symbols.visit(value.producer())  # type: ignore[arg-type]
-    return value
+    return symbols.learn(insert(site, op, inputs, attributes))
 
 
 def _partial(symbols: Symbols, node: ir.Node) -> bool:
