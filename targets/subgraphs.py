@@ -8,7 +8,7 @@ one shape. Sizes and indices of its own are checked inside of it: a branch that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.tirx.analysis import undefined_vars
 
+from xopt.ir import walk
 from xopt.targets import checks
 from xopt.targets.symbolic import Dim, Ints
 
@@ -66,21 +67,12 @@ def captured(graph: ir.Graph) -> list[ir.Value]:
     own, found = set(graph.inputs) | set(graph.initializers.values()), dict[ir.Value, None]()
     for node in graph:
         read = [value for value in node.inputs if value is not None]
-        for inner in graphs(node):
+        for inner in walk.graphs(node):
             read += captured(inner)
         found.update((value, None) for value in read if value not in own)
         own.update(node.outputs)
     found.update((value, None) for value in graph.outputs if value not in own)
     return list(found)
-
-
-def graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs inside a node."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def function(

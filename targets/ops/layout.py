@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax, tirx
 
+from xopt.ir.shape_rules import equal_parts
 from xopt.targets.ops.call import Call, Emitter, label
 from xopt.targets.symbolic import Dim
 
@@ -128,8 +129,7 @@ def _split(call: Call) -> list[Value]:
     if sizes is None:
         if not isinstance(shape[axis], int):
             raise call.unsupported("it splits a dynamic dimension into equal parts")
-        chunk = -(-shape[axis] // count)
-        sizes = [max(min(chunk, shape[axis] - i * chunk), 0) for i in range(count)]
+        sizes = [max(size, 0) for size in equal_parts(shape[axis], count)]
     if len(sizes) != count:
         raise call.unsupported(f"it has {count} outputs and {len(sizes)} sizes")
     for size in sizes:

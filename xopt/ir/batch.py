@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from xopt.ir import walk
 from xopt.ir.batch_rules import RULES, Followed, NotFollowedError, Place, SamplesMeetError
 from xopt.ir.poly import ZERO, Poly
 from xopt.ir.symbolic import Symbols
@@ -77,10 +78,9 @@ class Follow:
 
 def _captured(node: ir.Node) -> Iterator[ir.Value | None]:
     """What the nodes in the branches and bodies of a node read."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            for inner in attribute.as_graph().all_nodes():
-                yield from inner.inputs
+    for graph in walk.graphs(node):
+        for inner in graph.all_nodes():
+            yield from inner.inputs
 
 
 def follow(graph: ir.Graph, axes: Mapping[str, int | None], size: Poly, symbols: Symbols | None = None) -> Follow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -223,8 +222,13 @@ def split_sizes(s: Known, node: ir.Node, total: Poly) -> list[Poly]:
     count = len(node.outputs)
     if total.constant is None:
         return [total.exactly(count) or Poly.unknown()] * count
-    chunk = math.ceil(total.constant / count)
-    return [Poly.of(min(chunk, total.constant - chunk * i)) for i in range(count)]
+    return [Poly.of(size) for size in equal_parts(total.constant, count)]
+
+
+def equal_parts(total: int, count: int) -> list[int]:
+    """Sizes of the parts of a Split that names none: equal, but for the last; negative where there are too many."""
+    part = -(-total // count)
+    return [min(part, total - part * index) for index in range(count)]
 
 
 def _slice(s: Known, node: ir.Node) -> Shapes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from xopt.ir import edit
@@ -64,6 +66,17 @@ def axis(node: ir.Node, default: int, operand: int = 0) -> int | None:
         return found
     shape = shape_of(node.inputs[operand])
     return None if shape is None else found + len(shape)
+
+
+def graphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs inside a node: branches of If, bodies of Loop and Scan."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 class Order:

@@ -27,7 +27,7 @@ from xopt.ir.edit import (
     replace,
     sweep,
 )
-from xopt.ir.shape_rules import einsum_terms
+from xopt.ir.shape_rules import einsum_terms, equal_parts
 from xopt.ir.shapes import equal_by_count, infer_shapes
 
 
@@ -62,9 +62,7 @@ def _split(node: ir.Node, array: np.ndarray) -> list[np.ndarray] | None:
     if not -array.ndim <= axis < array.ndim:
         return None
     if sizes is None:
-        count, total = len(node.outputs), array.shape[axis]
-        chunk = -(-total // count)
-        sizes = np.asarray([min(chunk, total - chunk * i) for i in range(count)])
+        sizes = np.asarray(equal_parts(array.shape[axis], len(node.outputs)))
     if sizes.min() < 0 or sizes.sum() != array.shape[axis] or (input_at(node, 1) is not None and sizes.ndim != 1):
         return None
     return list(np.split(array, np.cumsum(sizes)[:-1], axis))

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import attribute, constant, consumers, initializer, input_at, insert_many, remove_dead, replace, sweep
 from xopt.ir.projection import projection_into
+from xopt.ir.shape_rules import equal_parts
 from xopt.ir.walk import shape_of
 
 
@@ -26,15 +27,14 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
 
 def _write_sizes(node: ir.Node) -> bool:
     """Sizes of equal parts (the last may be smaller), for an axis of fixed size."""
-    source, graph, count = input_at(node, 0), node.graph, len(node.outputs)
+    source, graph = input_at(node, 0), node.graph
     shape, axis = shape_of(source), int(attribute(node, "axis", 0) or 0)
     if input_at(node, 1) is not None or shape is None or not isinstance(graph, ir.Graph):
         return False
     total = shape[axis] if -len(shape) <= axis < len(shape) else None
     if total is None:
         return False
-    part = -(-total // count)
-    sizes = [min(part, total - part * index) for index in range(count)]
+    sizes = equal_parts(total, len(node.outputs))
     if min(sizes) < 0:
         return False
     node.attributes.pop("num_outputs", None)
