@@ -133,16 +133,8 @@ class Emitting:
 
     def materialized(self, ints: Ints) -> relax.Expr:
         """A run-time tensor that holds known integers which depend on the dimensions."""
-        elements = list(ints.array.reshape(-1))
-
-        def element(index: Any) -> Any:
-            result = tirx.const(0, "int64")
-            for position, item in enumerate(elements):
-                item = tirx.const(int(item), "int64") if isinstance(item, (int, bool)) else item
-                result = tirx.Select(index == position, item, result)
-            return result.astype(ints.dtype)
-
-        flat = self.compute("shape_values", [len(elements)], element)
+        elements = [int(item) if isinstance(item, (int, bool)) else item for item in ints.array.reshape(-1)]
+        flat = self.compute("shape_values", [len(elements)], lambda index: pick(index, elements).astype(ints.dtype))
         return self.reshape(flat, list(ints.array.shape))
 
     def known(self, value: ir.Value | None) -> Array | None:
@@ -380,6 +372,15 @@ _OPAQUE = 8
 
 def _extents(shape: Sequence[Dim]) -> list[Any]:
     return [tirx.IntImm("int64", dim) if isinstance(dim, int) else dim for dim in shape]
+
+
+def pick(position: Any, items: Sequence[Any]) -> Any:
+    """``items[position]``, of integers and expressions; 0 where there are none."""
+    items = [tirx.const(item, "int64") if isinstance(item, int) else item for item in items]
+    result = items[-1] if items else tirx.const(0, "int64")
+    for place in reversed(range(len(items) - 1)):
+        result = tirx.Select(position == place, items[place], result)
+    return result
 
 
 def in_memory(name: str, array: Array) -> Array:

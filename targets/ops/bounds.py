@@ -14,16 +14,20 @@ import numpy as np
 import onnx_ir as ir
 from tvm import te, tirx
 
+from xopt.kernels.emit import i64
 from xopt.targets.ops.call import Call, harmless, label
 from xopt.targets.symbolic import Array, Dim
 
 
 def valid(index: Any, dim: Dim) -> Any:
     """An ONNX index as a position: negative ones count from the end, and no index leaves the tensor."""
-    extent = _int64(dim)
     index = index.astype("int64")
-    index = tirx.Select(index < 0, index + extent, index)
-    return tirx.max(tirx.min(index, extent - 1), tirx.const(0, "int64"))
+    return inside(tirx.Select(index < 0, index + i64(dim), index), dim)
+
+
+def inside(index: Any, dim: Dim) -> Any:
+    """The nearest position of an axis."""
+    return tirx.max(tirx.min(index, i64(dim) - 1), i64(0))
 
 
 def check_indices(call: Call, position: int, extents: Sequence[Dim]) -> None:
@@ -71,27 +75,23 @@ def refuse_rows(call: Call, position: int, width: int, wrong: Callable[[list[Any
     tensor = call.x(position)
     shape = call.lowering.shape_of(tensor)
     rows = call.dims.product(shape if width == 1 else shape[:-1])
-    row = te.reduce_axis((tirx.const(0, "int64"), _int64(rows)), "row_of_indices")
+    row = te.reduce_axis((i64(0), i64(rows)), "row_of_indices")
 
     def element(x: Any, _: Any) -> Any:
         found = wrong([x(row, tirx.const(k, "int64")) for k in range(width)])
-        return te.sum(tirx.Select(found, _int64(1), _int64(0)), axis=[row])
+        return te.sum(tirx.Select(found, i64(1), i64(0)), axis=[row])
 
     count = call.lowering.compute("outside", [1], element, call.lowering.reshape(tensor, [rows, width]))
     call.lowering.outside.append((count, f"{label(call.node)}: {what}"))
 
 
 def _any_outside(row: Sequence[Any], extents: Sequence[Dim]) -> Any:
-    return reduce(tirx.Or, [_is_outside(index, _int64(extent)) for index, extent in zip(row, extents)])
+    return reduce(tirx.Or, [_is_outside(index, i64(extent)) for index, extent in zip(row, extents)])
 
 
 def _is_outside(index: Any, extent: Any) -> Any:
     index = index.astype("int64")
     return tirx.Or(index < -extent, index >= extent)
-
-
-def _int64(dim: Dim) -> Any:
-    return tirx.const(dim, "int64") if isinstance(dim, int) else dim
 
 
 # -- indices that are checked before the model runs ----------------------------------------------------------------

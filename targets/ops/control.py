@@ -17,6 +17,7 @@ from tvm import relax, tirx
 from xopt.errors import InputError
 from xopt.runtime.device import CPU
 from xopt.targets import subgraphs
+from xopt.targets.ops.bounds import inside
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim, Ints
 
@@ -240,7 +241,7 @@ def _at(inner: Emitting, value: ir.Value, axis: int, backward: int, step: relax.
     last = shape[axis] - 1
 
     def element(x: Any, now: Any, *i: Any) -> Any:
-        place = tirx.max(tirx.min(now(), last), tirx.const(0, "int64"))
+        place = inside(now(), shape[axis])
         return x(*i[:axis], last - place if backward else place, *i[axis:])
 
     return inner.compute("part", shape[:axis] + shape[axis + 1 :], element, tensor, step)

@@ -10,6 +10,7 @@ import numpy as np
 from tvm import relax, tirx
 
 from xopt.ir.shape_rules import equal_parts
+from xopt.targets.ops.bounds import inside
 from xopt.targets.ops.call import Call, Emitter, label
 from xopt.targets.symbolic import Dim
 
@@ -307,8 +308,8 @@ def padded(call: Call, result: Sequence[Dim], before: Sequence[Any], table: rela
         shifts = before if table is None else [rest[0](place) for place in before]
         at = [i - shift for i, shift in zip(index, shifts)]
         if mode != "constant":
-            inside = [_mirrored(i, dim, mode) for i, dim in zip(at, shape)]
-            return tensor(*(inside if table is None else [_within(i, dim) for i, dim in zip(inside, shape)]))
+            sources = [_mirrored(i, dim, mode) for i, dim in zip(at, shape)]
+            return tensor(*(sources if table is None else [inside(i, dim) for i, dim in zip(sources, shape)]))
         moved = [axis for axis, shift in enumerate(shifts) if not (_is_zero(shift) and same[axis])]
         within = [tirx.all(at[axis] >= 0, at[axis] < shape[axis]) for axis in moved]
         return tirx.if_then_else(tirx.all(*within), tensor(*at), value()) if within else tensor(*at)
@@ -322,10 +323,6 @@ def _fill(call: Call, dtype: str) -> relax.Expr:
     if not call.has(2):
         return relax.const(0, dtype)
     return call.lowering.reshape(call.x(2), [])
-
-
-def _within(index: Any, dim: Dim) -> Any:
-    return tirx.max(tirx.min(index, dim - 1), tirx.const(0, "int64"))
 
 
 def _pads(call: Call, rank: int) -> tuple[list[Dim], list[Dim]]:
@@ -348,7 +345,7 @@ def _is_zero(value: Dim) -> bool:
 def _mirrored(index: Any, dim: Dim, mode: str) -> Any:
     """The source index of a padded position for the modes reflect, edge and wrap."""
     if mode == "edge":
-        return tirx.min(tirx.max(index, tirx.const(0, "int64")), dim - 1)
+        return inside(index, dim)
     if mode == "wrap":
         return tirx.floormod(index, dim)
     index = tirx.abs(index)
@@ -404,8 +401,8 @@ def _triangle(call: Call) -> Value:
 
     def element(x: Any, *index: Any) -> Any:
         away = index[-1] - index[-2]
-        inside = away >= offset if upper else away <= offset
-        return tirx.Select(inside, x(*index), tirx.const(0, x.dtype))
+        kept = away >= offset if upper else away <= offset
+        return tirx.Select(kept, x(*index), tirx.const(0, x.dtype))
 
     return call.lowering.compute("triangle", shape, element, call.x())
 

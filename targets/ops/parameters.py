@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax, tirx
 
-from xopt.targets.ops.bounds import refuse_rows
+from xopt.kernels.emit import i64
+from xopt.targets.emitting import pick
+from xopt.targets.ops.bounds import inside, refuse_rows
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.indexing import sums_along
 from xopt.targets.ops.layout import padded, strided
@@ -27,18 +29,6 @@ if TYPE_CHECKING:
 LARGEST = 1 << 28
 """Elements of a result whose size the data decide: a wrong number must not take all memory."""
 Element = Callable[..., Any]
-
-
-def _i64(value: Dim) -> Any:
-    return tirx.const(value, "int64") if isinstance(value, int) else value
-
-
-def _pick(position: Any, items: Sequence[Any]) -> Any:
-    """``items[position]``, of expressions."""
-    result = _i64(items[-1])
-    for place in reversed(range(len(items) - 1)):
-        result = tirx.Select(position == place, _i64(items[place]), result)
-    return result
 
 
 def vector(call: Call, index: int) -> relax.Expr:
@@ -63,7 +53,7 @@ def numbers(call: Call, name: str, items: int, element: Callable[..., Sequence[A
 
     def at(*arguments: Any) -> Any:
         *tensors, position = arguments
-        return _pick(position, element(*tensors))
+        return pick(position, element(*tensors))
 
     return call.lowering.compute(name, [items], at, *inputs)
 
@@ -73,18 +63,13 @@ def _read(tensor: Any, count: int) -> list[Any]:
 
 
 def _clip(value: Any, low: Any, high: Any) -> Any:
-    return tirx.max(tirx.min(value, _i64(high)), _i64(low))
+    return tirx.max(tirx.min(value, i64(high)), i64(low))
 
 
-def _bounded(sizes: Sequence[Any]) -> list[Any]:
-    """Sizes from 0 on; all of them 0 where there would be more than `LARGEST` elements."""
-    sizes = [_clip(size, 0, LARGEST) for size in sizes]
-    fits: Any = tirx.const(True, "bool")
-    total = _i64(1)
-    for size in sizes:
-        total = tirx.min(total, _i64(LARGEST)) * size
-        fits = tirx.And(fits, total <= LARGEST)
-    return [tirx.Select(fits, size, _i64(0)) for size in sizes]
+def bounded(sizes: Sequence[Any]) -> list[Any]:
+    """Sizes, or zeros where they are no sizes, or more than `LARGEST` elements."""
+    wrong = _too_many(sizes)
+    return [tirx.Select(wrong, i64(0), size) for size in sizes]
 
 
 def _refuse_large(call: Call, index: int, elements: Callable[[list[Any]], Any]) -> None:
@@ -92,10 +77,10 @@ def _refuse_large(call: Call, index: int, elements: Callable[[list[Any]], Any]) 
 
 
 def _too_many(sizes: Sequence[Any]) -> Any:
-    total, wrong = _i64(1), tirx.const(False, "bool")
+    total, wrong = i64(1), tirx.const(False, "bool")
     for size in sizes:
         wrong = tirx.Or(wrong, tirx.Or(size < 0, size > LARGEST))
-        total = tirx.min(total, _i64(LARGEST)) * _clip(size, 0, LARGEST)
+        total = tirx.min(total, i64(LARGEST)) * _clip(size, 0, LARGEST)
         wrong = tirx.Or(wrong, total > LARGEST)
     return wrong
 
@@ -112,21 +97,31 @@ def _flags(call: Call, index: int, rank: int) -> relax.Var:
     """int64 [rank]: 1 for the axes that input ``index`` names."""
     axes = vector(call, index)
     count = _length(call, axes)
-    refuse_rows(call, index, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+    _refuse_axes(call, index, rank)
 
     def element(tensor: Any) -> list[Any]:
         given = _read(tensor, count)
-        named = [[tirx.Or(axis == k, axis == k - rank) for axis in given] for k in range(rank)]
-        return [reduce(tirx.Or, found).astype("int64") if found else _i64(0) for found in named]
+        named = [[_names(axis, k, rank) for axis in given] for k in range(rank)]
+        return [reduce(tirx.Or, found).astype("int64") if found else i64(0) for found in named]
 
     return numbers(call, "axes", rank, element, axes)
 
 
+def _refuse_axes(call: Call, index: int, rank: int) -> None:
+    """End the run when input ``index`` names an axis that there is not."""
+    refuse_rows(call, index, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+
+
+def _names(given: Any, axis: int, rank: int) -> Any:
+    """Whether a number, perhaps counted from the end, names an axis."""
+    return tirx.Or(given == axis, given == axis - rank)
+
+
 def _nth(place: int, chosen: Sequence[Any], items: Sequence[Dim]) -> Any:
     """The item of the ``place``-th axis that is chosen (1, not 0), in order."""
-    result, before = _i64(0), _i64(0)
+    result, before = i64(0), i64(0)
     for flag, item in zip(chosen, items):
-        result = tirx.Select(tirx.And(flag == 1, before == place), _i64(item), result)
+        result = tirx.Select(tirx.And(flag == 1, before == place), i64(item), result)
         before = before + flag
     return result
 
@@ -145,11 +140,11 @@ def _reduced(name: str) -> Emitter:
 
         def sizes(tensor: Any) -> list[Any]:
             gone = _read(tensor, rank)
-            rest = reduce(lambda a, b: a * b, [tirx.Select(f == 1, _i64(1), _i64(d)) for f, d in zip(gone, shape)])
-            over = reduce(lambda a, b: a * b, [tirx.Select(f == 1, _i64(d), _i64(1)) for f, d in zip(gone, shape)])
+            rest = reduce(lambda a, b: a * b, [tirx.Select(f == 1, i64(1), i64(d)) for f, d in zip(gone, shape)])
+            over = reduce(lambda a, b: a * b, [tirx.Select(f == 1, i64(d), i64(1)) for f, d in zip(gone, shape)])
             kept = [1 - flag for flag in gone]
             result = (
-                [tirx.Select(f == 1, _i64(1), _i64(d)) for f, d in zip(gone, shape)]
+                [tirx.Select(f == 1, i64(1), i64(d)) for f, d in zip(gone, shape)]
                 if keep
                 else [_nth(place, kept, shape) for place in range(rank - count)]
             )
@@ -161,7 +156,7 @@ def _reduced(name: str) -> Emitter:
         def element(x: Any, tensor: Any, row: Any, column: Any) -> Any:
             gone, where = _read(tensor, rank), []
             for axis in reversed(range(rank)):
-                extent = _i64(shape[axis])
+                extent = i64(shape[axis])
                 where.append(tirx.floormod(tirx.Select(gone[axis] == 1, column, row), extent))
                 row = tirx.Select(gone[axis] == 1, row, tirx.floordiv(row, extent))
                 column = tirx.Select(gone[axis] == 1, tirx.floordiv(column, extent), column)
@@ -197,9 +192,9 @@ def _unsqueeze(call: Call) -> Value:
 
     def sizes(tensor: Any) -> list[Any]:
         new = _read(tensor, rank)
-        result, before = [], _i64(0)
+        result, before = [], i64(0)
         for flag in new:
-            result.append(tirx.Select(flag == 1, _i64(1), _pick(before, shape) if shape else _i64(1)))
+            result.append(tirx.Select(flag == 1, i64(1), pick(before, shape) if shape else i64(1)))
             before = before + 1 - flag
         return result
 
@@ -212,14 +207,14 @@ def _unsqueeze(call: Call) -> Value:
 def _reshape(call: Call) -> Value:
     old, rank = call.shape(), _count(call, 1)
     copies = not call.attr("allowzero", 0)
-    total = _i64(call.dims.product(old))
+    total = i64(call.dims.product(old))
 
     def sizes(tensor: Any) -> list[Any]:
         wanted = _read(tensor, rank)
         if copies:
-            wanted = [tirx.Select(w == 0, _i64(old[k]) if k < len(old) else w, w) for k, w in enumerate(wanted)]
-        known = reduce(lambda a, b: a * b, [tirx.Select(w < 0, _i64(1), _clip(w, 0, LARGEST)) for w in wanted], _i64(1))
-        free = tirx.floordiv(total, tirx.max(known, _i64(1)))
+            wanted = [tirx.Select(w == 0, i64(old[k]) if k < len(old) else w, w) for k, w in enumerate(wanted)]
+        known = reduce(lambda a, b: a * b, [tirx.Select(w < 0, i64(1), _clip(w, 0, LARGEST)) for w in wanted], i64(1))
+        free = tirx.floordiv(total, tirx.max(known, i64(1)))
         return [tirx.Select(w < 0, free, _clip(w, 0, LARGEST)) for w in wanted]
 
     dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, vector(call, 1)), rank) if rank else []
@@ -235,14 +230,14 @@ def _expand(call: Call) -> Value:
     wanted = vector(call, 1)
 
     def target(row: Sequence[Any]) -> list[Any]:
-        asked = [*([_i64(1)] * (rank - count)), *row]
-        return [tirx.Select(a == 1, _i64(d), a) for a, d in zip(asked, shape)]
+        asked = [*([i64(1)] * (rank - count)), *row]
+        return [tirx.Select(a == 1, i64(d), a) for a, d in zip(asked, shape)]
 
     def sizes(tensor: Any) -> list[Any]:
-        return _bounded(target(_read(tensor, count)))
+        return bounded(target(_read(tensor, count)))
 
     def unfit(row: list[Any]) -> Any:
-        found = [tirx.And(size != _i64(d), _i64(d) != 1) for size, d in zip(target(row), shape)]
+        found = [tirx.And(size != i64(d), i64(d) != 1) for size, d in zip(target(row), shape)]
         return reduce(tirx.Or, found)
 
     refuse_rows(call, 1, count, unfit, "it does not broadcast")
@@ -251,7 +246,7 @@ def _expand(call: Call) -> Value:
 
     def element(x: Any, *index: Any) -> Any:
         inner = index[rank - len(given) :]
-        return x(*[_i64(0) if d == 1 else tirx.min(i, _i64(d) - 1) for i, d in zip(inner, given)])
+        return x(*[i64(0) if d == 1 else tirx.min(i, i64(d) - 1) for i, d in zip(inner, given)])
 
     return call.lowering.compute("expand", dims, element, call.x())
 
@@ -262,15 +257,15 @@ def _tile(call: Call) -> Value:
         raise call.unsupported(f"{_count(call, 1)} repeats do not fit rank {len(shape)}")
 
     def target(row: Sequence[Any]) -> list[Any]:
-        return [_clip(r, -1, LARGEST) * _i64(d) for r, d in zip(row, shape)]
+        return [_clip(r, -1, LARGEST) * i64(d) for r, d in zip(row, shape)]
 
     _refuse_large(call, 1, target)
     repeats = vector(call, 1)
-    sizes = numbers(call, "sizes", len(shape), lambda t: _bounded(target(_read(t, len(shape)))), repeats)
+    sizes = numbers(call, "sizes", len(shape), lambda t: bounded(target(_read(t, len(shape)))), repeats)
     dims = call.lowering.decide(sizes, len(shape))
 
     def element(x: Any, *index: Any) -> Any:
-        return x(*[tirx.floormod(i, _i64(d)) for i, d in zip(index, shape)])
+        return x(*[tirx.floormod(i, i64(d)) for i, d in zip(index, shape)])
 
     return call.lowering.compute("tile", dims, element, call.x())
 
@@ -279,7 +274,7 @@ def _constant_of_shape(call: Call) -> Value:
     value, rank = call.attr("value"), _count(call, 0)
     array = np.zeros(1, np.float32) if value is None else value.numpy().reshape(-1)
     _refuse_large(call, 0, lambda row: row)
-    shape = numbers(call, "sizes", rank, lambda t: _bounded(_read(t, rank)), vector(call, 0))
+    shape = numbers(call, "sizes", rank, lambda t: bounded(_read(t, rank)), vector(call, 0))
     dims = call.lowering.decide(shape, rank)
     return call.emit(relax.op.full(dims, relax.const(array[0], str(array.dtype)), str(array.dtype)))
 
@@ -303,7 +298,7 @@ def _range(call: Call) -> Value:
 
     count = call.lowering.compute("outside", [1], wrong, *tensors)
     call.lowering.outside.append((count, f"{call.lowering.node}: its step is 0, or its result would be too large"))
-    sizes = call.lowering.compute("sizes", [1], lambda a, b, c, i: _bounded([length(a, b, c)])[0], *tensors)
+    sizes = call.lowering.compute("sizes", [1], lambda a, b, c, i: bounded([length(a, b, c)])[0], *tensors)
     dims = call.lowering.decide(sizes, 1)
     return call.lowering.compute(
         "range", dims, lambda start, step, i: start(zero) + i.astype(dtype) * step(zero), tensors[0], tensors[2]
@@ -321,44 +316,44 @@ def _slice(call: Call) -> Value:
 
     def bounds(*tensors: Any) -> list[Any]:
         starts, ends = _read(tensors[0], count), _read(tensors[1], count)
-        axes = _read(tensors[places[3]], count) if 3 in places else [_i64(k) for k in range(count)]
-        steps = _read(tensors[places[4]], count) if 4 in places else [_i64(1)] * count
+        axes = _read(tensors[places[3]], count) if 3 in places else [i64(k) for k in range(count)]
+        steps = _read(tensors[places[4]], count) if 4 in places else [i64(1)] * count
         found = []
-        for axis, dim in enumerate(map(_i64, shape)):
-            entry = (_i64(0), _i64(1), dim)
+        for axis, dim in enumerate(map(i64, shape)):
+            entry = (i64(0), i64(1), dim)
             for start, end, named, step in zip(starts, ends, axes, steps):
-                here = tirx.Or(named == axis, named == axis - rank)
+                here = _names(named, axis, rank)
                 part = _part(dim, start, end, _clip(step, -LARGEST, LARGEST))
                 entry = tuple(tirx.Select(here, new, old) for new, old in zip(part, entry))
             found.append(entry)
         return [entry[which] for which in range(3) for entry in found]
 
     if 3 in places:
-        refuse_rows(call, 3, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+        _refuse_axes(call, 3, rank)
     if 4 in places:
         refuse_rows(call, 4, 1, lambda row: row[0] == 0, "a step is 0")
     table = numbers(call, "bounds", 3 * rank, bounds, *inputs)
-    sizes = numbers(call, "sizes", rank, lambda t: [t(_i64(2 * rank + k)) for k in range(rank)], table)
+    sizes = numbers(call, "sizes", rank, lambda t: [t(i64(2 * rank + k)) for k in range(rank)], table)
     dims = call.lowering.decide(sizes, rank)
 
     def element(x: Any, t: Any, *index: Any) -> Any:
-        where = [t(_i64(k)) + i * t(_i64(rank + k)) for k, i in enumerate(index)]
-        return x(*[_clip(i, 0, _i64(d) - 1) for i, d in zip(where, shape)])
+        where = [t(i64(k)) + i * t(i64(rank + k)) for k, i in enumerate(index)]
+        return x(*[inside(i, d) for i, d in zip(where, shape)])
 
     return call.lowering.compute("slice", dims, element, call.x(), table)
 
 
 def _part(dim: Any, start: Any, end: Any, step: Any) -> tuple[Any, Any, Any]:
     """First index, step and count of ``start:end:step`` by ONNX's rules of clamping."""
-    far = _i64(LARGEST)
+    far = i64(LARGEST)
     start, end = (_clip(x, -far, far) for x in (start, end))
     start, end = (tirx.Select(x < 0, x + dim, x) for x in (start, end))
     forward = step > 0
     first = tirx.Select(forward, _clip(start, 0, dim), _clip(start, 0, dim - 1))
     last = tirx.Select(forward, _clip(end, 0, dim), _clip(end, -1, dim - 1))
-    size = tirx.Select(step == 0, _i64(1), tirx.abs(step))
+    size = tirx.Select(step == 0, i64(1), tirx.abs(step))
     span = tirx.Select(forward, last - first, first - last)
-    return first, step, tirx.max(tirx.floordiv(span + size - 1, size), _i64(0))
+    return first, step, tirx.max(tirx.floordiv(span + size - 1, size), i64(0))
 
 
 def _split(call: Call) -> list[Value]:
@@ -368,7 +363,7 @@ def _split(call: Call) -> list[Value]:
         raise call.unsupported(f"it has {count} outputs and {_count(call, 1)} sizes")
 
     def sizes(tensor: Any) -> list[Any]:
-        left, result = _i64(shape[axis]), []
+        left, result = i64(shape[axis]), []
         for size in _read(tensor, count):
             result.append(_clip(size, 0, left))
             left = left - result[-1]
@@ -376,7 +371,7 @@ def _split(call: Call) -> list[Value]:
 
     def unfit(row: list[Any]) -> Any:
         negative = reduce(tirx.Or, [size < 0 for size in row])
-        return tirx.Or(negative, reduce(lambda a, b: a + b, row) != _i64(shape[axis]))
+        return tirx.Or(negative, reduce(lambda a, b: a + b, row) != i64(shape[axis]))
 
     refuse_rows(call, 1, count, unfit, f"its parts do not add up to axis {axis}")
     dims = call.lowering.decide(numbers(call, "sizes", count, sizes, vector(call, 1)), count)
@@ -395,17 +390,17 @@ def _pad(call: Call) -> Value:
     if count != 2 * given:
         raise call.unsupported(f"{count} pads do not fit {given} axes")
     if axes:
-        refuse_rows(call, 3, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+        _refuse_axes(call, 3, rank)
 
     def pads(tensor: Any, *rest: Any) -> list[Any]:
         numbers_ = _read(tensor, count)
-        named = _read(rest[0], given) if rest else [_i64(k) for k in range(rank)]
+        named = _read(rest[0], given) if rest else [i64(k) for k in range(rank)]
         result = []
         for side in range(2):
             for axis in range(rank):
-                amount = _i64(0)
+                amount = i64(0)
                 for place, name in enumerate(named):
-                    here = tirx.Or(name == axis, name == axis - rank)
+                    here = _names(name, axis, rank)
                     amount = tirx.Select(here, _clip(numbers_[side * given + place], -LARGEST, LARGEST), amount)
                 result.append(amount)
         return result
@@ -413,27 +408,27 @@ def _pad(call: Call) -> Value:
     table = numbers(call, "pads", 2 * rank, pads, vector(call, 1), *axes)
 
     def sizes(t: Any) -> list[Any]:
-        return [_i64(d) + t(_i64(axis)) + t(_i64(rank + axis)) for axis, d in enumerate(shape)]
+        return [i64(d) + t(i64(axis)) + t(i64(rank + axis)) for axis, d in enumerate(shape)]
 
     def wrong(t: Any, _: Any) -> Any:
         found = _too_many(sizes(t))
         for place in range(2 * rank) if mode in ("reflect", "wrap") else ():
-            most = _i64(shape[place % rank]) if mode == "reflect" else _i64(LARGEST)
-            found = tirx.Or(found, t(_i64(place)) >= most)
-            found = tirx.Or(found, t(_i64(place)) < 0) if mode == "wrap" else found
+            most = i64(shape[place % rank]) if mode == "reflect" else i64(LARGEST)
+            found = tirx.Or(found, t(i64(place)) >= most)
+            found = tirx.Or(found, t(i64(place)) < 0) if mode == "wrap" else found
         return found.astype("int64")
 
     count_wrong = call.lowering.compute("outside", [1], wrong, table)
     call.lowering.outside.append((count_wrong, f"{call.lowering.node}: it cannot add or take away that much"))
-    dims = call.lowering.decide(numbers(call, "sizes", rank, lambda t: _bounded(sizes(t)), table), rank)
-    return padded(call, dims, [_i64(axis) for axis in range(rank)], table)
+    dims = call.lowering.decide(numbers(call, "sizes", rank, lambda t: bounded(sizes(t)), table), rank)
+    return padded(call, dims, [i64(axis) for axis in range(rank)], table)
 
 
 def _triangle(call: Call) -> Value:
     upper = bool(call.attr("upper", 1))
 
     def element(x: Any, k: Any, *index: Any) -> Any:
-        away, offset = index[-1] - index[-2], k(_i64(0))
+        away, offset = index[-1] - index[-2], k(i64(0))
         inside = away >= offset if upper else away <= offset
         return tirx.Select(inside, x(*index), tirx.const(0, x.dtype))
 
@@ -444,15 +439,14 @@ def _cumulative_sum(call: Call) -> Value:
     """The sums along every axis, and those of the one that is named."""
     shape = call.shape()
     rank = len(shape)
-    refuse_rows(call, 1, 1, lambda row: tirx.Or(row[0] < -rank, row[0] >= rank), f"an axis is not one of {rank}")
+    _refuse_axes(call, 1, rank)
     sums = [sums_along(call, axis) for axis in range(rank)]
 
     def element(axis: Any, *rest: Any) -> Any:
         index = rest[rank:]
         result = rest[0](*index)
         for place in range(1, rank):
-            here = tirx.Or(axis(_i64(0)) == place, axis(_i64(0)) == place - rank)
-            result = tirx.Select(here, rest[place](*index), result)
+            result = tirx.Select(_names(axis(i64(0)), place, rank), rest[place](*index), result)
         return result
 
     return call.lowering.compute("along_axis", shape, element, vector(call, 1), *sums)
@@ -467,7 +461,7 @@ def _top_k(call: Call) -> list[Value]:
     refuse_rows(call, 1, 1, lambda row: tirx.Or(row[0] < 0, row[0] > shape[axis]), "there are fewer than k elements")
     pair = call.emit(relax.op.topk(call.x(), shape[axis], axis, "both", bool(call.attr("largest", 1)), "int64"))
     (count,) = call.lowering.decide(
-        numbers(call, "sizes", 1, lambda t: [_clip(t(_i64(0)), 0, shape[axis])], vector(call, 1)), 1
+        numbers(call, "sizes", 1, lambda t: [_clip(t(i64(0)), 0, shape[axis])], vector(call, 1)), 1
     )
     parts = [call.emit(relax.TupleGetItem(pair, index)) for index in range(2)]
     return [strided(call, part, {axis: (0, count, 1)}) for part in parts]
@@ -487,10 +481,5 @@ RUN_TIME: dict[str, tuple[tuple[int, ...], Emitter]] = {
 def emitter(call: Call) -> Emitter | None:
     """The emitter of a node whose parameters are not all known, else None."""
     positions, emit = RUN_TIME.get(call.node.op_type, ((), None))
-    given = [call.input(index) for index in positions if call.has(index)]
-    unknown = any(call.lowering.known(x) is None and not _is_constant(call, x) for x in given)
+    unknown = any(call.known(index) is None and call.const(index) is None for index in positions if call.has(index))
     return emit if unknown else None
-
-
-def _is_constant(call: Call, value: Any) -> bool:
-    return isinstance(call.lowering.value(value), np.ndarray)

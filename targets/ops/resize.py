@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax, te, tirx
 
+from xopt.kernels.emit import i64
+from xopt.targets.emitting import pick
+from xopt.targets.ops.bounds import inside
 from xopt.targets.ops.call import Call, Emitter, label
-from xopt.targets.ops.parameters import LARGEST, numbers, vector
+from xopt.targets.ops.parameters import bounded, numbers, vector
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -36,10 +39,6 @@ def _float(value: Any) -> Any:
     if isinstance(value, (int, float)):
         return tirx.const(float(value), "float64")
     return value.astype("float64")
-
-
-def _int(value: Any) -> Any:
-    return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class _Resize:
         before = [self.shape[place] for place in self.places]
 
         def ratio(tensor: Any, _: Any) -> Any:
-            return reduce(choose, [_float(tensor(_int(k))) / _float(_int(size)) for k, size in enumerate(before)])
+            return reduce(choose, [_float(tensor(i64(k))) / _float(i64(size)) for k, size in enumerate(before)])
 
         table = self.lowering.compute("ratio", [len(before)], ratio, vector(self.call, 3))
         return self._by_table(table, lambda scale, size: tirx.floor(scale * size + _float(0.5)))
@@ -154,7 +153,7 @@ class _Resize:
         before = [self.shape[place] for place in self.places]
 
         def sizes(row: Sequence[Any]) -> list[Any]:
-            return [result(_float(scale), _float(_int(size))) for scale, size in zip(row, before)]
+            return [result(_float(scale), _float(i64(size))) for scale, size in zip(row, before)]
 
         results, position = self._decided(sizes, table), self._tensor(table)
         return [
@@ -170,17 +169,14 @@ class _Resize:
         ratio = Fraction(scale).limit_denominator(1 << 10)
         if np.float32(ratio.numerator / ratio.denominator) != np.float32(scale):
             raise self.call.unsupported(f"it scales a dynamic axis by {scale:g}")
-        return self.call.dims.simplify(tirx.floordiv(size * ratio.numerator, _int(ratio.denominator)))
+        return self.call.dims.simplify(tirx.floordiv(size * ratio.numerator, i64(ratio.denominator)))
 
     def _decided(self, sizes: Callable[[Sequence[Any]], Sequence[Any]], table: relax.Expr) -> list[Dim]:
-        """Results' sizes that the data decide, at most `LARGEST` together."""
+        """Results' sizes that the data decide, within bounds."""
         count = len(self.places)
 
         def element(tensor: Any) -> list[Any]:
-            row = [tensor(_int(k)) for k in range(count)]
-            found = [tirx.max(size.astype("int64"), _int(0)) for size in sizes(row)]
-            fits = reduce(lambda total, size: tirx.min(total, _int(LARGEST)) * tirx.min(size, _int(LARGEST)), found)
-            return [tirx.Select(fits <= LARGEST, size, _int(0)) for size in found]
+            return bounded([i64(size) for size in sizes([tensor(i64(k)) for k in range(count)])])
 
         dims: list[Dim] = list(self.lowering.decide(numbers(self.call, "sizes", count, element, table), count))
         declared = self.call.node.outputs[0].shape
@@ -225,15 +221,15 @@ class _Resize:
     def _number(self, axis: Axis, value: Any, tensors: Sequence[Any]) -> Any:
         """A scale or a bound as a float64 expression."""
         if value is None:
-            return _float(_int(axis.result)) / _float(_int(axis.size))
+            return _float(i64(axis.result)) / _float(i64(axis.size))
         if isinstance(value, tuple):
-            return _float(tensors[value[0]](_int(value[1])))
+            return _float(tensors[value[0]](i64(value[1])))
         return _float(value)
 
     def _coordinate(self, axis: Axis, place: Any, tensors: Sequence[Any]) -> Any:
         """Where the result at ``place`` comes from, in elements of the input (float64)."""
         scale = self._number(axis, axis.scale, tensors)
-        o, size = _float(place), _float(_int(axis.size))
+        o, size = _float(place), _float(i64(axis.size))
         width = scale * size
         one, half = _float(1), _float(0.5)
         centred = self._shrunk(axis, o + half, scale) - half
@@ -242,9 +238,9 @@ class _Resize:
         if self.transform == "asymmetric":
             return self._shrunk(axis, o, scale)
         if self.transform == "half_pixel_symmetric":
-            return size / 2.0 * (one - _float(_int(axis.result)) / width) + centred
+            return size / 2.0 * (one - _float(i64(axis.result)) / width) + centred
         if self.transform == "pytorch_half_pixel":
-            return tirx.Select(_float(_int(axis.result)) == one, _float(0), centred)
+            return tirx.Select(_float(i64(axis.result)) == one, _float(0), centred)
         over = tirx.Select(width == one, one, width - one)
         if self.transform == "align_corners":
             return tirx.Select(width == one, _float(0), o * (size - one) / over)
@@ -255,7 +251,7 @@ class _Resize:
     def _shrunk(self, axis: Axis, place: Any, scale: Any) -> Any:
         """A place over the scale; exact where sizes give it."""
         if axis.scale is None:
-            return place * _float(_int(axis.size)) / _float(_int(axis.result))
+            return place * _float(i64(axis.size)) / _float(i64(axis.result))
         return place / scale
 
     def taps(self, axis: Axis) -> int:
@@ -301,7 +297,7 @@ class _Resize:
         if not self.exclude:
             return weight
         index = self._first(axis, place, tensors) + tap
-        return tirx.Select(tirx.all(index >= 0, index < _int(axis.size)), weight, _float(0))
+        return tirx.Select(tirx.all(index >= 0, index < i64(axis.size)), weight, _float(0))
 
     def tables(self, axis: Axis) -> list[relax.Expr]:
         """First neighbour int64 [out], and weights float32 [out, taps]; for nearest the former alone."""
@@ -314,11 +310,8 @@ class _Resize:
         def weight(*arguments: Any) -> Any:
             tensors, place, tap = arguments[:count], arguments[count], arguments[count + 1]
             every = [self._weight(axis, place, k, tensors) for k in range(taps)]
-            chosen = every[-1]
-            for k in reversed(range(taps - 1)):
-                chosen = tirx.Select(tap == k, every[k], chosen)
             total = reduce(lambda a, b: a + b, every) if self.antialias or self.exclude else _float(1)
-            return (chosen / total).astype("float32")
+            return (pick(tap, every) / total).astype("float32")
 
         return [firsts, compute("weights", [axis.result, taps], weight, *self.tensors)]
 
@@ -359,9 +352,9 @@ class _Resize:
                 parts = []
                 for tap in range(self.taps(axis)):
                     at = list(where)
-                    at[axis.place] = _inside(first + tap, axis.size)
+                    at[axis.place] = inside(first + tap, axis.size)
                     part = value(left + 1, at)
-                    parts.append(part if per == 1 else given[per * left + 1](out, _int(tap)) * part)
+                    parts.append(part if per == 1 else given[per * left + 1](out, i64(tap)) * part)
                 return reduce(lambda a, b: a + b, parts)
 
             return value(0, index)
@@ -369,11 +362,11 @@ class _Resize:
         return self.lowering.compute("resize", result, element, x, *[t for pair in tables for t in pair])
 
     def _summed(self, x: relax.Expr, axis: Axis, tables: list[relax.Expr], result: list[Dim]) -> relax.Expr:
-        tap = te.reduce_axis((_int(0), _int(self.taps(axis))), "tap")
+        tap = te.reduce_axis((i64(0), i64(self.taps(axis))), "tap")
 
         def element(data: Any, firsts: Any, weights: Any, *index: Any) -> Any:
             at = list(index)
-            at[axis.place] = _inside(firsts(index[axis.place]) + tap, axis.size)
+            at[axis.place] = inside(firsts(index[axis.place]) + tap, axis.size)
             return te.sum(weights(index[axis.place], tap) * data(*at), axis=[tap])
 
         return self.lowering.compute("resize", result, element, x, *tables)
@@ -386,7 +379,7 @@ class _Resize:
 
             def outside(*arguments: Any, axis: Axis = axis) -> Any:
                 place = self._coordinate(axis, arguments[count], arguments[:count])
-                return tirx.any(place < 0.0, place > _float(_int(axis.size)) - 1.0)
+                return tirx.any(place < 0.0, place > _float(i64(axis.size)) - 1.0)
 
             flags.append(self.lowering.compute("outside", [axis.result], outside, *self.tensors))
         fill = tirx.const(self.outside, str(x.ty.dtype))
@@ -396,10 +389,6 @@ class _Resize:
             return tirx.Select(tirx.any(*[f(index[a.place]) for f, a in zip(given, axes)]), fill, data(*index))
 
         return self.lowering.compute("extrapolate", self.lowering.shape_of(x), element, x, *flags) if axes else x
-
-
-def _inside(index: Any, size: Dim) -> Any:
-    return tirx.max(tirx.min(index, _int(size) - 1), _int(0))
 
 
 OPS: dict[str, Emitter] = {"Resize": lambda call: _Resize(call).run()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import relax, te, tirx
 
 from xopt.kernels import selection
+from xopt.kernels.emit import i64
 from xopt.runtime.device import CPU
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
@@ -17,7 +18,7 @@ from xopt.targets.symbolic import Dim
 if TYPE_CHECKING:
     from xopt.targets.emitting import Value
 
-ZERO = tirx.const(0, "int64")
+ZERO = i64(0)
 
 
 def chosen(call: Call, flags: relax.Expr, size: Dim) -> tuple[relax.Expr, Dim]:
@@ -115,7 +116,7 @@ def _unique(call: Call) -> list[Value]:
 
 
 def _axis(extent: Dim, name: str) -> Any:
-    return te.reduce_axis((ZERO, tirx.const(extent, "int64") if isinstance(extent, int) else extent), name)
+    return te.reduce_axis((ZERO, i64(extent)), name)
 
 
 def _first_equal(call: Call, table: relax.Expr, rows: Dim, width: Dim) -> relax.Expr:
@@ -127,7 +128,7 @@ def _first_equal(call: Call, table: relax.Expr, rows: Dim, width: Dim) -> relax.
         lambda x, i, j: te.sum((x(i, column) != x(j, column)).astype("int64"), axis=[column]),
         table,
     )
-    last = tirx.const(rows, "int64") if isinstance(rows, int) else rows
+    last = i64(rows)
     return call.lowering.compute(
         "first_equal", [rows], lambda d, i: te.min(tirx.Select(d(i, other) == 0, other, last), axis=[other]), differs
     )
@@ -136,7 +137,7 @@ def _first_equal(call: Call, table: relax.Expr, rows: Dim, width: Dim) -> relax.
 def _in_order(call: Call, table: relax.Expr, places: relax.Expr, count: Dim, width: Dim) -> relax.Expr:
     """``places`` of distinct rows in the order of the rows: a row comes behind those that are smaller."""
     column, other = _axis(width, "column"), _axis(count, "other")
-    end = tirx.const(width, "int64") if isinstance(width, int) else width
+    end = i64(width)
 
     def first_difference(x: Any, where: Any, i: Any, j: Any) -> Any:
         unequal = x(where(i), column) != x(where(j), column)
