@@ -8,6 +8,7 @@ import pytest
 
 from tests.ir import builders
 from tests.ir.net import Net
+from tests.ir.test_canonical_ranks import Ranked, layer_norm
 from xopt.errors import InputError
 from xopt.ir import io
 from xopt.runtime.reference import ReferenceSession
@@ -107,3 +108,14 @@ def test_an_input_with_a_default_may_be_left_out() -> None:
     (given,) = session.run({"x": zeros, "shift": zeros + 5}).values()
     np.testing.assert_array_equal(left_out, [1, 2])
     np.testing.assert_array_equal(given, [5, 5])
+
+
+def test_graphs_that_the_optimizer_of_onnxruntime_breaks_run_as_they_are() -> None:
+    """A normalization of one axis, its statistics scalars that keep it: fused, its quotient is lost."""
+    net = Ranked([0, 0, 0, 1, 0, 0])
+    net.output(layer_norm(net, net.input("x", [4])), "y")
+    x = np.random.default_rng(0).standard_normal(4)
+    row = np.arange(1, 5)
+    expected = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * row + row
+    found = ReferenceSession(net.build()).run({"x": x.astype(np.float32)})["y"]
+    np.testing.assert_allclose(found, expected[None], rtol=1e-4, atol=1e-5)

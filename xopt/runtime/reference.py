@@ -103,6 +103,24 @@ def _checked(value: ir.Value, array: Array, sizes: dict[str, int]) -> Array:
 
 def _session(model: ir.Model, threads: int) -> Any:
     """An onnxruntime session that makes no noise; a model beyond protobuf's 2 GB goes through a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
+        source: bytes | str
+        if io.weight_bytes(model) > io.EMBEDDED_WEIGHTS:
+            source = str(Path(folder) / "model.onnx")
+            io.save(model, source)
+        else:
+            source = io.to_bytes(model)
+        try:
+            return _started(source, threads, optimized=True)
+        except Exception:  # its own rewrites break some graphs (norms of scalars), which run as they are
+            try:
+                return _started(source, threads, optimized=False)
+            except Exception as error:
+                what = f"onnxruntime refuses the model: {_brief(error)}"
+                raise InputError("E-UNSUPPORTED-OP", what, cure="export the model differently") from error
+
+
+def _started(source: bytes | str, threads: int, optimized: bool) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -112,21 +130,9 @@ def _session(model: ir.Model, threads: int) -> Any:
     options.log_severity_level = 4
     # As the graph says: onnxruntime's own integer kernels saturate sums of products on CPUs without VNNI.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    try:
-        with tempfile.TemporaryDirectory(prefix="xopt-") as folder:
-            source: bytes | str
-            if io.weight_bytes(model) > io.EMBEDDED_WEIGHTS:
-                source = str(Path(folder) / "model.onnx")
-                io.save(model, source)
-            else:
-                source = io.to_bytes(model)
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            "E-UNSUPPORTED-OP", f"onnxruntime refuses the model: {_brief(error)}", cure="export the model differently"
-        ) from error
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _brief(error: Exception) -> str:
