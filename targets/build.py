@@ -6,8 +6,7 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,6 +29,7 @@ from xopt.runtime.manifest import (
 from xopt.runtime.trio import replacing
 from xopt.scratch import outer
 from xopt.targets.base import Target
+from xopt.targets.refusals import refusing
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -107,7 +107,7 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     with output_errors(path), replacing(resolved(path)) as library:
         with WeightFile(weights_path(library)) as weights:
             lowered = lower(model, target, weights.store)
-        with tvm_target, tvm.transform.PassContext(**options), _tvm_errors():
+        with tvm_target, tvm.transform.PassContext(**options), refusing(_uncompiled):
             module = in_order(target.pipeline()(lowered.module))
             executable = relax.build(module, tvm_target, relax_pipeline=None)
         _check_space(library.parent)
@@ -129,18 +129,10 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     return path
 
 
-@contextmanager
-def _tvm_errors() -> Iterator[None]:
-    """TVM finds out late that it cannot do something; what it raises then is an ``E-UNSUPPORTED-OP``."""
-    import tvm
-
-    try:
-        yield
-    except (tvm.error.InternalError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        what = f"TVM cannot compile the model: {lines[0][:200]}"
-        cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
-        raise InputError("E-UNSUPPORTED-OP", what, cure=cure) from error
+def _uncompiled(reason: str) -> InputError:
+    """The error for what no node is known to be at fault of."""
+    cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
+    return InputError("E-UNSUPPORTED-OP", f"TVM cannot compile the model: {reason}", cure=cure)
 
 
 def _check_space(folder: Path) -> None:
@@ -170,7 +162,7 @@ def _version(package: str) -> str:
 class WeightFile:
     """Tensors one after the other, each at a multiple of 64 bytes; written as they come, none is kept in memory.
 
-    What goes wrong is raised at the end of the ``with``: TVM's builder complains aloud of being left half-way.
+    What goes wrong is raised at the end of the ``with``: a full disk is no fault of the model that is being lowered.
 
     Attributes:
         infos: where each of them lies.

@@ -6,7 +6,8 @@ over the nodes is :mod:`xopt.targets.lowering`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -34,7 +35,7 @@ tensor known by its shapes."""
 
 
 @dataclass
-class Emitting:
+class Emitting(ABC):
     """The state of one lowering: values so far, weights so far, and the Relax function being built."""
 
     target: Target
@@ -59,13 +60,13 @@ class Emitting:
         if not self.within:
             self.dims.later = self.check_now
 
+    @abstractmethod
     def walk(self, graph: ir.Graph) -> None:
         """Lower every node of a graph in order."""
-        raise NotImplementedError
 
-    def inline(self, graph: ir.Graph) -> None:
-        """Lower every node of a graph inside a node as if it were part of the graph around it."""
-        raise NotImplementedError
+    @abstractmethod
+    def inline(self, nodes: Iterable[ir.Node]) -> None:
+        """Lower nodes one by one, also those of a graph inside a node, as part of the graph around it."""
 
     def inside(self, builder: relax.BlockBuilder, values: dict[ir.Value, Value]) -> Self:
         """The state for a function of its own in the same module, whose graph sees ``values``."""

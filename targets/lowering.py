@@ -8,7 +8,7 @@ are collected, packed for the kernels, and reach ``main`` as one tuple behind th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from xopt.targets import checks
 from xopt.targets.emitting import Emitting, Value, in_memory
 from xopt.targets.formats import dequantized, plan_formats
 from xopt.targets.integer_attention import parts, stored_formats
+from xopt.targets.refusals import function_scope, refusing
 from xopt.targets.symbolic import (
     EVALUATED,
     STRUCTURAL,
@@ -87,8 +88,9 @@ class Lowering(Emitting):
                 continue
             self._lower(node)
 
-    def inline(self, graph: ir.Graph) -> None:
-        for node in graph:
+    def inline(self, nodes: Iterable[ir.Node]) -> None:
+        """Lower nodes one by one."""
+        for node in nodes:
             self._lower(node)
 
     def _lower(self, node: ir.Node) -> None:
@@ -171,6 +173,12 @@ class Lowering(Emitting):
         part[:] = shape[start:end]
         return part
 
+    def refused(self, reason: str) -> InputError:
+        """The error for what goes wrong outside of an emitter; the node is the one that was reached."""
+        cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
+        where = f"node {self.node}" if self.node else ""
+        return InputError("E-UNSUPPORTED-OP", f"the model cannot be compiled: {reason}", where=where, cure=cure)
+
     # -- the function ----------------------------------------------------------------------------------------------
     def parameter(self, position: int, value: ir.Value) -> relax.Var:
         """The parameter of ``main`` for the graph input at ``position``."""
@@ -222,6 +230,13 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
     Raises:
         InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
     """
+    lowering = Lowering(target, weights=Weights(store), opset=model.opset_imports[""])
+    with refusing(lowering.refused):
+        return _lowered(lowering, _prepared(model, target))
+
+
+def _prepared(model: ir.Model, target: Target) -> ir.Model:
+    """A copy in which functions without a kernel are their bodies, constants initializers, and no type is narrow."""
     from xopt.targets.ops import has_kernel
 
     model = model.clone()
@@ -229,19 +244,22 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     widen(model)
-    lowering = Lowering(target, weights=Weights(store), opset=model.opset_imports[""])
+    return model
+
+
+def _lowered(lowering: Lowering, model: ir.Model) -> Lowered:
     for name in symbolic_dims(model):  # before the dimensions that have none are called something
         lowering.dims.variable(name)
     parameters = [lowering.parameter(position, value) for position, value in enumerate(model.graph.inputs)]
     bundle = relax.Var("weights", relax.ObjectType())
-    with lowering.builder.function("main", [*parameters, bundle]):
+    with function_scope(lowering.builder, "main", [*parameters, bundle]):
         with lowering.builder.dataflow():
             lowering.values.update(zip(model.graph.inputs, parameters))
             lowering.walk(model.graph)
             results = [lowering.tensor(value) for value in model.graph.outputs]
             output = lowering.builder.emit_output(relax.Tuple(results))
             counts = [(lowering.builder.emit_output(count), what) for count, what in lowering.outside]
-        checks.check_indices(lowering.builder, counts, target)
+        checks.check_indices(lowering.builder, counts, lowering.target)
         lowering.builder.emit_func_output(output)
     return Lowered(
         lowering.finish([*parameters, bundle]),

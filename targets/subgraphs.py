@@ -20,6 +20,7 @@ from tvm.tirx.analysis import undefined_vars
 
 from xopt.ir import walk
 from xopt.targets import checks
+from xopt.targets.refusals import function_scope
 from xopt.targets.symbolic import Dim, Ints
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _built(
     ahead: Sequence[relax.Var],
 ) -> list[relax.Expr]:
     """Emit a graph into the inner builder; what the function returns."""
-    with inner.builder.function(name, list(own)):
+    with function_scope(inner.builder, name, list(own)):
         with inner.builder.dataflow():
             inner.values.update(inputs(inner))
             inner.walk(graph)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import tvm
 from tvm import relax
 
 from xopt.targets.ops import (
@@ -35,6 +34,7 @@ from xopt.targets.ops import (
     templates,
 )
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.refusals import refusing
 from xopt.targets.symbolic import Dim
 from xopt.targets.widening import storage
 
@@ -79,12 +79,13 @@ def emit_node(lowering: Emitting, node: ir.Node) -> Sequence[Value]:
         InputError: E-UNSUPPORTED-OP names the node and what is not supported about it.
     """
     call = Call(lowering, node)
-    results = _emitted(call)
-    for place, output in enumerate(node.outputs):
-        if place < len(results):
-            _check(call, output, results[place])
-        elif output.uses() or output.is_graph_output():
-            raise call.unsupported(f"output {place} is not compiled")
+    with refusing(call.unsupported):
+        results = _emitted(call)
+        for place, output in enumerate(node.outputs):
+            if place < len(results):
+                _check(call, output, results[place])
+            elif output.uses() or output.is_graph_output():
+                raise call.unsupported(f"output {place} is not compiled")
     return results
 
 
@@ -116,16 +117,12 @@ def _is_empty(shape: Iterable[Dim]) -> bool:
 def _emitted(call: Call) -> Sequence[Value]:
     node = call.node
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
-    try:
-        at_run_time = parameters.emitter(call) if key[0] == "" else None
-        for emitter in (KERNELS.get(key), at_run_time or OPERATORS.get(key)):
-            attempt = replace(call, read=set())
-            if emitter is not None and (result := emitter(attempt)) is not None:
-                attempt.require_read()
-                return result if isinstance(result, list) else [result]
-    except (tvm.error.InternalError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise call.unsupported(reason[-1][:200] if reason else type(error).__name__) from error
+    at_run_time = parameters.emitter(call) if key[0] == "" else None
+    for emitter in (KERNELS.get(key), at_run_time or OPERATORS.get(key)):
+        attempt = replace(call, read=set())
+        if emitter is not None and (result := emitter(attempt)) is not None:
+            attempt.require_read()
+            return result if isinstance(result, list) else [result]
     if key[0] == "" and fallback.supports(node.op_type):
         results = fallback.convert(call)
         call.require_read()

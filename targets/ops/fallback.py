@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 from tvm import relax
 
-from xopt.errors import InputError
 from xopt.targets.ops.bounds import check_indices, valid
 from xopt.targets.ops.call import Call
 from xopt.targets.symbolic import Ints
@@ -79,18 +78,12 @@ def convert(call: Call) -> list[Value]:
     given = {name: _plain(attribute) for name, attribute in call.node.attributes.items()}
     attributes = _Attributes(call, {**given, "tvm_custom": {"num_outputs": len(call.node.outputs)}})
     builder = call.lowering.builder
-    try:
-        converter = _converters()[call.node.op_type].get_converter(OPSET)
-        result = converter(builder, _Inputs(call, inputs), attributes, [{}, {}])
-        if isinstance(result, relax.Expr):
-            result = builder.normalize(result)
-        if isinstance(result, relax.Expr):
-            _require_outputs(call, result)
-    except InputError:
-        raise
-    except Exception as error:  # the converters raise whatever their checks run into
-        reason = str(error).strip().splitlines()
-        raise call.unsupported(reason[-1][:200] if reason else type(error).__name__) from error
+    converter = _converters()[call.node.op_type].get_converter(OPSET)
+    result = converter(builder, _Inputs(call, inputs), attributes, [{}, {}])
+    if isinstance(result, relax.Expr):
+        result = builder.normalize(result)
+    if isinstance(result, relax.Expr):
+        _require_outputs(call, result)
     if len(call.node.outputs) == 1 and not isinstance(result, (tuple, list, relax.Tuple)):
         return [call.emit(result)]
     if isinstance(result, relax.Expr):

@@ -156,10 +156,7 @@ def emit_chain(lowering: Emitting, chain: Chain) -> Value:
 
 
 def _emit_rest(lowering: Emitting, nodes: Sequence[ir.Node]) -> Value:
-    from xopt.targets.ops import emit_node
-
-    for node in nodes:
-        lowering.values.update(zip(node.outputs, emit_node(lowering, node)))
+    lowering.inline(nodes)
     return lowering.value(nodes[-1].outputs[0])
 
 
