@@ -138,7 +138,7 @@ def _scatter_nd(call: Call) -> Value:
         return number
 
     where = call.lowering.compute("rows", [count], row, call.lowering.reshape(call.x(1), [count, depth]))
-    return _scattered(call, where, updates, (rows, width))
+    return scattered(call, call.x(0), where, updates, (rows, width), str(call.attr("reduction", "none")))
 
 
 def _scatter_elements(call: Call) -> Value:
@@ -157,15 +157,26 @@ def _scatter_elements(call: Call) -> Value:
 
     where = call.lowering.compute("positions", indices, position, call.x(1))
     where = call.lowering.reshape(where, [call.dims.product(indices)])
-    return _scattered(call, where, updates, (call.dims.product(shape), 1))
+    flat = (call.dims.product(shape), 1)
+    return scattered(call, call.x(0), where, updates, flat, str(call.attr("reduction", "none")))
 
 
-def _scattered(call: Call, where: relax.Expr, updates: relax.Expr, flat: tuple[Dim, Dim]) -> Value:
-    """The data with updates [N, width] in, or combined with, rows ``where`` [N] of its flat form [rows, width]."""
-    reduction = str(call.attr("reduction", "none"))
-    shape, lowering = call.shape(), call.lowering
+def scattered(
+    call: Call, data: relax.Expr, where: relax.Expr, updates: relax.Expr, flat: tuple[Dim, Dim], reduction: str
+) -> Value:
+    """``data`` with updates [N, width] in, or combined with, rows ``where`` [N] of its flat form [rows, width].
+
+    Args:
+        call: the node.
+        data: the tensor.
+        where: int64, inside.
+        updates: of the type of the data.
+        flat: rows and width.
+        reduction: how an element and its update are combined, by ONNX's name.
+    """
+    lowering, shape = call.lowering, call.lowering.shape_of(data)
     count = lowering.shape_of(where)[0]
-    data = lowering.reshape(call.x(0), flat)
+    rows = lowering.reshape(data, flat)
     updates = lowering.reshape(updates, [count, flat[1]])
     if str(updates.ty.dtype) != str(data.ty.dtype):
         raise call.unsupported("its updates have another type than its data")
@@ -174,11 +185,11 @@ def _scattered(call: Call, where: relax.Expr, updates: relax.Expr, flat: tuple[D
     if lowering.target.device != CPU:
         mode = "update" if reduction == "none" else reduction
         return lowering.reshape(
-            call.emit(relax.op.scatter_nd(data, lowering.reshape(where, [count, 1]), updates, mode)), shape
+            call.emit(relax.op.scatter_nd(rows, lowering.reshape(where, [count, 1]), updates, mode)), shape
         )
     workload = scatter.Workload(static([flat[1]])[0], str(data.ty.dtype), reduction)
     name = scatter.name(workload)
-    result = lowering.call(name, lambda: scatter.build(workload), [data, where, updates], flat, workload.dtype)
+    result = lowering.call(name, lambda: scatter.build(workload), [rows, where, updates], flat, workload.dtype)
     return lowering.reshape(result, shape)
 
 
