@@ -162,11 +162,16 @@ def disagreement(case: Case, run: Run) -> str:
     constants = {tensor.name for tensor in case.model.graph.initializer}
     names = [value.name for value in case.model.graph.input if value.name not in constants]
     for inputs, outputs in case.sets:
-        got = run({name: np.asarray(array) for name, array in zip(names, inputs) if name})
+        got = run({name: _array(content) for name, content in zip(names, inputs) if name})
         for value, want in zip(case.model.graph.output, outputs):
-            if wrong := _difference(np.asarray(got[value.name]), np.asarray(want), case.rtol):
+            if wrong := _difference(np.asarray(got[value.name]), _array(want), case.rtol):
                 return wrong
     return ""
+
+
+def _array(content: Any) -> Array:
+    """An input or output of a test, which is a tensor of ONNX where numpy has no such type."""
+    return numpy_helper.to_array(content) if isinstance(content, onnx.TensorProto) else np.asarray(content)
 
 
 def _difference(got: Array, want: Array, rtol: float) -> str:
