@@ -177,6 +177,8 @@ def _schedule_block(schedule: s_tir.Schedule, block: Any) -> None:
     work = prod(_extent(schedule, loop) or SMALLEST for loop in loops)
     if reduced and not _reads_along(schedule, block, kinds):
         _parallel(schedule, spatial, work)
+        if any(_extent(schedule, loop) is None for loop in reduced):  # there may be nothing to begin a sum with
+            schedule.decompose_reduction(block, reduced[0])
         return
     inner = spatial.pop()
     if reduced:

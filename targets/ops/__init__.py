@@ -91,8 +91,8 @@ def emit_node(lowering: Emitting, node: ir.Node) -> Sequence[Value]:
     return results
 
 
-FILLING = frozenset(("Concat", "ConstantOfShape", "Pad"))
-"""Operators that make elements of none. What reduces over none has a result that kernels never write."""
+FILLING = frozenset(("Concat", "ConstantOfShape", "Pad", *reduction.REDUCTIONS))
+"""Operators that make elements of none. What else reduces over none has a result that kernels never write."""
 
 
 def _check(call: Call, output: ir.Value, result: Value) -> None:

@@ -20,7 +20,7 @@ from xopt.targets.ops.bounds import inside, refuse_rows
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.indexing import sums_along
 from xopt.targets.ops.layout import padded, strided
-from xopt.targets.ops.reduction import REDUCTIONS, over
+from xopt.targets.ops.reduction import REDUCTIONS, nothing, over
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -152,6 +152,9 @@ def _reduced(name: str) -> Emitter:
 
         width = 2 + (rank if keep else rank - count)
         dims = call.lowering.decide(numbers(call, "sizes", width, sizes, flags), width)
+
+        if call.dims.equal(call.dims.product(shape), 0):
+            return nothing(call, dims[2:])
 
         def element(x: Any, tensor: Any, row: Any, column: Any) -> Any:
             gone, where = _read(tensor, rank), []

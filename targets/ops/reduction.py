@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tvm import relax
 
 from xopt.targets.ops.call import Call, Emitter
+from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
     from xopt.targets.emitting import Value
@@ -23,11 +24,30 @@ def _reduction(reduce: Reduce) -> Emitter:
 def over(call: Call, reduce: Reduce, axes: list[int] | None) -> Value:
     """Input 0 reduced over axes; over all, or none, where there are none: the node says which."""
     keep, noop = bool(call.attr("keepdims", 1)), bool(call.attr("noop_with_empty_axes", 0))
+    if call.dims.equal(call.dims.product(call.shape()), 0) and (axes or not noop):
+        return _of_none(call, axes, keep)
     if not axes and noop:
         axes = [len(call.shape())]  # each element by itself: an axis of one element behind the others
         x = call.lowering.reshape(call.x(), [*call.shape(), 1])
         return call.emit(reduce(x, axes, False))
     return call.emit(reduce(call.x(), axes or None, keep))
+
+
+def _of_none(call: Call, axes: list[int] | None, keep: bool) -> Value:
+    """What comes of no elements, for each place of the result."""
+    shape = call.shape()
+    gone = call.axes(range(len(shape)) if not axes else axes, len(shape))
+    result = [1 if axis in gone else dim for axis, dim in enumerate(shape) if keep or axis not in gone]
+    return nothing(call, result)
+
+
+def nothing(call: Call, shape: Sequence[Dim]) -> Value:
+    """A tensor of what a node gives for no elements."""
+    dtype = str(call.x().ty.dtype)
+    value = EMPTY.get(call.node.op_type, 0.0)
+    if "int" in dtype and np.isinf(value):
+        value = np.iinfo(dtype).max if value > 0 else np.iinfo(dtype).min
+    return call.emit(relax.op.full(list(shape), relax.const(value, dtype), dtype))
 
 
 def _extreme(reduce: Reduce, end: float) -> Reduce:
@@ -39,7 +59,8 @@ def _extreme(reduce: Reduce, end: float) -> Reduce:
             return found
         infinity = relax.const(end, dtype)
         nearer = relax.op.max(relax.op.astype(relax.op.not_equal(x, infinity), "int8"), axes, keep)
-        return relax.op.where(relax.op.astype(nearer, "bool"), found, infinity)
+        any_nearer = relax.op.greater(nearer, relax.const(0, "int8"))  # of no elements it is the least number
+        return relax.op.where(any_nearer, found, infinity)
 
     return extreme
 
@@ -75,6 +96,12 @@ REDUCTIONS: dict[str, Reduce] = {
     "ReduceLogSum": lambda x, axes, keep: relax.op.log(relax.op.sum(x, axes, keep)),
 }  # fmt: skip
 """What reduces over axes (None: all), by operator type."""
+
+EMPTY = {
+    "ReduceProd": 1.0, "ReduceMax": -np.inf, "ReduceMin": np.inf, "ReduceLogSum": -np.inf, "ReduceLogSumExp": -np.inf,
+    "ReduceMean": np.nan,
+}  # fmt: skip
+"""What comes of no elements, where it is not 0."""
 
 OPS: dict[str, Emitter] = {
     **{name: _reduction(reduce) for name, reduce in REDUCTIONS.items()},

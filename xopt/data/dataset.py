@@ -61,6 +61,10 @@ class Dataset:
             raise InputError("E-DATA", "there are no arrays", where=self.name, cure="add one array for each input")
         for name, array in {**self.inputs, **({} if self.labels is None else {LABELS: self.labels})}.items():
             _check_numbers(name, array, self.name)
+        for name, array in self.inputs.items():
+            if (axis := self.axis(name)) is not None and not array.shape[axis]:
+                what = f"array {name!r} has shape {list(array.shape)}, and so no samples"
+                raise InputError("E-DATA", what, where=self.name)
         if self.labels is not None and (self.labels.ndim == 0 or not len(self.labels)):
             raise InputError("E-DATA", "array 'labels' is empty", where=self.name)
         if self.axes is None or self.labels is None:
@@ -293,8 +297,6 @@ def _as_array(name: str, value: Any, where: str) -> np.ndarray:
 def _check_numbers(name: str, array: np.ndarray, where: str) -> None:
     if array.dtype.kind not in npz.NUMBERS and (array.dtype.kind != "V" or array.dtype.name.startswith("void")):
         raise InputError("E-DATA", f"array {name!r} holds {array.dtype}, expected numbers", where=where)
-    if array.ndim and not len(array):
-        raise InputError("E-DATA", f"array {name!r} has shape {list(array.shape)}, and so no samples", where=where)
     if array.dtype.kind == "f" and (bad := int((np.isnan(array) | np.isposinf(array)).sum())):
         cure = "give numbers; -inf is one, in masks that are added"
         raise InputError("E-DATA", f"array {name!r} has {bad} values that are NaN or infinite", where=where, cure=cure)
