@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax, te, tirx
 
-from xopt.targets.ops.bounds import check_indices, valid
+from xopt.kernels.emit import i64
+from xopt.targets.ops.bounds import check_indices, inside, valid
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.indexing import scattered
 from xopt.targets.ops.parameters import LARGEST, numbers, vector
 from xopt.targets.ops.reduction import REDUCTIONS
-from xopt.targets.ops.windows import Window, attributes, explicit_pads, int64, padded, sliding, taps_of
+from xopt.targets.ops.windows import Window, attributes, explicit_pads, padded, sliding, taps_of
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -77,34 +78,30 @@ def _places(call: Call, x: relax.Expr, largest: relax.Expr, windows: Sequence[Wi
     """
     taps, shape = taps_of(windows), call.shape()
     is_float = "float" in str(x.ty.dtype)
-    end = int64(call.dims.product(shape))
+    end = i64(call.dims.product(shape))
 
     def number(index: Sequence[Any]) -> Any:
         order = list(range(len(windows)))
-        flat: Any = int64(0)
+        flat: Any = i64(0)
         for axis in reversed(order) if by_columns else order:
-            flat = flat * int64(windows[axis].size) + index[axis]
+            flat = flat * i64(windows[axis].size) + index[axis]
         return flat
 
     def element(tensor: Any, found: Any, *index: Any) -> Any:
         at = [w.place(i, tap) for w, i, tap in zip(windows, index[2:], taps)]
-        inside = reduce(tirx.And, [tirx.And(place >= 0, place < int64(w.size)) for place, w in zip(at, windows)])
-        near = [_clip(place, w.size) for place, w in zip(at, windows)]
+        exists = reduce(tirx.And, [tirx.And(place >= 0, place < i64(w.size)) for place, w in zip(at, windows)])
+        near = [inside(place, w.size) for place, w in zip(at, windows)]
         value, top = tensor(*index[:2], *near), found(*index)
         same = tirx.EQ(value, top)
         if is_float:
             same = tirx.Or(same, tirx.isnan(top))
-        plane = (index[0] * int64(shape[1]) + index[1]) * int64(call.dims.product(shape[2:]))
-        return te.min(tirx.Select(tirx.And(inside, same), plane + number(at), end), axis=taps)
+        plane = (index[0] * i64(shape[1]) + index[1]) * i64(call.dims.product(shape[2:]))
+        return te.min(tirx.Select(tirx.And(exists, same), plane + number(at), end), axis=taps)
 
     places = call.lowering.compute("places", call.lowering.shape_of(largest), element, x, largest)
     return call.lowering.compute(
         "places_inside", call.lowering.shape_of(places), lambda p, *i: tirx.min(p(*i), end - 1), places
     )
-
-
-def _clip(place: Any, size: Dim) -> Any:
-    return tirx.max(tirx.min(place, int64(size) - 1), int64(0))
 
 
 def _average_pool(call: Call) -> Value:
@@ -115,11 +112,11 @@ def _average_pool(call: Call) -> Value:
     with_padding = bool(call.attr("count_include_pad", 0))
 
     def element(sums: Any, *index: Any) -> Any:
-        count: Any = int64(1)
+        count: Any = i64(1)
         for w, i in zip(windows, index[2:]):
-            low, high = (-int64(w.before), w.size + int64(w.after)) if with_padding else (int64(0), int64(w.size))
+            low, high = (-i64(w.before), w.size + i64(w.after)) if with_padding else (i64(0), i64(w.size))
             count = count * w.inside(i, low, high)
-        return sums(*index) / tirx.max(count, int64(1)).astype(sums.dtype)
+        return sums(*index) / tirx.max(count, i64(1)).astype(sums.dtype)
 
     return call.lowering.compute("average_pool", call.lowering.shape_of(total), element, total)
 
@@ -204,7 +201,7 @@ def _in_corner(call: Call, x: relax.Expr, shape: Sequence[Dim]) -> Value:
     if wanted is None:
         sizes = vector(call, 2)
         rank = len(shape)
-        clipped = numbers(call, "sizes", rank, lambda t: [_bound(t(int64(k))) for k in range(rank)], sizes)
+        clipped = numbers(call, "sizes", rank, lambda t: [_bound(t(i64(k))) for k in range(rank)], sizes)
         result: list[Dim] = [*shape[:2], *call.lowering.decide(clipped, rank)[2:]]
     else:
         result = [*shape[:2], *(int(x) if isinstance(x, float) else x for x in wanted.reshape(-1)[2:])]
@@ -213,14 +210,14 @@ def _in_corner(call: Call, x: relax.Expr, shape: Sequence[Dim]) -> Value:
     call.dims.require_sizes(result, "MaxUnpool: its result")
 
     def element(tensor: Any, *index: Any) -> Any:
-        inside = reduce(tirx.And, [i < int64(dim) for i, dim in zip(index, shape)])
-        return tirx.if_then_else(inside, tensor(*index), tirx.const(0, tensor.dtype))
+        exists = reduce(tirx.And, [i < i64(dim) for i, dim in zip(index, shape)])
+        return tirx.if_then_else(exists, tensor(*index), tirx.const(0, tensor.dtype))
 
     return call.lowering.compute("in_corner", result, element, x)
 
 
 def _bound(size: Any) -> Any:
-    return tirx.max(tirx.min(size, int64(LARGEST)), int64(0))
+    return tirx.max(tirx.min(size, i64(LARGEST)), i64(0))
 
 
 OPS: dict[str, Emitter] = {

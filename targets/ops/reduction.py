@@ -36,7 +36,7 @@ def over(call: Call, reduce: Reduce, axes: list[int] | None) -> Value:
 def _of_none(call: Call, axes: list[int] | None, keep: bool) -> Value:
     """What comes of no elements, for each place of the result."""
     shape = call.shape()
-    gone = call.axes(range(len(shape)) if not axes else axes, len(shape))
+    gone = call.axes(axes or range(len(shape)), len(shape))
     result = [1 if axis in gone else dim for axis, dim in enumerate(shape) if keep or axis not in gone]
     return nothing(call, result)
 

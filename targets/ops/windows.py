@@ -9,13 +9,9 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
+from xopt.kernels.emit import i64
 from xopt.targets.ops.call import Call
 from xopt.targets.symbolic import Dim
-
-
-def int64(value: Dim) -> Any:
-    """A dimension as an expression."""
-    return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,9 @@ class Window:
     def inside(self, window: Any, low: Dim, high: Dim) -> Any:
         """How many elements of a window lie from ``low`` up to before ``high``."""
         first = window * self.stride - self.before
-        begin, end = (tirx.floordiv(bound - first + self.dilation - 1, int64(self.dilation)) for bound in (low, high))
-        begin, end = tirx.max(begin, int64(0)), tirx.min(end, int64(self.taps))
-        return tirx.max(end - begin, int64(0))
+        begin, end = (tirx.floordiv(bound - first + self.dilation - 1, i64(self.dilation)) for bound in (low, high))
+        begin, end = tirx.max(begin, i64(0)), tirx.min(end, i64(self.taps))
+        return tirx.max(end - begin, i64(0))
 
 
 def attributes(call: Call, rank: int) -> tuple[list[int], list[int]]:
@@ -103,20 +99,20 @@ def sliding(call: Call, sizes: Sequence[Dim], taps: Sequence[int], ceil: bool = 
 
 def _placed(call: Call, given: Window, kind: str, ceil: bool) -> Window:
     """With the padding and the number of windows that ``auto_pad`` asks for."""
-    size, stride, reach = int64(given.size), given.stride, given.reach
+    size, stride, reach = i64(given.size), given.stride, given.reach
     if kind.startswith("SAME"):
-        count = tirx.floordiv(size + (stride - 1), int64(stride))
-        total = tirx.max((count - 1) * stride + reach - size, int64(0))
-        small = tirx.floordiv(total, int64(2))
+        count = tirx.floordiv(size + (stride - 1), i64(stride))
+        total = tirx.max((count - 1) * stride + reach - size, i64(0))
+        small = tirx.floordiv(total, i64(2))
         before, after = (small, total - small) if kind == "SAME_UPPER" else (total - small, small)
     else:
-        before, after = (int64(0), int64(0)) if kind == "VALID" else (int64(given.before), int64(given.after))
+        before, after = (i64(0), i64(0)) if kind == "VALID" else (i64(given.before), i64(given.after))
         room = size + before + after - reach
         call.require(room >= (1 - stride if ceil else 0), "an axis of the image is shorter than the kernel")
-        count = tirx.floordiv(room, int64(stride)) + 1
+        count = tirx.floordiv(room, i64(stride)) + 1
         if ceil and kind == "NOTSET":  # the last window begins in the image or before it
-            most = tirx.floordiv(size + before - 1, int64(stride)) + 1
-            count = tirx.min(tirx.floordiv(room + (stride - 1), int64(stride)) + 1, most)
+            most = tirx.floordiv(size + before - 1, i64(stride)) + 1
+            count = tirx.min(tirx.floordiv(room + (stride - 1), i64(stride)) + 1, most)
     before, after, count = (call.dims.simplify(x) for x in (before, after, count))
     return Window(given.size, given.taps, stride, given.dilation, before, after, count)
 
@@ -126,14 +122,14 @@ def padded(call: Call, x: relax.Expr, windows: Sequence[Window], fill: float) ->
     shape = call.lowering.shape_of(x)
     ends = [call.dims.simplify(window.end()) for window in windows]
     moved = [Window(end, w.taps, w.stride, w.dilation, 0, 0, w.count) for w, end in zip(windows, ends)]
-    within = [call.dims.proves(int64(w.size) + w.before >= end) for w, end in zip(windows, ends)]
+    within = [call.dims.proves(i64(w.size) + w.before >= end) for w, end in zip(windows, ends)]
     if all(ok and call.dims.equal(w.before, 0) for ok, w in zip(within, windows)):
         return x, moved
     outer = len(shape) - len(windows)
 
     def element(tensor: Any, *index: Any) -> Any:
         at = [i - w.before for i, w in zip(index[outer:], windows)]
-        inside = [tirx.And(place >= 0, place < int64(w.size)) for place, w in zip(at, windows)]
+        inside = [tirx.And(place >= 0, place < i64(w.size)) for place, w in zip(at, windows)]
         return tirx.if_then_else(reduce(tirx.And, inside), tensor(*index[:outer], *at), tirx.const(fill, tensor.dtype))
 
     return call.lowering.compute("padded", [*shape[:outer], *ends], element, x), moved
@@ -141,4 +137,4 @@ def padded(call: Call, x: relax.Expr, windows: Sequence[Window], fill: float) ->
 
 def taps_of(windows: Sequence[Window]) -> list[Any]:
     """Reduction axes over the elements of a window."""
-    return [te.reduce_axis((int64(0), int64(w.taps)), f"tap{axis}") for axis, w in enumerate(windows)]
+    return [te.reduce_axis((i64(0), i64(w.taps)), f"tap{axis}") for axis, w in enumerate(windows)]
