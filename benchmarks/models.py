@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xopt.runtime.session import aligned_copy
+from xopt.runtime.arrays import aligned_copy
 
 Sizes = Mapping[str, int]
 """Sizes of symbolic axes by name."""

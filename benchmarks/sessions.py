@@ -21,7 +21,8 @@ import numpy as np
 
 from xopt import api
 from xopt.measure import machine
-from xopt.runtime.session import Session, aligned_copy
+from xopt.runtime.arrays import aligned_copy
+from xopt.runtime.session import Session
 from xopt.runtime.threads import physical_cores
 
 CALLS = 2000

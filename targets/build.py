@@ -124,6 +124,7 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
             outputs=lowered.outputs,
             weights=tuple(weights.infos),
             limits=lowered.limits,
+            empty=tuple(sorted(lowered.empty)),
         )
         manifest_path(library).write_text(manifest.to_json())
     return path

@@ -20,6 +20,7 @@ from tvm import relax
 
 from xopt.errors import InputError
 from xopt.ir.bodies import body, has_body
+from xopt.ir.empties import may_be_empty
 from xopt.ir.names import identifier
 from xopt.ir.schema import op_of
 from xopt.ir.shapes import infer_shapes, symbolic_dims
@@ -56,6 +57,7 @@ class Lowered:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     limits: dict[str, int]
+    empty: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -248,6 +250,7 @@ def _prepared(model: ir.Model, target: Target) -> ir.Model:
 
 
 def _lowered(lowering: Lowering, model: ir.Model) -> Lowered:
+    lowering.dims.empty = may_be_empty(model)
     for name in symbolic_dims(model):  # before the dimensions that have none are called something
         lowering.dims.variable(name)
     parameters = [lowering.parameter(position, value) for position, value in enumerate(model.graph.inputs)]
@@ -267,4 +270,5 @@ def _lowered(lowering: Lowering, model: ir.Model) -> Lowered:
         tuple(lowering.describe(value, parameter) for value, parameter in zip(model.graph.inputs, parameters)),
         tuple(lowering.describe(value, result) for value, result in zip(model.graph.outputs, results)),
         lowering.dims.limits,
+        lowering.dims.empty,
     )

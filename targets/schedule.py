@@ -172,10 +172,10 @@ def _schedule_block(schedule: s_tir.Schedule, block: Any) -> None:
     loops, kinds = schedule.get_loops(block), _kinds(schedule, block)
     spatial = [loop for loop, kind in zip(loops, kinds) if kind == tirx.IterVar.DataPar]
     reduced = [loop for loop, kind in zip(loops, kinds) if kind == tirx.IterVar.CommReduce]
-    if not spatial or len(loops) != len(kinds) or len(spatial) + len(reduced) != len(loops):
+    if not loops or len(loops) != len(kinds) or len(spatial) + len(reduced) != len(loops):
         return
     work = prod(_extent(schedule, loop) or SMALLEST for loop in loops)
-    if reduced and not _reads_along(schedule, block, kinds):
+    if reduced and not (spatial and _reads_along(schedule, block, kinds)):
         _parallel(schedule, spatial, work)
         if any(_extent(schedule, loop) is None for loop in reduced):  # there may be nothing to begin a sum with
             schedule.decompose_reduction(block, reduced[0])

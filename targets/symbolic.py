@@ -58,12 +58,15 @@ class Ints:
 
 
 class Dimensions:
-    """The symbolic dimensions of one model, and what is known about them (each of an input is at least 1).
+    """The symbolic dimensions of one model, and what is known about them.
+
+    Each of an input is at least 1, unless it is said to be one that may be empty.
 
     The variables have names of our own: a model may call an axis ``a.b`` or ``past + 1``, which TVM would change, and
     two axes then be one.
 
     Attributes:
+        empty: what the model calls those that may be 0.
         variables: by their own names.
         requirements: what must hold for the model to make sense and only the sizes of the inputs decide: conditions,
             by what is wrong when one does not hold.
@@ -71,6 +74,7 @@ class Dimensions:
     """
 
     def __init__(self) -> None:
+        self.empty: frozenset[str] = frozenset()
         self.variables: dict[str, tirx.Var] = {}
         self.requirements: dict[str, list[Any]] = {}
         self.later: Callable[[Any, str], None] | None = None
@@ -96,8 +100,8 @@ class Dimensions:
     def decided(self, description: str) -> tirx.Var:
         """An int64 variable for a size that the data decide: it may be 0, and is known while the model runs."""
         variable = self.unnamed(description)
-        self._bind(variable.name, 1 << 31, least=0)
         self._decided.add(variable.name)
+        self._bind(variable.name, 1 << 31)
         return variable
 
     @contextmanager
@@ -117,7 +121,8 @@ class Dimensions:
         self._bind(internal, 1 << 31)
         return self.variables[internal]
 
-    def _bind(self, internal: str, limit: int, least: int = 1) -> None:
+    def _bind(self, internal: str, limit: int) -> None:
+        least = 0 if internal in self._decided or self._called[internal] in self.empty else 1
         extent = tvm.ir.Range(tirx.IntImm("int64", least), tirx.IntImm("int64", limit + 1))
         self._analyzer.bind(self.variables[internal], extent, allow_override=True)
 

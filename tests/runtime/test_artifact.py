@@ -111,9 +111,11 @@ HOSTILE: list[object] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["device", "features", "digests", "inputs", "outputs", "weights", "limits", "format"])
+@pytest.mark.parametrize(
+    "field", ["device", "features", "digests", "inputs", "outputs", "weights", "limits", "empty", "format"]
+)
 def test_fields_that_cannot_be(copy: Path, field: str) -> None:
-    legal: dict[str, list[object]] = {"features": [[]], "limits": [{}]}
+    legal: dict[str, list[object]] = {"features": [[]], "limits": [{}], "empty": [[]]}
     content = manifest(copy)
     for value in HOSTILE:
         if value in legal.get(field, []):

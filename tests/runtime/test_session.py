@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -19,6 +20,7 @@ from tests.ir.net import Net
 from tests.targets.running import node_model
 from xopt import targets
 from xopt.errors import InputError
+from xopt.ir import canonicalize
 from xopt.runtime.manifest import digest, manifest_path, weights_path
 from xopt.runtime.session import Session
 
@@ -260,3 +262,33 @@ def test_sizes_that_do_not_fit_end_the_run(tmp_path: Path) -> None:
     session = Session.load(targets.compile(model, "cpu:avx2", tmp_path / "model.so"))
     with pytest.raises(InputError, match=r"E-DATA.*Add \(tested\): two sizes differ"):
         session.run({"x": np.zeros((2, 6), np.float32), "y": np.zeros((3, 6), np.float32)})
+
+
+PAST = """<ir_version: 10, opset_import: ["": 20]>
+g (float[b, s, 4] x, float[b, p, 4] past, float[0, 4] none) => (y, k, n) {
+    k = Concat <axis: int = 1> (past, x)
+    t = Transpose <perm: ints = [0, 2, 1]> (k)
+    scores = MatMul (x, t)
+    weights = Softmax <axis: int = -1> (scores)
+    y = MatMul (weights, k)
+    axes = Constant <value_ints: ints = [0]> ()
+    n = ReduceSum <keepdims: int = 0> (none, axes)
+}"""
+
+
+def test_what_may_be_empty_and_what_may_not(tmp_path: Path) -> None:
+    model = ir.from_proto(onnx.parser.parse_model(PAST))
+    canonicalize(model)
+    session = Session.load(targets.compile(model, "cpu", tmp_path / "model.so"))
+    assert session.manifest.empty == ("p",)
+    random = np.random.default_rng(0)
+    for batch, length, past in ((1, 3, 0), (2, 1, 2), (2, 1, 0)):
+        x, before = (random.standard_normal((batch, n, 4)).astype(np.float32) for n in (length, past))
+        results = session.run({"x": x, "past": before, "none": np.empty((0, 4), np.float32)})
+        keys = np.concatenate([before, x], 1)
+        scores = np.exp(x @ keys.swapaxes(1, 2))
+        np.testing.assert_allclose(results["y"], scores / scores.sum(-1, keepdims=True) @ keys, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(results["k"], keys)
+        np.testing.assert_array_equal(results["n"], np.zeros(4, np.float32))
+    with pytest.raises(InputError, match="input x is empty"):
+        session.run({"x": x[:, :0], "past": before, "none": np.empty((0, 4), np.float32)})

@@ -49,7 +49,26 @@ def test_dequantize(dtype: Any, axis: int | None, zeros: bool) -> None:
     np.testing.assert_array_equal(run_node(model, feeds)[0], reference(model, feeds)[0])
 
 
-def test_blocks_are_refused() -> None:
-    model = node_model("DequantizeLinear", {"x": X, "s": ["b", 2, 6]}, dtypes={"x": ir.DataType.INT8}, block_size=2)
-    with pytest.raises(InputError, match="blocks"):
-        run_node(model, {})
+@pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear"])
+@pytest.mark.parametrize(("axis", "block"), [(1, 2), (-1, 4)])
+def test_blocks(op: str, axis: int, block: int) -> None:
+    shape = [2, 4, 6]
+    shape[axis] = -(-shape[axis] // block)
+    scale = (2.0 ** RANDOM.integers(-3, 2, shape)).astype(np.float32)
+    zero = RANDOM.integers(-5, 5, shape).astype(np.int8)
+    there = op == "QuantizeLinear"
+    kinds = {"dtypes": {"x": ir.DataType.FLOAT if there else ir.DataType.INT8}}
+    out = ir.DataType.INT8 if there else ir.DataType.FLOAT
+    inputs = {"x": [2, 4, 6], "s": scale, "z": zero}
+    model = node_model(op, inputs, output_type=out, axis=axis, block_size=block, **kinds)
+    x = halves(2, 4, 6) if there else RANDOM.integers(-128, 128, (2, 4, 6)).astype(np.int8)
+    places = np.arange([2, 4, 6][axis]) // block
+    s, z = (np.take(array, places, axis).astype(np.float32) for array in (scale, zero))
+    want = np.clip(np.rint(x / s) + z, -128, 127).astype(np.int8) if there else (x - z) * s
+    np.testing.assert_array_equal(run_node(model, {"x": x})[0], want)
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    model = node_model("QuantizeLinear", {"x": [2, 4, 6], "s": np.ones((2, 3, 6), np.float32)}, axis=1, block_size=2)
+    with pytest.raises(InputError, match="not one scale for each block"):
+        run_node(model, {"x": halves(2, 4, 6)})

@@ -24,7 +24,7 @@ import numpy as np
 
 from xopt.errors import InputError, XoptError
 from xopt.measure.latency import Local, Runner, pinned
-from xopt.runtime.session import aligned_copy
+from xopt.runtime.arrays import aligned_copy
 
 Feeds = Mapping[str, np.ndarray]
 Factory = Callable[[], Runner]

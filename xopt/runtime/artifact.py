@@ -20,6 +20,7 @@ import numpy.typing as npt
 from xopt.errors import InputError
 from xopt.files import check_memory
 from xopt.runtime import threads
+from xopt.runtime.arrays import as_tensor
 from xopt.runtime.lean import without_torch
 from xopt.runtime.manifest import (
     LARGEST_MANIFEST,
@@ -123,7 +124,7 @@ def load_code(runtime: Any, code: bytes) -> Any:
         os.close(descriptor)
 
 
-def read_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
+def read_weights(library: Path, manifest: Manifest) -> list[Any]:
     """The weights as tensors of this process's own memory, whose bytes have the manifest's digest."""
     path = weights_path(library)
     size = max((info.offset + info.bytes for info in manifest.weights), default=0)
@@ -137,7 +138,7 @@ def read_weights(runtime: Any, library: Path, manifest: Manifest) -> list[Any]:
             state.update(content[filled : filled + count])
             filled += count
     _compare(path, state.hexdigest() if filled == size else "", manifest, library)
-    return [runtime.from_dlpack(_weight(content, info)) for info in manifest.weights]
+    return [as_tensor(_weight(content, info)) for info in manifest.weights]
 
 
 def _memory(size: int, library: Path) -> memoryview:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from xopt.runtime.manifest import ALIGNMENT
+from xopt.runtime.arrays import aligned_copy, as_tensor
 
 REFUSAL = "xopt refuses: "
 """What the message of a check in compiled code starts with."""
@@ -97,10 +97,4 @@ def _stacked(elements: Sequence[Any], empty: Sequence[int], dtype: str) -> Any:
 
 def _tensor(array: Any) -> Any:
     """An array as the runtime's tensor, in memory that lies as its own does."""
-    import tvm_ffi
-
-    buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return tvm_ffi.from_dlpack(copy)
+    return as_tensor(aligned_copy(array))

@@ -19,7 +19,7 @@ import numpy as np
 
 from xopt.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 ALIGNMENT = 64
 LARGEST_MANIFEST = 1 << 26
 """Bytes."""
@@ -78,6 +78,7 @@ class Manifest:
         inputs, outputs: in the order of the model.
         weights: the tensors of the weight file, in the order in which the code takes them.
         limits: the largest size of a symbolic dimension, where a table in the model bounds it.
+        empty: the symbolic dimensions that may be 0.
         format: version of this description.
     """
 
@@ -91,6 +92,7 @@ class Manifest:
     outputs: tuple[TensorInfo, ...]
     weights: tuple[WeightInfo, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
+    empty: tuple[str, ...] = ()
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
@@ -203,6 +205,10 @@ def _weight(item: Any) -> WeightInfo:
     return info
 
 
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(_text(name) for name in _of(value, list))
+
+
 def _texts(value: Any) -> dict[str, str]:
     return {name: _text(text) for name, text in _of(value, dict).items()}
 
@@ -210,7 +216,7 @@ def _texts(value: Any) -> dict[str, str]:
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "target": _text,
     "device": _device,
-    "features": lambda value: tuple(_text(name) for name in _of(value, list)),
+    "features": _names,
     "versions": _texts,
     "digests": _texts,
     "pipeline": _text,
@@ -218,6 +224,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "outputs": _tensors,
     "weights": _weights,
     "limits": lambda value: {name: _natural(most) for name, most in _of(value, dict).items()},
+    "empty": _names,
 }
 
 

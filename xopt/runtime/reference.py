@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from xopt.errors import InputError
 from xopt.ir import io
+from xopt.ir.empties import may_be_empty
 from xopt.ir.exporting import export
 
 Array = npt.NDArray[np.generic]
@@ -34,6 +35,7 @@ class ReferenceSession:
         self._session = _session(exported, threads)
         self.inputs: dict[str, ir.Value] = {value.name or "": value for value in exported.graph.inputs}
         self._optional = frozenset(self.inputs) & frozenset(exported.graph.initializers)
+        self._empty = may_be_empty(model)
         self.outputs: list[str] = [value.name or "" for value in exported.graph.outputs]
 
     def run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
@@ -47,7 +49,7 @@ class ReferenceSession:
             InputError: ``E-DATA``: an input is missing, unknown, empty, or of another shape or kind.
         """
         needed = {name: value for name, value in self.inputs.items() if name in feeds or name not in self._optional}
-        arrays = check_feeds(needed, feeds)
+        arrays = check_feeds(needed, feeds, self._empty)
         try:
             results = self._session.run(self.outputs, arrays)
         except Exception as error:
@@ -57,8 +59,12 @@ class ReferenceSession:
         return dict(zip(self.outputs, results))
 
 
-def check_feeds(inputs: Mapping[str, ir.Value], feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+def check_feeds(
+    inputs: Mapping[str, ir.Value], feeds: Mapping[str, npt.ArrayLike], empty: Collection[str] = ()
+) -> dict[str, Array]:
     """``feeds`` as arrays of the types that ``inputs`` declare, with symbolic dimensions that agree with each other.
+
+    Those called one of ``empty`` may be 0.
 
     Raises:
         InputError: ``E-DATA``, as ``ReferenceSession.run``.
@@ -69,10 +75,10 @@ def check_feeds(inputs: Mapping[str, ir.Value], feeds: Mapping[str, npt.ArrayLik
         problem = f"input {unknown[0]!r} is unknown" if unknown else f"input {missing[0]!r} is missing"
         raise InputError("E-DATA", problem, cure=f"the model's inputs are: {', '.join(inputs)}")
     sizes: dict[str, int] = {}
-    return {name: _checked(value, np.asarray(feeds[name]), sizes) for name, value in inputs.items()}
+    return {name: _checked(value, np.asarray(feeds[name]), sizes, empty) for name, value in inputs.items()}
 
 
-def _checked(value: ir.Value, array: Array, sizes: dict[str, int]) -> Array:
+def _checked(value: ir.Value, array: Array, sizes: dict[str, int], empty: Collection[str]) -> Array:
     """``array`` in the type of ``value``; ``sizes`` remembers what each named dimension was."""
     where = f"input {value.name!r}"
     wanted = value.dtype.numpy() if value.dtype is not None else array.dtype
@@ -80,13 +86,14 @@ def _checked(value: ir.Value, array: Array, sizes: dict[str, int]) -> Array:
         if not np.can_cast(array.dtype, wanted, casting="same_kind"):
             raise InputError("E-DATA", f"{array.dtype} given, {wanted} needed", where=where, cure="convert the data")
         array = array.astype(wanted)
-    if array.size == 0:
+    told = list(value.shape) if value.shape is not None else [None] * array.ndim
+    fits = len(told) == array.ndim
+    if fits and any(not size and _filled(dim, empty) for dim, size in zip(told, array.shape)):
         raise InputError(
             "E-DATA", f"the data is empty: shape {list(array.shape)}", where=where, cure="give at least one element"
         )
     if value.shape is None:
         return array
-    fits = len(value.shape) == array.ndim
     for dim, size in zip(value.shape, array.shape) if fits else ():
         name = dim.value if isinstance(dim, ir.SymbolicDim) else None
         fits &= size == (sizes.setdefault(name, size) if name else dim) if name or isinstance(dim, int) else True
@@ -99,6 +106,11 @@ def _checked(value: ir.Value, array: Array, sizes: dict[str, int]) -> Array:
             cure="give data of the model's shape",
         )
     return array
+
+
+def _filled(dim: int | ir.SymbolicDim | None, empty: Collection[str]) -> bool:
+    """Whether an axis must have elements."""
+    return dim != 0 if not isinstance(dim, ir.SymbolicDim) else dim.value not in empty
 
 
 def _session(model: ir.Model, threads: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from xopt.errors import InputError
 from xopt.runtime import artifact, loops, trio
+from xopt.runtime.arrays import aligned_copy, as_tensor
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.loops import REFUSAL as REFUSAL
 from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo, array_type, stored_type
@@ -82,7 +83,7 @@ class Session:
         code = artifact.read_code(library, manifest)
         if manifest.device == CUDA:
             load_cuda_runtime(artifact.tvm_libraries())
-        weights = artifact.read_weights(runtime, library, manifest)
+        weights = artifact.read_weights(library, manifest)
         try:
             machine = artifact.load_code(runtime, code)["vm_load_executable"]()
         except Exception as error:  # whatever the dynamic linker and TVM raise about a library that is none of ours
@@ -136,7 +137,7 @@ class Session:
         sizes: dict[str, int] = {}
         if feeds.keys() != {info.name for info in self.inputs}:
             _refuse_names(feeds, self.inputs)
-        arrays = [_argument(info, feeds[info.name], sizes) for info in self.inputs]
+        arrays = [_argument(info, feeds[info.name], sizes, self.manifest.empty) for info in self.inputs]
         for name, most in self.manifest.limits.items():
             if sizes.get(name, 0) > most:
                 raise InputError("E-DATA", f"dimension {name} is {sizes[name]}", cure=f"give at most {most}")
@@ -195,7 +196,7 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
-def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
+def _argument(info: TensorInfo, value: Any, sizes: dict[str, int], empty: Collection[str]) -> Any:
     """An input as the runtime takes it, after its type, shape and range were checked against the manifest."""
     array = value if isinstance(value, np.ndarray) else _as_numpy(info, value)
     if array.dtype != array_type(info.dtype):
@@ -203,13 +204,13 @@ def _argument(info: TensorInfo, value: Any, sizes: dict[str, int]) -> Any:
     if array.ndim != len(info.shape):
         raise _data_error(info, f"has rank {array.ndim}, the model takes {_shape(info)}")
     for given, wanted in zip(array.shape, info.shape):
-        if given == 0:
+        if given == 0 and wanted != 0 and wanted not in empty:
             raise _data_error(info, f"is empty: its shape is {list(array.shape)}")
         if given != (wanted if isinstance(wanted, int) else sizes.setdefault(wanted, given)):
             raise _data_error(info, f"has shape {list(array.shape)}, the model takes {_shape(info)}")
     if info.values is not None:
         array = aligned_copy(array)  # the caller's could be changed after it was checked
-        if array.min() < info.values[0] or array.max() > info.values[1]:
+        if array.size and (array.min() < info.values[0] or array.max() > info.values[1]):
             raise _data_error(info, f"holds values outside {info.values[0]} to {info.values[1]}")
     return _aligned(array.view(stored_type(info.dtype)))
 
@@ -241,20 +242,9 @@ def _as_numpy(info: TensorInfo, value: Any) -> npt.NDArray[Any]:
 
 def _aligned(array: npt.NDArray[Any]) -> Any:
     """The array itself when the runtime can read it in place, else an aligned copy."""
-    import tvm_ffi
-
     if array.ctypes.data % ALIGNMENT or not array.flags.c_contiguous or not array.flags.writeable:
         array = aligned_copy(array)
-    return tvm_ffi.from_dlpack(array)
-
-
-def aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A copy that lies as the runtimes' own outputs do, so that none of them has to copy it again."""
-    buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    copy: npt.NDArray[Any] = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+    return as_tensor(array)
 
 
 def _shape(info: TensorInfo) -> str:
