@@ -151,12 +151,16 @@ def _hypotheses(graph: ir.Graph) -> Iterator[Hypothesis]:
         there = [value for value in inputs if len(value.shape or ()) > axis]
         open_ = [value for value in there if isinstance(_dim(value, axis), ir.SymbolicDim)]
         names = dict.fromkeys(str(_dim(value, axis).value) for value in open_)  # type: ignore[union-attr]
-        if len(names) == 1 or (axis == 0 and open_):
+        if len(names) > 1 and axis == 0:
             yield {str(value.name): axis for value in open_}, Poly.axis(next(iter(names)))
         for name in names:
             yield _of_symbol(inputs, name)
         if there and isinstance(size := _dim(there[0], axis), int):
-            yield {str(value.name): axis for value in there if _dim(value, axis) == size}, Poly.of(size)
+            same: dict[str, int | None] = {str(value.name): axis for value in there if _dim(value, axis) == size}
+            if axis == 1:  # masks are [batch, sequence] where tokens are [sequence, batch, ...]
+                firsts = (value for value in inputs if _dim(value, 0) == size)
+                yield {**{str(value.name): 0 for value in firsts}, **same}, Poly.of(size)
+            yield same, Poly.of(size)
 
 
 def _of_symbol(inputs: Iterable[ir.Value], name: str) -> Hypothesis:

@@ -21,6 +21,7 @@ STEPS = (
     "opset",
     "constants",
     "cleanup",
+    "fixed",
     "dimensions",
     "constants",
     "cleanup",
