@@ -10,6 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass
 
+from xopt.ir.contrib import give_back
 from xopt.ir.edit import remove_dead
 from xopt.ir.expand import Expander
 from xopt.ir.shapes import infer_shapes
@@ -38,6 +39,7 @@ def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
     remove_dead(plain)
     NameFixPass()(plain)
     infer_shapes(plain, names=False)
+    give_back(plain)
     return plain
 
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from xopt import files
 from xopt.errors import InputError
+from xopt.ir import contrib
 from xopt.ir.native import check_native
 from xopt.ir.references import check_references
 from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
@@ -55,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Raises:
         InputError: ``E-FILE`` (not there, not readable), ``E-FORMAT`` (no ONNX, truncated, contradictory),
             ``E-EXTERNAL-DATA`` (missing, outside of the model's folder, wrong size), ``E-NAN-WEIGHTS``,
-            ``E-UNSUPPORTED-OP`` (an op that ai.onnx does not have).
+            ``E-UNSUPPORTED-OP`` (an op that neither ai.onnx nor ``xopt.ir.contrib`` has).
     """
     if not isinstance(path, (str, os.PathLike)):
         cure = "give the path of an ONNX file"
@@ -68,6 +69,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         check_proto(proto, folder)
         drop_value_info(proto)
         model = _deserialize(proto, folder)
+        contrib.adopt(model)
         _read_external(model)
         check_graph(model)
     except InputError as error:
@@ -97,12 +99,7 @@ def check_nodes(model: ir.Model) -> None:
     check_references(model)
     for node in model.graph.all_nodes():
         if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
-            raise InputError(
-                "E-UNSUPPORTED-OP",
-                f"op {node.domain}::{node.op_type} is not standard ONNX",
-                where=f"node {node.name!r}",
-                cure="export the model without optimizations for one runtime",
-            )
+            contrib.check_node(node)
     try:
         with bounded_memory():
             proto = without_weights(model)

@@ -100,12 +100,12 @@ def _default(attribute: onnx.defs.OpSchema.Attribute) -> Any:
     return ir.from_proto(proto).value if proto is not None and proto.name else None
 
 
-def carried(node: ir.Node) -> Iterator[Carried]:
+def carried(node: ir.Node, form: Form | None = None) -> Iterator[Carried]:
     """Attributes with other values than their defaults, optional inputs that are given, later outputs that are used.
 
-    Of an operator that ONNX does not define: all attributes, inputs and later outputs.
+    Of an operator that ONNX does not define, and whose ``form`` is not given: all attributes, inputs and later outputs.
     """
-    form = form_of(node.op_type) if node.domain in ("", "ai.onnx") else None
+    form = form_of(node.op_type) if node.domain in ("", "ai.onnx") else form
     for name, attribute in node.attributes.items():
         default = form.defaults.get(name) if form is not None else None
         if attribute.is_ref() or default is None or not _equal(attribute, default):

@@ -19,6 +19,7 @@ __all__ = ["CanonicalizeReport", "Refused", "canonicalize"]
 STEPS = (
     "functions",
     "opset",
+    "contrib",
     "constants",
     "cleanup",
     "fixed",

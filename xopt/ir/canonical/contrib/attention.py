@@ -1,0 +1,114 @@
+"""``Attention``, whose operands are one product, and ``MultiHeadAttention``, which gets them in many layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from xopt.ir.canonical.contrib.activations import Results
+from xopt.ir.canonical.contrib.heads import Operands, Scores, apart, attend, with_past
+from xopt.ir.canonical.contrib.site import Site
+
+
+def _attention(site: Site) -> Results:
+    """q, k and v lie side by side in the result of one linear layer; past and present ones are one tensor each."""
+    weights = site.value("weights")
+    projected = site.plus(site.op("MatMul", site.value("input"), weights), site.given("bias"))
+    return of_projection(site, projected, site.size(weights, -1), site.attr("qkv_hidden_sizes"))
+
+
+def of_projection(site: Site, projected: ir.Value, width: int, sizes: Sequence[int] | None) -> Results:
+    """Output and present keys and values of q, k and v side by side [B,S,width]."""
+    site.only(do_rotary=0, past_present_share_buffer=0)
+    heads = head_count(site, "num_heads")
+    sizes = list(sizes) if sizes else [width // 3] * 3
+    if len(sizes) != 3 or sum(sizes) != width or any(size < 1 or size % heads for size in sizes):
+        raise site.refused(f"{width} columns are not q, k and v of {heads} heads")
+    q, k, v = site.parts(projected, sizes)
+    operands = Operands(q, k, v, heads, heads, _halves(site, site.given("past")))
+    bias = site.given("attention_bias") if "attention_bias" in site.form.inputs else None
+    site.pass_over("rotary_embedding_dim", "past_sequence_length")
+    output, k, v = _attended(site, operands, site.given("mask_index"), bias)
+    if not site.wants("present"):
+        return [output]
+    both = [site.op("Unsqueeze", apart(site, value, heads), site.ints(0)) for value in (k, v)]
+    return [output, site.op("Concat", *both, axis=0)]
+
+
+def head_count(site: Site, name: str) -> int:
+    """A number of heads, of which there is at least one."""
+    heads = int(site.attr(name))
+    if heads < 1:
+        raise site.refused(f"{name} is {heads}")
+    return heads
+
+
+def _halves(site: Site, both: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """Keys and values that lie one behind the other in the first axis."""
+    if both is None:
+        return None
+    return site.op("Gather", both, site.index(0), axis=0), site.op("Gather", both, site.index(1), axis=0)
+
+
+def _attended(
+    site: Site, operands: Operands, mask: ir.Value | None, bias: ir.Value | None
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The output, and keys and values with the past ones."""
+    past = operands.past[0] if operands.past is not None else None
+    operands = with_past(site, operands)
+    scores, filler = Scores(site, operands, past), float(site.attr("mask_filter_value"))
+    if mask is not None:
+        added = scores.padding(mask, filler)
+        bias = added if bias is None else site.op("Add", bias, added)
+    bias, causal = scores.mask(bias, bool(site.attr("unidirectional")))
+    output = attend(site, operands, bias, scale=site.attr("scale"), causal=causal)
+    return output, operands.k, operands.v
+
+
+def _multi_head(site: Site) -> Results:
+    """Keys and values may be packed with the queries or with each other, or come as they were cached."""
+    heads = head_count(site, "num_heads")
+    q, k, v = _unpacked(site)
+    cached = site.rank(k) == 4
+    if (bias := site.given("bias")) is not None:
+        q, k, v = _biased(site, bias, q, k, v, cached)
+    past = site.given("past_key"), site.given("past_value")
+    if (past[0] is None) != (past[1] is None):
+        raise site.refused("past_key and past_value do not go together")
+    joined = (past[0], past[1]) if past[0] is not None and past[1] is not None else None
+    operands = Operands(q, k, v, heads, heads, joined)
+    output, k, v = _attended(site, operands, site.given("key_padding_mask"), site.given("attention_bias"))
+    shown = [site.wants(name) for name in ("present_key", "present_value")]
+    return [output, *(apart(site, value, heads) if wanted else None for value, wanted in zip((k, v), shown))]
+
+
+def _unpacked(site: Site) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """q, k and v: three tensors, q [B,S,N,3,H], or q and [B,S,N,2,H]."""
+    q, k, v = site.value("query"), site.given("key"), site.given("value")
+    if k is not None and v is not None:
+        return q, k, v
+    packed = q if k is None else k
+    if v is not None or site.rank(packed) != 5:
+        raise site.refused("its keys or values are missing")
+    taken = [
+        site.op("Reshape", site.op("Gather", packed, site.index(place), axis=3), site.ints(0, 0, -1))
+        for place in range(3 if k is None else 2)
+    ]
+    first, second, third = taken if k is None else (q, *taken)
+    return first, second, third
+
+
+def _biased(
+    site: Site, bias: ir.Value, q: ir.Value, k: ir.Value, v: ir.Value, cached: bool
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """The operands with their parts of a bias [Dq + Dk + Dv]; what is cached has had its own."""
+    width = site.size(q, -1)
+    parts = site.parts(bias, [width, width, site.size(bias, 0) - 2 * width])
+    if cached:
+        return site.plus(q, parts[0]), k, v
+    first, second, third = (site.plus(value, part) for value, part in zip((q, k, v), parts))
+    return first, second, third
+
+
+RULES = {"Attention": _attention, "MultiHeadAttention": _multi_head}

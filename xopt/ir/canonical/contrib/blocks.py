@@ -1,0 +1,104 @@
+"""``MatMulNBits``: a weight of few bits, with a scale and a zero point for each block of its columns.
+
+    y = x @ W        W [K, N] from B uint8 [N, blocks, bytes of a block]: numbers of ``bits`` bits, the low ones first
+The standard operator for such a weight is DequantizeLinear with a block size. Numbers of 4 bits stay so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from xopt.ir.canonical.contrib.activations import Results
+from xopt.ir.canonical.contrib.site import Attributes, Site
+
+Array = npt.NDArray[Any]
+
+
+def _matmul(site: Site) -> Results:
+    site.pass_over("accuracy_level")
+    site.only(weight_prepacked=0)
+    x, scales = site.value("A"), site.value("scales")
+    rows, columns, block = (int(site.attr(name)) for name in ("K", "N", "block_size"))
+    bits = int(site.attr("bits"))
+    if bits not in (2, 4, 8) or block < 16 or rows < 1 or columns < 1:
+        raise site.refused(f"{bits} bits in blocks of {block} of a matrix [{rows}, {columns}]")
+    blocks = -(-rows // block)
+    packed = site.constant(site.value("B"), "B")
+    if packed.dtype != np.uint8 or packed.size != columns * blocks * block * bits // 8:
+        raise site.refused(f"its weight has {packed.size} bytes")
+    integers = _unpacked(packed.reshape(columns, -1), bits)[:, :rows].T
+    scale = _shaped(site, site.constant(scales, "scales"), (columns, blocks)).T
+    zeros = _zeros(site, bits, columns, blocks)
+    groups = site.given("g_idx")
+    if groups is not None and bits == 2:
+        raise site.refused("onnxruntime reads g_idx with numbers of 2 bits in a way of its own")
+    weight = (
+        _in_blocks(site, integers, scale, zeros, bits, block)
+        if groups is None and zeros.dtype == np.uint8
+        else _as_numbers(site, integers, scale, zeros, _group_of(site, groups, rows, block, blocks))
+    )
+    return [site.plus(site.op("MatMul", x, weight), site.given("bias"))]
+
+
+def _unpacked(packed: Array, bits: int) -> Array:
+    """Numbers of few bits out of rows of bytes, the low bits first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8).reshape(len(packed), -1)
+
+
+def _shaped(site: Site, array: Array, shape: tuple[int, int]) -> Array:
+    if array.size != shape[0] * shape[1]:
+        raise site.refused(f"{array.size} scales or zero points for {shape[0]} columns of {shape[1]} blocks")
+    return array.reshape(shape)
+
+
+def _zeros(site: Site, bits: int, columns: int, blocks: int) -> Array:
+    """Zero points [blocks, N]: packed like the weight, or numbers in the type of the scales."""
+    given = site.given("zero_points")
+    if given is None:
+        return np.full((blocks, columns), 1 << (bits - 1), np.uint8)
+    array = site.constant(given, "zero_points")
+    if array.dtype == np.uint8:
+        width = -(-blocks * bits // 8)
+        return _unpacked(_shaped(site, array, (columns, width)), bits)[:, :blocks].T
+    return _shaped(site, array, (columns, blocks)).T
+
+
+def _in_blocks(site: Site, integers: Array, scale: Array, zeros: Array, bits: int, block: int) -> ir.Value:
+    """The weight [K, N] as a DequantizeLinear of integers."""
+    operands = [
+        site.array(stem, _tensor(array, bits)) for stem, array in (("weight", integers), ("zero_points", zeros))
+    ]
+    scales = site.array("scales", np.ascontiguousarray(scale))
+    inputs = (operands[0], scales, operands[1])
+    form: Attributes = {"dtype": scales.dtype, "shape": integers.shape}
+    return site.op("DequantizeLinear", *inputs, axis=0, block_size=block, **form)
+
+
+def _tensor(array: Array, bits: int) -> ir.TensorProtocol:
+    if bits != 4:
+        return ir.tensor(np.ascontiguousarray(array))
+    return ir.Tensor(np.ascontiguousarray(array).astype(ir.DataType.UINT4.numpy()), dtype=ir.DataType.UINT4)
+
+
+def _group_of(site: Site, groups: ir.Value | None, rows: int, block: int, blocks: int) -> Array:
+    """The block of each row of the weight."""
+    if groups is None:
+        return np.arange(rows) // block
+    array = site.constant(groups, "g_idx").reshape(-1)
+    if array.size < rows or np.any(array[:rows] < 0) or np.any(array[:rows] >= blocks):
+        raise site.refused(f"g_idx names blocks that are not among its {blocks}")
+    return array[:rows]
+
+
+def _as_numbers(site: Site, integers: Array, scale: Array, zeros: Array, group: Array) -> ir.Value:
+    """The weight [K, N] as numbers: ONNX has no zero points between integers, and no blocks in another order."""
+    wide = (integers.astype(np.float32) - zeros[group].astype(np.float32)) * scale[group].astype(np.float32)
+    return site.array("weight", wide.astype(scale.dtype))
+
+
+RULES = {"MatMulNBits": _matmul}

@@ -1,0 +1,59 @@
+"""``RotaryEmbedding``: onnxruntime has whole tables and positions, ONNX's canonical form the rows of each position."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from xopt.ir.canonical.contrib.activations import Results
+from xopt.ir.canonical.contrib.norms import counted
+from xopt.ir.canonical.contrib.site import Attributes, Site
+
+
+def _rotary(site: Site) -> Results:
+    x, rank = site.value("input"), site.rank(site.value("input"))
+    site.only(is_packed_batching=0, scale=1.0)
+    if rank not in (3, 4):
+        raise site.refused(f"its input has rank {rank}")
+    positions = _positions(site, site.value("position_ids"), site.length(x, 1 if rank == 3 else 2))
+    return [rotated(site, x, positions, int(site.attr("num_heads")), bool(site.attr("interleaved")))]
+
+
+def _positions(site: Site, given: ir.Value, length: ir.Value) -> ir.Value:
+    """Positions int64 [B,S] or [1,S], of all tokens or of the first one [1]."""
+    rank = site.rank(given)
+    if rank == 2:
+        return given
+    if rank != 1 or site.dims(given)[0].constant != 1:
+        raise site.refused("its position_ids are neither [1] nor [batch, sequence]")
+    return site.op("Unsqueeze", site.op("Add", counted(site, length), given), site.ints(0))
+
+
+def rotated(site: Site, x: ir.Value, positions: ir.Value, heads: int, interleaved: bool) -> ir.Value:
+    """``x`` [B,S,N*H] or [B,N,S,H] turned by the rows of ``cos_cache`` and ``sin_cache`` at ``positions`` [B|1,S]."""
+    tables = site.value("cos_cache"), site.value("sin_cache")
+    width = 2 * site.size(tables[0], -1)
+    attributes: Attributes = {"interleaved": int(interleaved)}
+    dim = int(site.attr("rotary_embedding_dim")) if "rotary_embedding_dim" in site.form.defaults else 0
+    if dim not in (0, width):
+        raise site.refused(f"rotary_embedding_dim is {dim} for a table of {width // 2} columns")
+    if site.rank(x) == 3:
+        heads = heads or _heads(site, x, width, dim)
+        attributes["num_heads"] = heads
+        partial = site.size(x, -1) != heads * width
+    else:
+        partial = site.size(x, -1) != width
+    if partial:
+        attributes["rotary_embedding_dim"] = width
+    cos, sin = (site.op("Gather", table, positions) for table in tables)
+    return site.op("RotaryEmbedding", x, cos, sin, **attributes)
+
+
+def _heads(site: Site, x: ir.Value, width: int, dim: int) -> int:
+    """The number of heads that are turned as a whole."""
+    size = site.size(x, -1)
+    if dim or size % width:
+        raise site.refused("num_heads is missing")
+    return size // width
+
+
+RULES = {"RotaryEmbedding": _rotary}

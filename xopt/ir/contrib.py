@@ -1,0 +1,199 @@
+"""Operators of onnxruntime's own domain, ``com.microsoft``: what each may carry.
+
+onnxruntime's optimizers and quantizers write them. They are known when a model is loaded, and canonicalizing puts
+standard operators in their place (`xopt.ir.canonical.contrib`). What is written here is taken from the schemas that
+onnxruntime registers; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from typing import Any
+
+import onnx_ir as ir
+
+from xopt.errors import InputError
+from xopt.ir.schema import Form
+
+DOMAIN = "com.microsoft"
+_CONV = "auto_pad='NOTSET' dilations:ints? group=1 kernel_shape:ints? pads:ints? strides:ints?"
+_FUSED_MATMUL = "alpha=1.0 transA=0 transB=0 transBatchA=0 transBatchB=0"
+
+OPERATORS: dict[str, str] = {
+    "Attention": "input weights bias? mask_index? past? attention_bias? past_sequence_length? -> output present?"
+    " | num_heads:int mask_filter_value=-10000.0 scale=0.0 unidirectional=0 qkv_hidden_sizes:ints? do_rotary=0"
+    " rotary_embedding_dim=0 past_present_share_buffer=0",
+    "BiasAdd": "X bias skip -> Y",
+    "BiasGelu": "A B -> C",
+    "BiasSplitGelu": "X bias -> Y",
+    "DequantizeLinear": "x x_scale x_zero_point? -> y | axis:int?",
+    "DynamicQuantizeMatMul": "A B b_scale b_zero_point? bias? -> Y",
+    "EmbedLayerNormalization": "input_ids segment_ids? word_embedding position_embedding segment_embedding? gamma beta"
+    " mask? position_ids? -> output mask_index? embedding_sum? | epsilon=1e-12 mask_index_type=0",
+    "ExpandDims": "X axis -> Y",
+    "FastGelu": "X bias? -> Y",
+    "FusedConv": f"X W B? Z? -> Y | activation='' activation_params:floats? {_CONV}",
+    "FusedGemm": "A B C? -> Y | activation='' activation_alpha:float? activation_beta:float? activation_gamma:float?"
+    " alpha=1.0 beta=1.0 transA=0 transB=0",
+    "FusedMatMul": f"A B -> Y | {_FUSED_MATMUL}",
+    "GatherND": "data indices -> output",
+    "Gelu": "X -> Y",
+    "GemmFastGelu": "X W bias? -> Y",
+    "GridSample": "X Grid -> Y | align_corners=0 mode='bilinear' padding_mode='zeros'",
+    "GroupQueryAttention": "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache?"
+    " sin_cache? position_ids? attention_bias? head_sink? k_scale? v_scale? q_norm_weight? k_norm_weight?"
+    " -> output present_key? present_value? output_qk?"
+    " | num_heads:int kv_num_heads:int scale=0.0 softcap=0.0 local_window_size=-1 do_rotary=0 rotary_interleaved=0"
+    " causal=1 smooth_softmax=-1 qk_output=0 qk_norm_epsilon=1e-6 sliding_window_cache=0 kv_cache_bit_width:int?"
+    " k_quant_type='NONE' v_quant_type='NONE'",
+    "LayerNormalization": "X Scale B? -> Y Mean? InvStdDev? | axis=-1 epsilon=1e-5 stash_type=1",
+    "MatMulIntegerToFloat": "A B a_scale b_scale a_zero_point? b_zero_point? bias? -> Y",
+    "MatMulNBits": "A B scales zero_points? g_idx? bias? -> Y"
+    " | K:int N:int bits=4 block_size:int accuracy_level=0 weight_prepacked=0",
+    "MultiHeadAttention": "query key? value? bias? key_padding_mask? attention_bias? past_key? past_value?"
+    " past_sequence_length? cache_indirection? -> output present_key? present_value? qk?"
+    " | num_heads:int mask_filter_value=-10000.0 scale=0.0 unidirectional=0",
+    "NhwcConv": f"X W B? -> Y | {_CONV}",
+    "NhwcMaxPool": "x -> y | auto_pad='NOTSET' ceil_mode=0 dilations:ints? kernel_shape:ints! pads:ints? strides:ints?",
+    "Pad": "data pads value? -> output | mode='constant'",
+    "QAttention": "input weight bias input_scale weight_scale mask_index? input_zero_point? weight_zero_point? past?"
+    " -> output present? | num_heads:int mask_filter_value=-10000.0 scale=0.0 unidirectional=0 do_rotary=0"
+    " past_present_share_buffer=0",
+    "QEmbedLayerNormalization": "input_ids segment_ids? word_embedding_quant position_embedding_quant"
+    " segment_embedding? gamma_quant beta_quant mask? word_embedding_scale position_embedding_scale"
+    " segment_embedding_scale? gamma_scale beta_scale word_embedding_zero_point position_embedding_zero_point"
+    " segment_embedding_zero_point? gamma_zero_point beta_zero_point -> layernorm_out mask_index_out | epsilon=1e-12",
+    "QGemm": "A a_scale a_zero_point B b_scale b_zero_point C? y_scale? y_zero_point? -> Y"
+    " | alpha=1.0 transA=0 transB=0",
+    "QLinearAdd": "A A_scale A_zero_point? B B_scale B_zero_point? C_scale C_zero_point? -> C",
+    "QLinearAveragePool": "X x_scale x_zero_point? y_scale y_zero_point? -> Y | auto_pad='NOTSET' ceil_mode=0"
+    " channels_last=0 count_include_pad=0 kernel_shape:ints! pads:ints? strides:ints?",
+    "QLinearConcat": "Y_scale Y_zero_point inputs* -> Y | axis:int",
+    "QLinearConv": "x x_scale x_zero_point w w_scale w_zero_point y_scale y_zero_point B? -> y"
+    f" | channels_last=0 {_CONV}",
+    "QLinearGlobalAveragePool": "X x_scale x_zero_point y_scale y_zero_point -> Y | channels_last=0",
+    "QLinearLeakyRelu": "X X_scale X_zero_point? Y_scale Y_zero_point? -> Y | alpha=0.01",
+    "QLinearMul": "A A_scale A_zero_point? B B_scale B_zero_point? C_scale C_zero_point? -> C",
+    "QLinearReduceMean": "data data_scale data_zero_point? reduced_scale reduced_zero_point? -> reduced"
+    " | axes:ints! keepdims:int",
+    "QLinearSigmoid": "X X_scale X_zero_point? Y_scale Y_zero_point? -> Y",
+    "QLinearSoftmax": "X X_scale x_zero_point? y_scale y_zero_point -> Y | axis=-1 opset:int",
+    "QLinearWhere": "condition X x_scale x_zero_point Y y_scale y_zero_point z_scale z_zero_point -> Z",
+    "QuantizeLinear": "x y_scale y_zero_point? -> y | axis:int?",
+    "QuickGelu": "X -> Y | alpha=1.702",
+    "RotaryEmbedding": "input position_ids cos_cache sin_cache -> output"
+    " | interleaved=0 is_packed_batching=0 num_heads=0 rotary_embedding_dim=0 scale=1.0",
+    "SimplifiedLayerNormalization": "X scale -> Y inv_std_var? | axis=-1 epsilon=1e-5 stash_type=1",
+    "SkipLayerNormalization": "input skip gamma beta? bias? -> output mean? inv_std_var? input_skip_bias_sum?"
+    " | epsilon=1e-12",
+    "SkipSimplifiedLayerNormalization": "input skip gamma bias? -> output mean? inv_std_var? input_skip_bias_sum?"
+    " | epsilon=1e-12",
+    "TransposeMatMul": "A B -> Y | alpha=1.0 transA=0 transB=0",
+    "Trilu": "X k? -> Y | upper=1",
+    "Unique": "x -> y idx counts",
+}
+"""By operator: inputs, outputs and attributes, each optional one marked by ``?`` (an input that repeats by ``*``).
+
+An attribute has its default behind ``=``, or its type behind ``:``; of lists, ``!`` marks those that must be there. A
+default is that of onnxruntime's kernels where the schema has none.
+"""
+
+_TYPES = {
+    "int": ir.AttributeType.INT, "float": ir.AttributeType.FLOAT, "str": ir.AttributeType.STRING,
+    "ints": ir.AttributeType.INTS, "floats": ir.AttributeType.FLOATS,
+}  # fmt: skip
+_ONNX_LATER = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 1 << 31}
+"""Operators that onnxruntime files under ai.onnx already before the opset in which ONNX has them."""
+
+
+@functools.cache
+def form_of(op_type: str) -> Form | None:
+    """What an operator of ``com.microsoft`` may carry; None when it is not known here."""
+    if op_type not in OPERATORS:
+        return None
+    signature, _, attributes = OPERATORS[op_type].partition(" | ")
+    inputs, outputs = (side.split() for side in signature.split(" -> "))
+    optional = [place for place, name in enumerate(inputs) if name.endswith(("?", "*"))]
+    return Form(
+        {_attribute(text)[0]: _attribute(text)[2] for text in attributes.split()},
+        tuple(name.rstrip("?*") for name in inputs),
+        optional[0] if optional else len(inputs),
+        tuple(name.rstrip("?") for name in outputs),
+    )
+
+
+def _attribute(text: str) -> tuple[str, ir.AttributeType, Any, bool]:
+    """Name, type, default and whether it has to be there."""
+    name, given, default = text.partition("=")
+    if given:
+        value = ast.literal_eval(default)
+        return name, _TYPES[type(value).__name__], value, False
+    name, _, kind = text.partition(":")
+    required = kind.endswith("!") or (not kind.endswith("?") and kind == "int")
+    return name, _TYPES[kind.rstrip("?!")], None, required
+
+
+def adopt(model: ir.Model) -> None:
+    """Move norms that onnxruntime wrote under ONNX's own domain, where that opset has none, to ``com.microsoft``."""
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    for node in model.graph.all_nodes():
+        if node.domain in ("", "ai.onnx") and opset < _ONNX_LATER.get(node.op_type, 0):
+            node.domain = DOMAIN
+            model.opset_imports.setdefault(DOMAIN, 1)
+
+
+def give_back(model: ir.Model) -> None:
+    """Undo :func:`adopt`: onnxruntime knows these norms under ONNX's own domain only."""
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN and node.op_type in _ONNX_LATER:
+            node.domain = ""
+
+
+def check_node(node: ir.Node) -> None:
+    """Check a node of a domain other than ONNX's: that its operator is known, and that it has what the operator needs.
+
+    Raises:
+        InputError: ``E-UNSUPPORTED-OP`` (no such operator), ``E-FORMAT`` (other inputs, outputs or attributes).
+    """
+    if node.domain != DOMAIN or node.op_type not in OPERATORS:
+        raise InputError(
+            "E-UNSUPPORTED-OP",
+            f"op {node.domain}::{node.op_type} is not standard ONNX",
+            where=f"node {node.name!r}",
+            cure=_cure(node),
+        )
+    if wrong := _misfit(node, OPERATORS[node.op_type]):
+        what, cure = f"{DOMAIN}::{node.op_type} {wrong}", "export or optimize the model again"
+        raise InputError("E-FORMAT", what, where=f"node {node.name!r}", cure=cure)
+
+
+def _cure(node: ir.Node) -> str:
+    if node.domain == "ai.onnx.ml":
+        return "export the network without the classic machine learning (trees, encoders, tables) around it"
+    if node.domain == DOMAIN:
+        return "optimize the model without the fusion that makes this operator, or take the model as it was exported"
+    return "export the model without optimizations for one runtime"
+
+
+def _misfit(node: ir.Node, text: str) -> str:
+    """What a node has too much or too little of; "" when it fits."""
+    signature, _, attributes = text.partition(" | ")
+    inputs, outputs = (side.split() for side in signature.split(" -> "))
+    if len(node.inputs) > len(inputs) and not inputs[-1].endswith("*"):
+        return f"has {len(node.inputs)} inputs, not {len(inputs)}"
+    if len(node.outputs) > len(outputs):
+        return f"has {len(node.outputs)} outputs, not {len(outputs)}"
+    for place, name in enumerate(inputs):
+        if not name.endswith(("?", "*")) and (place >= len(node.inputs) or node.inputs[place] is None):
+            return f"lacks its input {name}"
+    if any(value is None for value in node.inputs[len(inputs) :]):
+        return "lacks one of its inputs"
+    known = {name: (kind, required) for name, kind, _, required in map(_attribute, attributes.split())}
+    for name, attribute in node.attributes.items():
+        if name not in known:
+            return f"has an attribute {name!r}"
+        if attribute.is_ref() or attribute.type != known[name][0]:
+            return f"has an attribute {name!r} of another type"
+    missing = [name for name, (_, required) in known.items() if required and name not in node.attributes]
+    return f"lacks its attribute {missing[0]}" if missing else ""
