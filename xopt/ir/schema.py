@@ -25,7 +25,7 @@ READ: dict[str, str] = {
     "Constant": "value value_float value_floats value_int value_ints value_string value_strings",
     "ConstantOfShape": "value", "Conv": "B auto_pad dilations group kernel_shape pads strides",
     "CumSum": "exclusive reverse", "DequantizeLinear": "x_zero_point axis",
-    "Dropout": "ratio training_mode seed", "Einsum": "equation", "Elu": "alpha", "EyeLike": "dtype k",
+    "Dropout": "ratio training_mode seed", "DynamicQuantizeLinear": "y_scale y_zero_point", "Einsum": "equation", "Elu": "alpha", "EyeLike": "dtype k",
     "Flatten": "axis", "Gather": "axis", "GatherElements": "axis", "GatherND": "batch_dims", "Gelu": "approximate",
     "Gemm": "C alpha beta transA transB", "GroupNormalization": "epsilon num_groups", "HardSigmoid": "alpha beta",
     "Hardmax": "axis", "IsInf": "detect_negative detect_positive", "LayerNormalization": "B axis epsilon",
