@@ -37,7 +37,7 @@ def with_xopt(model: onnx.ModelProto) -> suite.Run:
 
     folder = Path(tempfile.mkdtemp())
     onnx.save(model, str(folder / "model.onnx"))
-    library = xopt.compile(folder / "model.onnx", "cpu", folder / "out", threads=1, database=False)
+    library = xopt.compile(folder / "model.onnx", "cpu", folder / "out", threads=1, database=False, verify=False)
     return xopt.Session.load(library, threads=1).run
 
 

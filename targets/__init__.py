@@ -6,7 +6,7 @@ model into an artifact for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +57,7 @@ def configured(
     database: bool | str | Path = True,
     threads: int | None = None,
     precision: str = "fp32",
+    fallback: bool = False,
 ) -> Target:
     """A target whose kernels are configured from a database: `xopt.targets.database.open_database`.
 
@@ -65,9 +66,10 @@ def configured(
         database: True for what the user has tuned and what is shipped, a path to replace the former, False for none.
         threads: how many the compiled model will be run on.
         precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
+        fallback: let onnxruntime run what cannot be compiled, inside the compiled model's run.
 
     Raises:
-        InputError: E-OPTION, the precision is unknown, or not to be had on the target.
+        InputError: E-OPTION, the precision is unknown, or it or the fallback is not to be had on the target.
     """
     from copy import copy
 
@@ -82,6 +84,9 @@ def configured(
         raise InputError("E-OPTION", f"unknown precision {precision!r}", cure=f"use one of {', '.join(PRECISIONS)}")
     if precision != "fp32" and machine.isa() is None:
         raise InputError("E-OPTION", f"no kernels at {precision} for the target {machine.name}", cure="use fp32")
+    if fallback and not machine.runs_segments:
+        raise InputError("E-OPTION", f"onnxruntime does not run beside code for {machine.name}", cure="omit fallback")
+    machine.fallback = fallback
     machine.configs = open_database(database, threads)
     machine.precision = precision
     return machine
@@ -93,6 +98,7 @@ def compile(
     path: Path,
     *,
     dims: Mapping[str, int] | None = None,
+    check: Callable[[Path], None] = lambda library: None,
 ) -> Path:
     """Compile a canonical model into an artifact: ``path`` (a ``.so``), its weights and its manifest beside it.
 
@@ -101,6 +107,7 @@ def compile(
         target: a target or its name.
         path: the library to write, such as ``out/model.so``.
         dims: symbolic dimensions to fix by name; the others stay dynamic.
+        check: is given the finished library before it and its files take their places; see `build.compile_model`.
 
     Returns:
         ``path``.
@@ -111,7 +118,7 @@ def compile(
     _load_tvm()
     from xopt.targets.build import compile_model
 
-    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims)
+    return compile_model(model, get(target) if isinstance(target, str) else target, Path(path), dims, check)
 
 
 def _load_tvm() -> None:

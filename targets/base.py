@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xopt.errors import InputError
+from xopt.runtime.device import CPU
 from xopt.runtime.manifest import machine_features
 from xopt.targets.database import Configs, Heuristics
 
@@ -31,6 +32,7 @@ class Target(ABC):
         linker: the C++ compiler that links the generated code.
         configs: chooses the configuration of each kernel.
         precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
+        fallback: whether what cannot be compiled may run in onnxruntime, inside the compiled model's run.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Target(ABC):
     linker: ClassVar[str] = "g++"
     configs: Configs = Heuristics()
     precision: str = "fp32"
+    fallback: bool = False
 
     @abstractmethod
     def tvm_target(self) -> tvm.target.Target:
@@ -47,6 +50,11 @@ class Target(ABC):
     def host(self) -> tvm.target.Target | None:
         """The machine that calls the code, None where that is the machine itself."""
         return None
+
+    @property
+    def runs_segments(self) -> bool:
+        """Whether onnxruntime can run beside the code: on a CPU, by the machine that calls it."""
+        return self.device == CPU and self.host() is None
 
     @abstractmethod
     def features(self) -> tuple[str, ...]:

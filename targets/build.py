@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +29,7 @@ from xopt.runtime.manifest import (
 from xopt.runtime.trio import replacing
 from xopt.scratch import outer
 from xopt.targets.base import Target
-from xopt.targets.refusals import refusing
+from xopt.targets.refusals import refusing, uncompiled
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -80,7 +80,13 @@ def cpu_pipeline() -> Any:
     )
 
 
-def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str, int] | None = None) -> Path:
+def compile_model(
+    model: ir.Model,
+    target: Target,
+    path: Path,
+    dims: Mapping[str, int] | None = None,
+    check: Callable[[Path], None] = lambda library: None,
+) -> Path:
     """Compile a canonical model into the artifact ``path`` (a ``.so``), its weights and its manifest.
 
     Args:
@@ -88,6 +94,8 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
         target: where the artifact will run.
         path: the library to write; weights and manifest go next to it.
         dims: symbolic dimensions to fix by name; the others stay dynamic.
+        check: is given the library when all three files are written, before they take their places; what it raises
+            leaves the places as they were.
 
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-OUTPUT.
@@ -107,7 +115,7 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
     with output_errors(path), replacing(resolved(path)) as library:
         with WeightFile(weights_path(library)) as weights:
             lowered = lower(model, target, weights.store)
-        with tvm_target, tvm.transform.PassContext(**options), refusing(_uncompiled):
+        with tvm_target, tvm.transform.PassContext(**options), refusing(uncompiled):
             module = in_order(target.pipeline()(lowered.module))
             executable = relax.build(module, tvm_target, relax_pipeline=None)
         _check_space(library.parent)
@@ -125,15 +133,11 @@ def compile_model(model: ir.Model, target: Target, path: Path, dims: Mapping[str
             weights=tuple(weights.infos),
             limits=lowered.limits,
             empty=tuple(sorted(lowered.empty)),
+            segments=lowered.segments,
         )
         manifest_path(library).write_text(manifest.to_json())
+        check(library)
     return path
-
-
-def _uncompiled(reason: str) -> InputError:
-    """The error for what no node is known to be at fault of."""
-    cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
-    return InputError("E-UNSUPPORTED-OP", f"TVM cannot compile the model: {reason}", cure=cure)
 
 
 def _check_space(folder: Path) -> None:

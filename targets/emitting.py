@@ -39,6 +39,7 @@ class Emitting(ABC):
     """The state of one lowering: values so far, weights so far, and the Relax function being built."""
 
     target: Target
+    model: ir.Model
     wanted: dict[ir.Value, tuple[Format, ...]] = field(default_factory=dict)
     builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
     dims: Dimensions = field(default_factory=Dimensions)
@@ -49,6 +50,7 @@ class Emitting(ABC):
     tokens_first: dict[relax.Var, relax.Var] = field(default_factory=dict)
     outside: list[tuple[relax.Var, str]] = field(default_factory=list)
     node: str = ""
+    segments: dict[str, str] = field(default_factory=dict)
     within: bool = False
     tied: dict[ir.Value, ir.Value] = field(default_factory=dict)
     attentions: dict[ir.Node, tuple[Part, Part, Part]] = field(default_factory=dict)

@@ -30,7 +30,8 @@ from xopt.targets import checks
 from xopt.targets.emitting import Emitting, Value, in_memory
 from xopt.targets.formats import dequantized, plan_formats
 from xopt.targets.integer_attention import parts, stored_formats
-from xopt.targets.refusals import function_scope, refusing
+from xopt.targets.refusals import function_scope, refusing, uncompiled
+from xopt.targets.segments import segment
 from xopt.targets.symbolic import (
     EVALUATED,
     STRUCTURAL,
@@ -57,14 +58,13 @@ class Lowered:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     limits: dict[str, int]
-    empty: frozenset[str] = frozenset()
+    empty: frozenset[str]
+    segments: dict[str, str]
 
 
 @dataclass
 class Lowering(Emitting):
     """The walk over a graph, and the Relax function that it makes."""
-
-    opset: int = 0
 
     def walk(self, graph: ir.Graph) -> None:
         """Lower every node of a graph in order."""
@@ -98,14 +98,23 @@ class Lowering(Emitting):
     def _lower(self, node: ir.Node) -> None:
         """Lower one node: known results, else what its emitter makes of it, else the function that ONNX defines it by.
 
+        Where the target may fall back, onnxruntime runs what neither is there for.
+
         Raises:
             InputError: E-UNSUPPORTED-OP, the emitter's.
         """
-        from xopt.targets.ops import emit_node
-
         results: Sequence[Value] | None = self._evaluated(node)
         if results is None:
-            results = self._either(node) if has_body(node) else emit_node(self, node)
+            before = self._noted()
+            try:
+                results = self._either(node)
+            except ImpossibleError:
+                raise
+            except InputError as error:
+                if not self.target.fallback:
+                    raise
+                self.dims.requirements, self.ranges, self.outside = before
+                results = segment(self, node, error)
         for output, result in zip(node.outputs, results):
             self.values[output] = result
 
@@ -113,6 +122,8 @@ class Lowering(Emitting):
         """What an emitter makes of a node, or what comes of its function body when there is none that takes it."""
         from xopt.targets.ops import emit_node
 
+        if not has_body(node):
+            return emit_node(self, node)
         before = self._noted()
         try:
             return emit_node(self, node)
@@ -120,7 +131,7 @@ class Lowering(Emitting):
             raise
         except InputError as error:
             self.dims.requirements, self.ranges, self.outside = before
-            simpler = body(node, self.opset)
+            simpler = body(node, self.model.opset_imports[""])
             if simpler is None or any(inner.op_type == "Loop" for inner in simpler.graph):
                 raise  # a loop step by step (Range's body) takes what makes no sense, too
             before = self._noted()
@@ -175,12 +186,6 @@ class Lowering(Emitting):
         part[:] = shape[start:end]
         return part
 
-    def refused(self, reason: str) -> InputError:
-        """The error for what goes wrong outside of an emitter; the node is the one that was reached."""
-        cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
-        where = f"node {self.node}" if self.node else ""
-        return InputError("E-UNSUPPORTED-OP", f"the model cannot be compiled: {reason}", where=where, cure=cure)
-
     # -- the function ----------------------------------------------------------------------------------------------
     def parameter(self, position: int, value: ir.Value) -> relax.Var:
         """The parameter of ``main`` for the graph input at ``position``."""
@@ -232,9 +237,10 @@ def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] 
     Raises:
         InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
     """
-    lowering = Lowering(target, weights=Weights(store), opset=model.opset_imports[""])
-    with refusing(lowering.refused):
-        return _lowered(lowering, _prepared(model, target))
+    with refusing(uncompiled):
+        lowering = Lowering(target, _prepared(model, target), weights=Weights(store))
+    with refusing(lambda reason: uncompiled(reason, lowering.node)):
+        return _lowered(lowering)
 
 
 def _prepared(model: ir.Model, target: Target) -> ir.Model:
@@ -249,7 +255,8 @@ def _prepared(model: ir.Model, target: Target) -> ir.Model:
     return model
 
 
-def _lowered(lowering: Lowering, model: ir.Model) -> Lowered:
+def _lowered(lowering: Lowering) -> Lowered:
+    model = lowering.model
     lowering.dims.empty = may_be_empty(model)
     for name in symbolic_dims(model):  # before the dimensions that have none are called something
         lowering.dims.variable(name)
@@ -271,4 +278,5 @@ def _lowered(lowering: Lowering, model: ir.Model) -> Lowered:
         tuple(lowering.describe(value, result) for value, result in zip(model.graph.outputs, results)),
         lowering.dims.limits,
         lowering.dims.empty,
+        lowering.segments,
     )

@@ -27,6 +27,13 @@ def refusing(refusal: Callable[[str], InputError]) -> Iterator[None]:
         raise refusal(_reason(error)) from error
 
 
+def uncompiled(reason: str, node: str = "") -> InputError:
+    """The error for what no emitter has refused; the node is the one that was reached."""
+    cure = "fix its dynamic dimensions, or run model.onnx in onnxruntime"
+    where = f"node {node}" if node else ""
+    return InputError("E-UNSUPPORTED-OP", f"the model cannot be compiled: {reason}", where=where, cure=cure)
+
+
 def _reason(error: Exception) -> str:
     """The line of an error's text that says what is wrong; dumps of code follow it, and a trace comes before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

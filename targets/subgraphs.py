@@ -18,7 +18,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.tirx.analysis import undefined_vars
 
-from xopt.ir import walk
+from xopt.ir.outlining import captured
 from xopt.targets import checks
 from xopt.targets.refusals import function_scope
 from xopt.targets.symbolic import Dim, Ints
@@ -61,19 +61,6 @@ class _Inner(relax.BlockBuilder):  # type: ignore[misc]
 
     def get(self) -> tvm.IRModule:
         return self._outer.get()
-
-
-def captured(graph: ir.Graph) -> list[ir.Value]:
-    """Values of other graphs that a graph reads, also those that graphs inside its nodes read."""
-    own, found = set(graph.inputs) | set(graph.initializers.values()), dict[ir.Value, None]()
-    for node in graph:
-        read = [value for value in node.inputs if value is not None]
-        for inner in walk.graphs(node):
-            read += captured(inner)
-        found.update((value, None) for value in read if value not in own)
-        own.update(node.outputs)
-    found.update((value, None) for value in graph.outputs if value not in own)
-    return list(found)
 
 
 def function(

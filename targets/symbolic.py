@@ -91,6 +91,10 @@ class Dimensions:
             self._by_name[name] = self._new(name)
         return self._by_name[name]
 
+    def named(self, name: str) -> tirx.Var | None:
+        """The variable of the dimension that the model calls ``name``, if there is one."""
+        return self._by_name.get(name)
+
     def unnamed(self, description: str) -> tirx.Var:
         """An int64 variable for a dimension that has no name; for people it is called ``description``, or much so."""
         while description in self._called.values():

@@ -82,6 +82,7 @@ def plan(
     dump_ir: str | Path | None = None,
     database: bool | str | Path = True,
     precision: str = "fp32",
+    fallback: bool = False,
 ) -> Job:
     """Check everything that an optimization needs, and fill in the defaults, without running it.
 
@@ -103,6 +104,7 @@ def plan(
         dump_ir: folder for the model after each pass.
         database: as for :func:`compile`.
         precision: as for :func:`compile`.
+        fallback: as for :func:`compile`.
     """
     from xopt import targets
     from xopt.runtime.threads import count
@@ -115,7 +117,7 @@ def plan(
     threads = count(threads)
     path = Path(model) if isinstance(model, (str, Path)) else None
     graph = _graph(model)
-    machine = targets.configured(target, database, threads, precision)
+    machine = targets.configured(target, database, threads, precision, fallback)
     listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
     size = job.evaluation_batch(graph, batch)
     if data is None:
@@ -189,6 +191,9 @@ def compile(
     threads: int | None = None,
     database: bool | str | Path = True,
     precision: str = "fp32",
+    fallback: bool = False,
+    verify: bool = True,
+    verified: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> Path:
     """Compile a model as it is, after the exact passes.
 
@@ -202,9 +207,17 @@ def compile(
         database: configurations of kernels: True for what was tuned on this machine (:func:`tune`) and what is
             shipped, the path of a file to take instead of the former, False for the kernels' own heuristics.
         precision: of linear layers and attention: "fp32", or "bf16" (their operands; sums are float32).
+        fallback: let onnxruntime run the nodes that cannot be compiled, inside the compiled model's run; the manifest
+            names them as ``segments``.
+        verify: compare the library with the model in onnxruntime, on small random inputs, before it is put in place.
+        verified: called with what that found: `compared`, and `outputs`, or the `reason` why it was not done.
 
     Returns:
         Path of the library, for :meth:`xopt.Session.load`.
+
+    Raises:
+        InputError: the model, an option or the target is at fault.
+        VerificationError: E-VERIFY, the compiled model does not compute what the model does; no file is written.
     """
     from xopt import targets
     from xopt.runtime.threads import count
@@ -212,13 +225,22 @@ def compile(
 
     _check_numbers(dims)
     threads = count(threads)
-    machine = targets.configured(target, database, threads, precision)
+    machine = targets.configured(target, database, threads, precision, fallback)
     path = Path(output)
     library = path if path.suffix == ".so" else path / "model.so"
     with output_errors(library):
         check(library)
-    graph = _exactly(model)
-    return targets.compile(graph, machine, library, dims=dims)
+    original = _graph(model)
+
+    def check_library(made: Path) -> None:
+        from xopt.search.proof import check_artifact
+
+        verified(check_artifact(made, original, machine, dims))
+
+    graph = _exactly(original)
+    if not verify:
+        return targets.compile(graph, machine, library, dims=dims)
+    return targets.compile(graph, machine, library, dims=dims, check=check_library)
 
 
 def tune(
@@ -347,16 +369,23 @@ class Result:
     _folder: tempfile.TemporaryDirectory[str]
 
     def session(self) -> Session:
-        """The compiled model, ready to run; InputError E-CPU where the target is another machine."""
+        """The compiled model, ready to run.
+
+        Raises:
+            InputError: E-CPU, the target is another machine; E-UNSUPPORTED-OP, the model could not be compiled.
+        """
         from xopt.runtime.session import Session
 
-        assert self.outcome.best.artifact is not None
+        if self.outcome.best.artifact is None:
+            assert self.outcome.missing is not None
+            raise self.outcome.missing
         return Session.load(self.outcome.best.artifact, threads=self.job.threads)
 
     def save(self, output: str | Path, *, claim: Claim | None = None) -> Path:
         """Write model.onnx, model.so, model.weights, manifest.json, pipeline.yaml, report.html and report.json.
 
-        The folder appears whole, or what was there stays. Only earlier results are replaced, as they were written.
+        The folder appears whole, or what was there stays. Only earlier results are replaced, as they were written. Of a
+        model that could not be compiled there is no model.so, and none of the two files beside it.
 
         Args:
             output: the folder.
@@ -376,10 +405,9 @@ class Result:
         output = Path(output)
         with self._steps.guarded(), replacing(output, claim) as folder:
             save(export(self.model, inline=True), folder / "model.onnx")
-            artifact = self.outcome.best.artifact
-            assert artifact is not None
-            for file in artifact.parent.iterdir():
-                shutil.copy2(file, folder / file.name)
+            if (artifact := self.outcome.best.artifact) is not None:
+                for file in artifact.parent.iterdir():
+                    shutil.copy2(file, folder / file.name)
             self.report["verification"] = prove(folder / "model.onnx", self.outcome.best, self.job)
             self.report["output"] = str(output)
             kept = [step.report.pass_ for step in self.outcome.steps if step.kept]

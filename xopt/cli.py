@@ -53,6 +53,9 @@ PRECISION = click.option(
     show_default=True,
     help="Of linear layers and attention; sums stay fp32. For int8 see the pass quantize.",
 )
+FALLBACK = click.option(
+    "--fallback", is_flag=True, help="Let onnxruntime run the nodes that cannot be compiled, inside the model's run."
+)
 NO_DATABASE = click.option("--no-database", is_flag=True, help="Configure kernels by heuristics alone.")
 DIMS = click.option("--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a symbolic axis.")
 
@@ -110,6 +113,7 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run of the same command stopped.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done.")
 @PRECISION
+@FALLBACK
 @DATABASE
 @NO_DATABASE
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
@@ -134,8 +138,15 @@ def optimize(model: Path, passes: str | None, recipe: Path | None, output: Path,
 @TARGET
 @DIMS
 @PRECISION
+@FALLBACK
 @DATABASE
 @NO_DATABASE
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare the result with the model in onnxruntime, before it is put in place.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("model.so"), show_default=True)
 @JSON
 def compile_(model: Path, target: str, dims: tuple[str, ...], output: Path, as_json: bool, **options: Any) -> None:

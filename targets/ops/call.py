@@ -145,7 +145,11 @@ class Call:
     def unsupported(self, reason: str) -> InputError:
         """The error for a node that cannot be compiled."""
         where = f"node {self.node.name or self.node.outputs[0].name}"
-        return InputError("E-UNSUPPORTED-OP", f"{self.node.op_type} cannot be compiled: {reason}", where=where)
+        target = self.lowering.target
+        cure = "give --fallback to run it in onnxruntime" if target.runs_segments and not target.fallback else ""
+        return InputError(
+            "E-UNSUPPORTED-OP", f"{self.node.op_type} cannot be compiled: {reason}", where=where, cure=cure
+        )
 
 
 def label(node: ir.Node) -> str:

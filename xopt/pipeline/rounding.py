@@ -24,8 +24,9 @@ def rounding_bound(model: ir.Model) -> float:
     depth of a contraction and 1 for any other node.
     """
     terms = sum(_terms(node) for node in model.graph.all_nodes())
-    dtypes = {value.dtype for value in model.graph.initializers.values()}
-    eps = max([float(ir_eps(dtype)) for dtype in dtypes if dtype is not None], default=0.0)
+    values = [*model.graph.initializers.values(), *model.graph.inputs]
+    values += [output for node in model.graph.all_nodes() for output in node.outputs]
+    eps = max([ir_eps(value.dtype) for value in values if value.dtype is not None], default=0.0)
     return SAFETY * max(eps, float(np.finfo(np.float32).eps)) * float(np.sqrt(max(terms, 1)))
 
 

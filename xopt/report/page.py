@@ -13,7 +13,7 @@ from xopt.errors import InputError, visible
 from xopt.ir.io import output_errors, replacing
 from xopt.report.chart import figure
 from xopt.report.record import LARGEST_FILE
-from xopt.report.summary import judgement, quality, verdict
+from xopt.report.summary import judgement, quality, unmeasured, verdict
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:
@@ -68,6 +68,7 @@ def render(report: Mapping[str, Any]) -> str:
         chart=figure(report),
         cards=_cards(report),
         judgement=judgement(report),
+        unmeasured=unmeasured(report),
         blocks=_blocks(report["structure"]),
         ops=_ops(report["structure"]),
     )
@@ -95,7 +96,7 @@ def _cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
 def _latency_card(report: Mapping[str, Any]) -> dict[str, str]:
     latency = report["final"]["latency_ms"]
     if latency is None:
-        return {"title": "latency", "value": "not measured", "note": f"{report['target']['name']} does not run here"}
+        return {"title": "latency", "value": "not measured", "note": unmeasured(report) or ""}
     note = f"p90 {latency['p90']:.3f} ms"
     if "onnxruntime" in report["runtimes"]:
         times = report["runtimes"]["onnxruntime"]["median_ms"] / latency["median"]

@@ -13,6 +13,7 @@ from xopt.console import SCHEMA, finite
 from xopt.errors import InputError
 from xopt.measure.accuracy import ARTIFACT
 from xopt.report import shape
+from xopt.runtime.manifest import read_segments
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,6 +71,8 @@ def record(job: Job, outcome: Outcome) -> dict[str, Any]:
             "latency_ms": None if latency is None else latency.to_dict(),
         },
         "precision": _precision(outcome, job.target.precision),
+        "segments": [] if best.artifact is None else read_segments(best.artifact),
+        "missing": None if outcome.missing is None else str(outcome.missing),
         "agreement": None if outcome.agreement is None else outcome.agreement.record(),
         "runtimes": {name: times.record() for name, times in outcome.runtimes.items()},
         "skipped": outcome.skipped,

@@ -128,6 +128,8 @@ REPORT = {
     "precision": _Optional({"name": _is_text, "quality": _Maybe(_is_number), "drop": _Maybe(_is_number)}),
     "runtimes": _Each({"median_ms": _is_time, "p90_ms": _is_time}),
     "skipped": _Each(_is_text),
+    "missing": _Optional(_is_text),
+    "segments": _Optional([_is_text]),
     "structure": {"before": _FACTS, "after": _FACTS},
     "verification": _Maybe(_is_verification),
     "output": _Maybe(_is_text),

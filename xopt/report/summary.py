@@ -26,6 +26,8 @@ def brief(report: Mapping[str, Any]) -> dict[str, Any]:
             name: {key: times[key] for key in ("median_ms", "p90_ms")} for name, times in report["runtimes"].items()
         },
         "skipped": report["skipped"],
+        "missing": report.get("missing"),
+        "segments": report.get("segments"),
     }
 
 
@@ -58,8 +60,10 @@ def print_report(report: Mapping[str, Any]) -> None:
             for name, times in report["runtimes"].items()
         ]
         console.table("\nbeside, in turns", ["runtime", "ms", "of xopt's"], [("xopt", f"{final:.3f}", ""), *others])
-    elif not report["target"]["runs_here"]:
-        console.out(f"latency not measured: {report['target']['name']} does not run on this machine")
+    elif (reason := unmeasured(report)) is not None:
+        console.out(f"latency not measured: {reason}")
+    if report.get("missing"):
+        console.say(f"there is no compiled model: {report['missing']}")
     for name, reason in report["skipped"].items():
         console.say(f"{name} is left out: {reason}")
     if report["output"]:
@@ -77,10 +81,11 @@ def judgement(report: Mapping[str, Any]) -> list[str]:
     if final.get("judged") is None:  # a report of an earlier version
         return []
     if final["judged"] != ARTIFACT:
-        return [
-            f"quality is that of model.onnx in onnxruntime: {report['target']['name']} does not run on this machine"
-        ]
+        lines = [f"quality is that of model.onnx in onnxruntime: {unmeasured(report)}"]
+        return lines + ([report["missing"]] if report.get("missing") else [])
     lines = ["quality is that of the compiled model"]
+    if report.get("segments"):
+        lines.append(f"in onnxruntime, inside of the compiled model: {', '.join(report['segments'])}")
     if final.get("onnx_quality") is not None:
         lines[0] += f"; model.onnx in onnxruntime has {final['onnx_quality']:.4f}"
     if precision is not None and precision["drop"] is not None and precision["quality"] is not None:
@@ -89,6 +94,13 @@ def judgement(report: Mapping[str, Any]) -> list[str]:
             f"drop {precision['drop']:.4f}"
         )
     return lines
+
+
+def unmeasured(report: Mapping[str, Any]) -> str | None:
+    """Why there is nothing of the compiled model to measure; None where there is."""
+    if report.get("missing"):
+        return "the model could not be compiled"
+    return None if report["target"]["runs_here"] else f"{report['target']['name']} does not run on this machine"
 
 
 def verdict(step: Mapping[str, Any]) -> str:

@@ -77,6 +77,7 @@ class Manifest:
         pipeline: identifier of the compiler's passes.
         inputs, outputs: in the order of the model.
         weights: the tensors of the weight file, in the order in which the code takes them.
+        segments: the weights that are ONNX models, each of a node that onnxruntime runs, and the node.
         limits: the largest size of a symbolic dimension, where a table in the model bounds it.
         empty: the symbolic dimensions that may be 0.
         format: version of this description.
@@ -93,6 +94,7 @@ class Manifest:
     weights: tuple[WeightInfo, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+    segments: Mapping[str, str] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
@@ -223,6 +225,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "inputs": _tensors,
     "outputs": _tensors,
     "weights": _weights,
+    "segments": _texts,
     "limits": lambda value: {name: _natural(most) for name, most in _of(value, dict).items()},
     "empty": _names,
 }
@@ -238,6 +241,12 @@ def array_type(name: str) -> np.dtype[Any]:
 def stored_type(name: str) -> str:
     """What the code takes an input or output for: the runtime has no types of less than a byte, nor bfloat16."""
     return "uint8" if name in BYTES else "uint16" if name == "bfloat16" else name
+
+
+def read_segments(library: Path) -> list[str]:
+    """The nodes of an artifact that onnxruntime runs."""
+    manifest = Manifest.from_json(manifest_path(library).read_bytes(), str(library))
+    return list(manifest.segments.values())
 
 
 def weights_path(library: Path) -> Path:

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from xopt.errors import InputError
-from xopt.runtime import artifact, loops, trio
+from xopt.runtime import artifact, loops, segments, trio
 from xopt.runtime.arrays import aligned_copy, as_tensor
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.loops import REFUSAL as REFUSAL
 from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo, array_type, stored_type
+from xopt.runtime.segments import Segments, serving
 from xopt.runtime.threads import count, running
 
 _POOLED_ALLOCATOR = 2
@@ -43,8 +44,10 @@ class Session:
         manifest: Manifest,
         threads: int,
         transfer: Transfer | None = None,
+        parts: Segments | None = None,
     ) -> None:
         self.machine = machine
+        self._segments = parts or Segments({}, threads)
         self._threads = threads
         self._transfer = transfer
         self.inputs: tuple[TensorInfo, ...] = manifest.inputs
@@ -67,7 +70,8 @@ class Session:
 
         Raises:
             InputError: E-ARTIFACT, a file is missing, changed since it was written, or of another format; E-CPU,
-                the code is for another machine; E-OPTION, so many threads cannot be.
+                the code is for another machine; E-OPTION, so many threads cannot be; E-TOOLCHAIN, a part of the model
+                runs in onnxruntime, which is not installed.
         """
         threads = count(threads)
         try:
@@ -80,6 +84,7 @@ class Session:
         manifest = artifact.read_manifest(library)
         runtime = artifact.runtime()
         loops.register(runtime)
+        segments.register(runtime)
         code = artifact.read_code(library, manifest)
         if manifest.device == CUDA:
             load_cuda_runtime(artifact.tvm_libraries())
@@ -91,7 +96,12 @@ class Session:
             raise artifact.refused(what, library) from error
         if manifest.device == CPU:
             machine["vm_initialization"](CPU, 0, _POOLED_ALLOCATOR)
-            return cls(machine, runtime.convert(weights), manifest, threads)
+            models = {
+                info.name: np.from_dlpack(weight).tobytes()
+                for info, weight in zip(manifest.weights, weights)
+                if info.name in manifest.segments
+            }
+            return cls(machine, runtime.convert(weights), manifest, threads, parts=Segments(models, threads))
         machine["vm_initialization"](manifest.device, 0, _POOLED_ALLOCATOR, CPU, 0, _POOLED_ALLOCATOR)
         transfer = Transfer(manifest.device)
         return cls(
@@ -118,7 +128,7 @@ class Session:
             what = "a session on a GPU does not survive a fork"
             raise InputError("E-FORK", what, cure="load the artifact again in the child process")
         try:
-            with self._lock, running(self._threads), loops.serving(self.machine):
+            with self._lock, running(self._threads), loops.serving(self.machine), serving(self._segments):
                 results = self._computed(arrays)
         except Exception as error:
             raise _refusal(error) from error

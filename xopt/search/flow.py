@@ -24,7 +24,7 @@ from xopt.pipeline.manager import PassManager
 from xopt.runtime.reference import ReferenceSession
 from xopt.search.cache import StepCache
 from xopt.search.job import Job
-from xopt.search.lab import Candidate, Lab
+from xopt.search.lab import UNCOMPILED, Candidate, Lab
 from xopt.search.proof import Agreement, agree, check_precision
 from xopt.search.steps import Step, exact_step, lossy_step, step_from_record, too_much, within_budget
 
@@ -53,6 +53,7 @@ class Outcome:
         skipped: peers that could not be measured, and why.
         precision: quality and drop of the original as it is compiled, before any lossy pass.
         agreement: how ``best``'s artifact and its ONNX file agree; None where the target cannot run here.
+        missing: why there is no artifact; None where there is one.
     """
 
     best: Candidate
@@ -63,6 +64,7 @@ class Outcome:
     skipped: dict[str, str] = field(default_factory=dict)
     precision: tuple[float, float] | None = None
     agreement: Agreement | None = None
+    missing: InputError | None = None
 
 
 def run(
@@ -82,10 +84,22 @@ def run(
     baseline = evaluator.baseline()
     lab = Lab(job.target, evaluator, baseline, job.feeds, job.dims, job.threads, folder, progress)
     outcome = _passes(job, lab, cache, instruments)
-    lab.build(outcome.best)
+    _compiled(lab, lambda: lab.build(outcome.best))
+    outcome.missing = lab.missing
     if lab.runs:
         _measure(job, lab, outcome)
     return outcome
+
+
+def _compiled(lab: Lab, build: Callable[[], None]) -> bool:
+    """Whether the target has code for a model that nothing lossy was done to; where not, the lab goes on without."""
+    try:
+        build()
+    except InputError as error:
+        if error.code != UNCOMPILED:
+            raise
+        lab.missing = error
+    return lab.missing is None
 
 
 def _passes(job: Job, lab: Lab, cache: StepCache, instruments: Sequence[Instrument]) -> Outcome:
@@ -125,7 +139,8 @@ def _judge_exact(job: Job, lab: Lab, outcome: Outcome) -> None:
         InputError: E-BUDGET, the precision alone costs more than is allowed.
         VerificationError: E-VERIFY, the compiled model computes no numbers where the original does.
     """
-    if not lab.runs:
+    first = outcome.precision is None
+    if not lab.runs or (first and not _compiled(lab, lambda: lab.build(outcome.best))):
         outcome.precision = outcome.precision or (outcome.best.quality, outcome.best.drop)
         return
     row = list(takewhile(lambda step: step.report.pass_.effect is Effect.EXACT, reversed(outcome.steps)))
@@ -133,7 +148,7 @@ def _judge_exact(job: Job, lab: Lab, outcome: Outcome) -> None:
     for step in row:
         step.candidate.quality, step.candidate.drop = outcome.best.quality, outcome.best.drop
         step.candidate.judged = outcome.best.judged
-    if outcome.precision is None:
+    if first:
         outcome.precision = (outcome.best.quality, outcome.best.drop)
         check_precision(outcome.best, lab, job)
     elif not within_budget(outcome.best, job.max_drop):

@@ -121,7 +121,7 @@ def _of_target(target: Target) -> list[str]:
     """The target, and the configurations that its kernels may be given."""
     records = [repr(record) for record in getattr(target.configs, "records", ())]
     configs = [type(target.configs).__name__, str(getattr(target.configs, "threads", "")), _hashed(records)]
-    return [target.name, target.precision, *target.features(), *configs]
+    return [target.name, target.precision, str(target.fallback), *target.features(), *configs]
 
 
 def _of_data(data: Dataset) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xopt.errors import InputError
 from xopt.measure.accuracy import ARTIFACT, REFERENCE, Evaluator
 from xopt.measure.latency import Contender, Latency, Local, Runner, in_turns, pinned
 from xopt.pipeline.context import silent
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from xopt.ir.cost import Cost
     from xopt.targets.base import Target
 
+UNCOMPILED = "E-UNSUPPORTED-OP"
+"""The error of a model that the target has no code for."""
 DECISION_ROUNDS = 15
 DECISION_SECONDS = 10.0
 NOBODY: Mapping[str, Contender] = MappingProxyType({})
@@ -72,6 +75,7 @@ class Lab:
         threads: CPU threads for everything that is timed.
         folder: for artifacts; the caller removes it.
         progress: called with (stage, done, total).
+        missing: why there is no artifact, once the original was found not to compile; nothing is compiled then.
     """
 
     target: Target
@@ -82,12 +86,13 @@ class Lab:
     threads: int
     folder: Path
     progress: Callable[[str, int, int], None] = silent
+    missing: InputError | None = None
     _built: int = field(default=0)
 
     @property
     def runs(self) -> bool:
-        """Whether the target's code runs on this machine, so that latency can be measured."""
-        return self.target.can_run()
+        """Whether there is code of the target, and it runs on this machine, so that latency can be measured."""
+        return self.missing is None and self.target.can_run()
 
     def judge(self, model: ir.Model) -> Candidate:
         """Quality and cost of ``model``."""
@@ -121,7 +126,7 @@ class Lab:
 
     def build(self, candidate: Candidate) -> None:
         """Compile the candidate for the target, and load it where that runs."""
-        if candidate.artifact is None:
+        if candidate.artifact is None and self.missing is None:
             self.progress("compile", 0, 1)
             candidate.artifact, candidate.runner = self._compile(candidate.model)
             self.progress("compile", 1, 1)

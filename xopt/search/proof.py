@@ -11,7 +11,7 @@ graph rounding tips numbers over the borders of steps, which is noise of the siz
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from xopt.measure.latency import Runner
     from xopt.search.job import Job
     from xopt.search.lab import Candidate, Lab
-
+    from xopt.targets.base import Target
 
 LOW_PRECISION_COSINE = 0.99
 """Least cosine where the compiled model multiplies in bfloat16, and model.onnx in float32."""
@@ -97,19 +97,87 @@ def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
     plain = onnxruntime_runner(path, job.threads)(job.feeds)
     if best.runner is None:
         finite = all(np.isfinite(array).all() for array in plain.values() if array.dtype.kind == "f")
-        return {"compared": False, "reason": f"{job.target.name} does not run here", "finite": bool(finite)}
+        reason = f"{job.target.name} does not run here" if best.artifact is not None else "there is none"
+        return {"compared": False, "reason": reason, "finite": bool(finite)}
     changes = compare([dict(plain)], [dict(best.runner(job.feeds))])
-    bound, cosine = bounds(best.model, job.target.precision)
 
-    def differences(noisy: ir.Model) -> dict[str, float]:
-        moved = compare([dict(plain)], [dict(ReferenceSession(noisy, job.threads).run(job.feeds))])
-        return {name: change.relative for name, change in moved.items()}
+    def again(noisy: ir.Model) -> Mapping[str, Change]:
+        return compare([dict(plain)], [dict(ReferenceSession(noisy, job.threads).run(job.feeds))])
 
-    magnified = Magnified(best.model, differences)
+    _require_equal(changes, best.model, job.target.precision, again)
+    return {"compared": True, "bound": rounding_bound(best.model), "outputs": _outputs(changes)}
+
+
+def check_artifact(
+    library: Path, model: ir.Model, target: Target, dims: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Compare a compiled library with the graph that it was made of, on small random inputs of two sizes.
+
+    Args:
+        library: the artifact.
+        model: the graph as it was given, which onnxruntime runs.
+        target: what was compiled for.
+        dims: symbolic axes that were fixed.
+
+    Returns:
+        ``compared``, and how far each output is from onnxruntime's, or the ``reason`` why they were not compared: the
+        target does not run here, or random inputs are not what the model takes.
+
+    Raises:
+        VerificationError: E-VERIFY, they differ by more than rounding explains.
+    """
+    from xopt.ir import bind_dims
+    from xopt.runtime.reference import ReferenceSession
+    from xopt.runtime.session import Session
+
+    if not target.can_run():
+        return {"compared": False, "reason": f"{target.name} does not run here"}
+    model = bind_dims(model, dims) if dims else model
+    try:
+        portable, runner = ReferenceSession(model), Session.load(library, threads=2).run
+        feeds = _small(model)
+        expected = [dict(portable.run(one)) for one in feeds]
+        found = [dict(runner(one)) for one in feeds]
+    except InputError as error:
+        return {"compared": False, "reason": error.what}
+    changes = compare(expected, found)
+
+    def again(noisy: ir.Model) -> Mapping[str, Change]:
+        session = ReferenceSession(noisy)
+        return compare(expected, [dict(session.run(one)) for one in feeds])
+
+    _require_equal(changes, model, target.precision, again)
+    return {"compared": True, "bound": rounding_bound(model), "outputs": _outputs(changes)}
+
+
+SIZES = ((1, 16), (2, 24))
+"""Samples, and symbolic axes, of the runs that a compiled model is compared on; twice the same where all is fixed."""
+
+
+def _small(model: ir.Model) -> list[dict[str, np.ndarray]]:
+    """Random inputs of each size that the model takes; InputError E-DATA where it takes none."""
+    from xopt.data.dataset import Dataset
+    from xopt.search.job import evaluation_batch, timed_feeds
+
+    free = [str(dim.value) for value in model.graph.inputs for dim in value.shape or () if not isinstance(dim, int)]
+    found: list[dict[str, np.ndarray]] = []
+    for samples, size in SIZES:
+        batch = evaluation_batch(model, samples)
+        feeds = timed_feeds(Dataset.random(model, batch, samples, dict.fromkeys(free, size)), batch)
+        if not found or any(feeds[name].shape != array.shape for name, array in found[0].items()):
+            found.append(feeds)
+    return found
+
+
+def _require_equal(
+    changes: Mapping[str, Change], model: ir.Model, precision: str, again: Callable[[ir.Model], Mapping[str, Change]]
+) -> None:
+    """VerificationError E-VERIFY where an output is further off than the precision, or rounding, makes it."""
+    bound, cosine = bounds(model, precision)
+    magnified = Magnified(model, lambda noisy: {name: change.relative for name, change in again(noisy).items()})
     for name, change in changes.items():
         if (reason := change.violation(bound, cosine)) and not change.is_rounding(name, magnified):
             raise _disagreement(f"output {name!r}", reason)
-    return {"compared": True, "bound": rounding_bound(best.model), "outputs": _outputs(changes)}
 
 
 def bounds(model: ir.Model, precision: str) -> tuple[float | None, float | None]:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from xopt.errors import InputError
 from xopt.measure.accuracy import REFERENCE
 from xopt.measure.latency import Latency
 from xopt.pipeline import text
 from xopt.pipeline.base import Effect, OptionValue, Pass, PassReport
-from xopt.search.lab import Candidate, Lab
+from xopt.search.lab import UNCOMPILED, Candidate, Lab
 from xopt.search.strength import weaker
 
 if TYPE_CHECKING:
@@ -159,7 +160,14 @@ def _attempt(one: Pass, best: Candidate, lab: Lab, apply: Apply, max_drop: float
     if not report.rewritten:
         trials.append(Trial(one.values(), None, None, _nothing(report)))
         return Step(report, False, _nothing(report), best)
-    candidate = lab.judge(model)
+    try:
+        candidate = lab.judge(model)
+    except InputError as error:
+        if error.code != UNCOMPILED:
+            raise
+        reason = f"it can no longer be compiled: {error.what}"
+        trials.append(Trial(one.values(), None, None, reason))
+        return Step(report, False, reason, best)
     within = within_budget(candidate, max_drop)
     reason = f"drop {candidate.drop:.4f}" if within else too_much(candidate, max_drop)
     trials.append(Trial(one.values(), candidate.quality, candidate.drop, "within budget" if within else reason))

@@ -1,0 +1,96 @@
+"""Nodes that onnxruntime computes inside the run of a compiled model, which calls them as ``xopt.segment``."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from xopt.errors import InputError
+from xopt.runtime.arrays import aligned_copy, as_tensor
+from xopt.runtime.loops import REFUSAL
+
+_running = threading.local()
+
+
+class Segments:
+    """The segments of one artifact, each a session of onnxruntime.
+
+    Args:
+        models: the ONNX models by name.
+        threads: that one operator may use.
+
+    Raises:
+        InputError: E-TOOLCHAIN, onnxruntime is not installed; E-UNSUPPORTED-OP, it does not take a model.
+    """
+
+    def __init__(self, models: Mapping[str, bytes], threads: int) -> None:
+        self._models, self._threads = models, threads
+        self._abandoned: list[Any] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._process = os.getpid()
+        self._sessions = {name: opened(content, self._threads) for name, content in self._models.items()}
+
+    def run(self, name: str, arrays: Sequence[Any]) -> list[Any]:
+        """The outputs of a segment; in a forked child, which has not the parent's threads, by a session of its own."""
+        if self._models and self._process != os.getpid():
+            self._abandoned.append(self._sessions)  # to end them is to wait for threads that there are not
+            self._open()
+        session = self._sessions[name]
+        feeds = dict(zip((one.name for one in session.get_inputs()), arrays, strict=True))
+        return list(session.run(None, feeds))
+
+
+def opened(content: bytes, threads: int) -> Any:
+    """A session of onnxruntime that makes no noise, and does not spin.
+
+    Raises:
+        InputError: E-TOOLCHAIN, onnxruntime is not installed; E-UNSUPPORTED-OP, it does not take the model.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        what = "a part of the model runs in onnxruntime, which is not installed"
+        raise InputError("E-TOOLCHAIN", what, cure="install the package onnxruntime") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError("E-UNSUPPORTED-OP", f"onnxruntime refuses a part of the model: {reason}") from error
+
+
+@contextmanager
+def serving(segments: Segments) -> Iterator[None]:
+    """Meanwhile compiled code that this thread runs finds its segments here."""
+    before = getattr(_running, "segments", None)
+    _running.segments = segments
+    try:
+        yield
+    finally:
+        _running.segments = before
+
+
+def register(runtime: Any) -> None:
+    """Make what compiled code calls known to TVM's runtime (``tvm_ffi``)."""
+    runtime.register_global_func("xopt.segment", _segment, override=True)
+
+
+def _segment(name: str, where: str, given: Sequence[Any]) -> list[Any]:
+    """The outputs of the segment ``name``; ``where`` is the node that it is of."""
+    try:
+        results = _running.segments.run(name, [np.from_dlpack(one) for one in given])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{REFUSAL}{where} does not run in onnxruntime on this data: {reason}") from error
+    return [as_tensor(aligned_copy(np.asarray(result))) for result in results]
