@@ -16,6 +16,8 @@ from tvm import relax
 from xopt.targets.ops import (
     attention,
     control,
+    convolution,
+    detection,
     elementwise,
     fallback,
     indexing,
@@ -60,6 +62,8 @@ OPERATORS: dict[tuple[str, str], Emitter] = {
         selection,
         spectrum,
         control,
+        convolution,
+        detection,
     )
     for name, emitter in table.OPS.items()
 } | narrow.OPS

@@ -29,7 +29,7 @@ def _converters() -> dict[str, Any]:
 
 
 UNSAFE = frozenset({
-    "AllClassNMS", "MaxRoiPool", "MaxUnpool", "NonMaxSuppression", "Scatter",
+    "AllClassNMS", "MaxRoiPool", "Scatter",
 })  # fmt: skip
 """Operators whose converters index by what the data says, unchecked, or give results of a size that only it decides."""
 

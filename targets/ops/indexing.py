@@ -9,8 +9,9 @@ import onnx_ir as ir
 from tvm import relax, tirx
 
 from xopt.kernels import scatter
+from xopt.kernels.emit import i64
 from xopt.runtime.device import CPU
-from xopt.targets.ops.bounds import check_indices, valid
+from xopt.targets.ops.bounds import check_indices, inside, refuse_rows, valid
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.fusion import static
 from xopt.targets.ops.layout import FAR
@@ -102,18 +103,22 @@ def _one_hot(call: Call) -> Value:
     depth = call.ints(1)
     if depth is None or len(depth) != 1:
         raise call.unsupported("its depth is no single number")
-    depth = [int(depth[0]) if isinstance(depth[0], float) else depth[0]]
-    call.require(depth[0] >= 1, "its depth is not positive")
+    return one_hot(call, int(depth[0]) if isinstance(depth[0], float) else depth[0])
+
+
+def one_hot(call: Call, depth: Dim) -> Value:
+    """The second of two values where the new axis has the place that input 0 names, the first everywhere else."""
+    call.require(depth >= 1, "its depth is not positive")
     indices, values = call.x(0), call.x(2)
     if not call.dims.same_shape(call.shape(2), [2]):
         raise call.unsupported("its values are not two")
     shape = call.shape(0)
     axis = call.axis(-1, len(shape) + 1)
-    result = [*shape[:axis], depth[0], *shape[axis:]]
+    result = [*shape[:axis], depth, *shape[axis:]]
 
     def element(where: Any, choice: Any, *index: Any) -> Any:
         inner = where(*index[:axis], *index[axis + 1 :]).astype("int64")
-        inner = tirx.Select(inner < 0, inner + depth[0], inner)
+        inner = tirx.Select(inner < 0, inner + depth, inner)
         on, off = choice(tirx.const(1, "int64")), choice(tirx.const(0, "int64"))
         return tirx.Select(inner == index[axis], on, off)
 
@@ -249,6 +254,53 @@ def _turned(call: Call, x: relax.Expr, axis: int) -> relax.Expr:
     )
 
 
+def _reverse_sequence(call: Call) -> Value:
+    """The first elements of each sequence turned round, as many as its length says."""
+    shape = call.shape()
+    batch, time = (
+        call.axes([int(call.attr(name, k))], len(shape))[0] for name, k in (("batch_axis", 1), ("time_axis", 0))
+    )
+    if batch == time:
+        raise call.unsupported("its axes of time and of batches are one")
+    lengths = call.lowering.recast(call.x(1), [shape[batch]])
+    what = "a length is negative, or more than there is"
+    refuse_rows(call, 1, 1, lambda row: tirx.Or(row[0] < 0, row[0] > i64(shape[time])), what)
+
+    def element(x: Any, length: Any, *index: Any) -> Any:
+        turned = length(index[batch]) - 1 - index[time]
+        place = inside(tirx.Select(turned >= 0, turned, index[time]), shape[time])
+        return x(*index[:time], place, *index[time + 1 :])
+
+    return call.lowering.compute("reverse_sequence", shape, element, call.x(0), lengths)
+
+
+def _tensor_scatter(call: Call) -> Value:
+    """A cache [B, ..., S, ...] with an update [B, ..., L, ...] in it, in each sample from an index of its own on."""
+    shape, update, mode = call.shape(0), call.shape(1), str(call.attr("mode", "linear"))
+    axis = call.axis(-2, len(shape))
+    if mode not in ("linear", "circular") or axis == 0 or len(update) != len(shape):
+        raise call.unsupported("there is no such mode, or its axis is that of the batch")
+    call.require(update[axis] <= shape[axis], "its update is longer than its cache")
+    operands = [call.x(0), call.lowering.recast(call.x(1), [*shape[:axis], update[axis], *shape[axis + 1 :]])]
+    if call.has(2):
+        operands.append(call.lowering.recast(call.x(2), [shape[0]]))
+        most = i64(call.dims.simplify(shape[axis] - (update[axis] if mode == "linear" else 1)))
+        refuse_rows(call, 2, 1, lambda row: tirx.Or(row[0] < 0, row[0] > most), "its update leaves its cache")
+
+    def element(x: Any, new: Any, *rest: Any) -> Any:
+        starts, index = rest[: len(operands) - 2], rest[len(operands) - 2 :]
+        place = index[axis]
+        for start in starts:
+            place = place - start(index[0])
+        if mode == "circular":
+            place = tirx.floormod(place, i64(shape[axis]))
+        taken = tirx.And(place >= 0, place < i64(update[axis]))
+        near = inside(place, update[axis])
+        return tirx.if_then_else(taken, new(*index[:axis], near, *index[axis + 1 :]), x(*index))
+
+    return call.lowering.compute("tensor_scatter", shape, element, *operands)
+
+
 def _eye_like(call: Call) -> Value:
     rows, columns = call.shape()
     offset = tirx.const(max(min(int(call.attr("k", 0)), FAR), -FAR), "int64")
@@ -261,6 +313,7 @@ def _eye_like(call: Call) -> Value:
 OPS: dict[str, Emitter] = {
     "Gather": _gather, "GatherElements": _gather_elements, "GatherND": _gather_nd, "OneHot": _one_hot,
     "ScatterND": _scatter_nd, "ScatterElements": _scatter_elements, "ArgMax": _arg(True), "ArgMin": _arg(False),
+    "ReverseSequence": _reverse_sequence, "TensorScatter": _tensor_scatter,
     "TopK": _top_k, "CumSum": _cumulative_sum, "CumProd": _cumulative_sum, "EyeLike": _eye_like,
 }  # fmt: skip
 """Emitters by operator type."""

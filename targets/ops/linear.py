@@ -1,11 +1,13 @@
-"""MatMul, Gemm, Einsum and Conv."""
+"""MatMul, Gemm and Einsum."""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from tvm import relax
+from tvm import relax, te, tirx
 
+from xopt.kernels.emit import i64
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
 
@@ -56,16 +58,38 @@ def _gemm(call: Call) -> Value:
 
 
 def _einsum(call: Call) -> Value:
-    equation = call.attr("equation").replace(" ", "")
+    """The sum, over the letters that the result lacks, of the product of the operands."""
+    terms, arrow, right = call.attr("equation").replace(" ", "").partition("->")
+    tensors, lowering = call.xs(), call.lowering
+    letters = [_labels(term, len(lowering.shape_of(x))) for term, x in zip(terms.split(","), tensors, strict=True)]
     sizes: dict[Any, Dim] = {}
+    for names, x in zip(letters, tensors):
+        for label, dim in zip(names, lowering.shape_of(x), strict=True):
+            if call.dims.equal(sizes.get(label, 1), 1):
+                sizes[label] = dim
+    dots = sorted(label for label in sizes if isinstance(label, int))
+    found = [label for names in letters for label in names]
+    once = sorted(label for label in sizes if isinstance(label, str) and found.count(label) == 1)
+    wanted = _labels(right, len(right.replace("...", "")) + len(dots)) if arrow else [*dots, *once]
+    if len(set(wanted)) != len(wanted) or not set(wanted) <= sizes.keys():
+        raise call.unsupported("its result has letters twice, or others than its operands")
     operands = []
-    for x, letters in zip(call.xs(), equation.split("->")[0].split(","), strict=True):
-        shape = call.lowering.shape_of(x)
-        wanted = []
-        for label, dim in zip(_labels(letters, len(shape)), shape, strict=True):
-            wanted.append(dim if call.dims.equal(dim, 1) else sizes.setdefault(label, dim))
-        operands.append(call.lowering.recast(x, wanted))
-    return call.emit(relax.op.einsum(tuple(operands), equation))
+    for names, x in zip(letters, tensors):
+        shape = lowering.shape_of(x)
+        operands.append(lowering.recast(x, [d if call.dims.equal(d, 1) else sizes[k] for k, d in zip(names, shape)]))
+    gone = {label: te.reduce_axis((i64(0), i64(dim)), f"sum_{place}")
+            for place, (label, dim) in enumerate(sizes.items()) if label not in wanted}  # fmt: skip
+
+    def element(*arguments: Any) -> Any:
+        at = {**gone, **dict(zip(wanted, arguments[len(operands) :]))}
+        factors = []
+        for x, names in zip(arguments, letters):
+            ones = [isinstance(dim, tirx.IntImm) and dim.value == 1 for dim in x.shape]
+            factors.append(x(*[i64(0) if one else at[label] for one, label in zip(ones, names)]))
+        product = reduce(lambda a, b: a * b, factors)
+        return te.sum(product, axis=list(gone.values())) if gone else product
+
+    return lowering.compute("einsum", [sizes[label] for label in wanted], element, *operands)
 
 
 def _labels(letters: str, rank: int) -> list[Any]:
@@ -74,47 +98,5 @@ def _labels(letters: str, rank: int) -> list[Any]:
     return [*before, *(range(len(before) + len(after) - rank, 0) if dots else ()), *after]
 
 
-def _padding(call: Call, rank: int) -> list[int]:
-    """Padding before and after each spatial axis, ``auto_pad`` resolved."""
-    kind = call.attr("auto_pad", "NOTSET")
-    call.pass_over("pads")  # there are none beside another kind
-    if kind in ("NOTSET", "VALID"):
-        return [int(p) for p in call.attr("pads", [0] * (2 * rank))] if kind == "NOTSET" else [0] * (2 * rank)
-    before, after = [], []
-    strides, dilations = call.attr("strides", [1] * rank), call.attr("dilations", [1] * rank)
-    for dim, size, stride, dilation in zip(call.shape(0)[2:], call.shape(1)[2:], strides, dilations):
-        if not isinstance(dim, int):
-            raise call.unsupported("auto_pad on a dynamic dimension")
-        total = max((-(-dim // stride) - 1) * stride + (int(size) - 1) * dilation + 1 - dim, 0)
-        small, large = total // 2, total - total // 2
-        before.append(small if kind == "SAME_UPPER" else large)
-        after.append(large if kind == "SAME_UPPER" else small)
-    return before + after
-
-
-def _conv(call: Call) -> Value:
-    rank = len(call.shape(0)) - 2
-    call.pass_over("kernel_shape")  # the weight has it
-    functions = {1: relax.op.nn.conv1d, 2: relax.op.nn.conv2d, 3: relax.op.nn.conv3d}
-    if rank not in functions:
-        raise call.unsupported(f"convolution over {rank} axes")
-    strides = [int(x) for x in call.attr("strides", [1] * rank)]
-    dilations = [int(x) for x in call.attr("dilations", [1] * rank)]
-    groups = int(call.attr("group", 1))
-    padding = _padding(call, rank)
-    x, weight = call.x(0), call.x(1)
-    require_inner(call, call.shape(0)[1], call.dims.simplify(call.shape(1)[1] * groups))
-    call.require(call.dims.same(call.shape(1)[0] % groups, 0), f"its outputs are not {groups} groups")
-    for axis, (dim, size) in enumerate(zip(call.shape(0)[2:], call.shape(1)[2:])):
-        room = dim + padding[axis] + padding[axis + rank]
-        call.require(room >= (size - 1) * dilations[axis] + 1, f"axis {axis} of the image is shorter than the kernel")
-    result = call.emit(functions[rank](x, weight, strides=strides, padding=padding, dilation=dilations, groups=groups))
-    if not call.has(2):
-        return result
-    bias = call.lowering.recast(call.x(2), [call.shape(1)[0]])
-    bias = call.lowering.reshape(bias, [1, call.shape(1)[0], *[1] * rank])
-    return call.emit(relax.op.add(result, bias))
-
-
-OPS: dict[str, Emitter] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Conv": _conv}
+OPS: dict[str, Emitter] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum}
 """Emitters by operator type."""

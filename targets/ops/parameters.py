@@ -18,7 +18,7 @@ from xopt.kernels.emit import i64
 from xopt.targets.emitting import pick
 from xopt.targets.ops.bounds import inside, refuse_rows
 from xopt.targets.ops.call import Call, Emitter
-from xopt.targets.ops.indexing import sums_along
+from xopt.targets.ops.indexing import one_hot, sums_along
 from xopt.targets.ops.layout import padded, strided
 from xopt.targets.ops.reduction import REDUCTIONS, nothing, over
 from xopt.targets.symbolic import Dim
@@ -90,6 +90,19 @@ def _count(call: Call, index: int) -> int:
     if not isinstance(count, int):
         raise call.unsupported(f"the length of input {index} is not known")
     return count
+
+
+def sizes(call: Call, index: int) -> list[Dim]:
+    """The sizes that an input holds: known, or decided by the data within bounds."""
+    known = call.known(index)
+    if known is not None:
+        found = [int(x) if isinstance(x, float) else x for x in known.reshape(-1)]
+        call.dims.require_sizes(found, f"{call.lowering.node}: its result")
+        return found
+    count = _count(call, index)
+    _refuse_large(call, index, lambda row: row)
+    table = numbers(call, "sizes", count, lambda t: bounded(_read(t, count)), vector(call, index))
+    return list(call.lowering.decide(table, count)) if count else []
 
 
 # -- axes ----------------------------------------------------------------------------------------------------------
@@ -274,12 +287,9 @@ def _tile(call: Call) -> Value:
 
 
 def _constant_of_shape(call: Call) -> Value:
-    value, rank = call.attr("value"), _count(call, 0)
+    value = call.attr("value")
     array = np.zeros(1, np.float32) if value is None else value.numpy().reshape(-1)
-    _refuse_large(call, 0, lambda row: row)
-    shape = numbers(call, "sizes", rank, lambda t: bounded(_read(t, rank)), vector(call, 0))
-    dims = call.lowering.decide(shape, rank)
-    return call.emit(relax.op.full(dims, relax.const(array[0], str(array.dtype)), str(array.dtype)))
+    return call.emit(relax.op.full(sizes(call, 0), relax.const(array[0], str(array.dtype)), str(array.dtype)))
 
 
 def _range(call: Call) -> Value:
@@ -455,6 +465,12 @@ def _cumulative_sum(call: Call) -> Value:
     return call.lowering.compute("along_axis", shape, element, vector(call, 1), *sums)
 
 
+def _one_hot(call: Call) -> Value:
+    if _count(call, 1) != 1:
+        raise call.unsupported("its depth is no single number")
+    return one_hot(call, sizes(call, 1)[0])
+
+
 def _top_k(call: Call) -> list[Value]:
     """All elements in order, and the first k of them."""
     shape = call.shape()
@@ -474,7 +490,7 @@ RUN_TIME: dict[str, tuple[tuple[int, ...], Emitter]] = {
     "Reshape": ((1,), _reshape), "Expand": ((1,), _expand), "Tile": ((1,), _tile), "Squeeze": ((1,), _squeeze),
     "Unsqueeze": ((1,), _unsqueeze), "Slice": ((1, 2, 3, 4), _slice), "Split": ((1,), _split),
     "Pad": ((1, 3), _pad), "Trilu": ((1,), _triangle), "CumSum": ((1,), _cumulative_sum),
-    "CumProd": ((1,), _cumulative_sum),
+    "CumProd": ((1,), _cumulative_sum), "OneHot": ((1,), _one_hot),
     "ConstantOfShape": ((0,), _constant_of_shape), "Range": ((0, 1, 2), _range), "TopK": ((1,), _top_k),
     **{name: ((1,), _reduced(name)) for name in REDUCTIONS},
 }  # fmt: skip

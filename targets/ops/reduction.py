@@ -45,7 +45,9 @@ def nothing(call: Call, shape: Sequence[Dim]) -> Value:
     """A tensor of what a node gives for no elements."""
     dtype = str(call.x().ty.dtype)
     value = EMPTY.get(call.node.op_type, 0.0)
-    if "int" in dtype and np.isinf(value):
+    if dtype == "bool":
+        value = value > 0
+    elif "int" in dtype and np.isinf(value):
         value = np.iinfo(dtype).max if value > 0 else np.iinfo(dtype).min
     return call.emit(relax.op.full(list(shape), relax.const(value, dtype), dtype))
 
@@ -54,7 +56,10 @@ def _extreme(reduce: Reduce, end: float) -> Reduce:
     """Maximum or minimum; of floats that are all the farthest infinity, TVM would give the last finite number."""
 
     def extreme(x: relax.Expr, axes: list[int] | None, keep: bool) -> relax.Expr:
-        found, dtype = reduce(x, axes, keep), str(x.ty.dtype)
+        dtype = str(x.ty.dtype)
+        if dtype == "bool":
+            return relax.op.astype(reduce(relax.op.astype(x, "uint8"), axes, keep), "bool")
+        found = reduce(x, axes, keep)
         if "float" not in dtype:
             return found
         infinity = relax.const(end, dtype)
