@@ -15,6 +15,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 from xopt.errors import InputError
 from xopt.ir.canonical import opset as conversion
 from xopt.ir.canonical.report import CanonicalizeReport
+from xopt.ir.schema import STANDARD
 from xopt.ir.shapes import LARGEST_CONSTANT, infer_shapes
 
 _DOMAIN = "body"
@@ -22,13 +23,13 @@ _DOMAIN = "body"
 
 @functools.cache
 def _have_bodies() -> frozenset[str]:
-    schemas = (schema for schema in onnx.defs.get_all_schemas() if schema.domain == "")
+    schemas = (schema for schema in onnx.defs.get_all_schemas() if schema.domain in STANDARD)
     return frozenset(schema.name for schema in schemas if schema.has_function or schema.has_context_dependent_function)
 
 
 def has_body(node: ir.Node) -> bool:
     """Whether ONNX may define an operator by a function."""
-    return node.domain in ("", "ai.onnx") and node.op_type in _have_bodies()
+    return node.domain in STANDARD and node.op_type in _have_bodies()
 
 
 def body(node: ir.Node, opset: int) -> ir.Model | None:
@@ -41,7 +42,7 @@ def body(node: ir.Node, opset: int) -> ir.Model | None:
         return None
     proto = ir.to_proto(node)
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset)
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
         return None
     function = _function(schema, proto, opset, node)

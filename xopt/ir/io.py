@@ -22,6 +22,7 @@ from xopt.errors import InputError
 from xopt.ir import contrib
 from xopt.ir.native import check_native
 from xopt.ir.references import check_references
+from xopt.ir.schema import STANDARD
 from xopt.ir.shapes import LARGEST_CONSTANT, without_weights
 from xopt.ir.untrusted import bounded_memory, check_grids, check_proto, check_weights, drop_value_info
 
@@ -98,7 +99,7 @@ def check_nodes(model: ir.Model) -> None:
     """
     check_references(model)
     for node in model.graph.all_nodes():
-        if node.domain not in ("", "ai.onnx") and node.op_identifier() not in model.functions:
+        if node.domain not in STANDARD and node.op_identifier() not in model.functions:
             contrib.check_node(node)
     try:
         with bounded_memory():

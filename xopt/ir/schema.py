@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import onnx
 import onnx_ir as ir
 
+STANDARD = ("", "ai.onnx", "ai.onnx.preview")
+"""The domains of ONNX's operators on tensors."""
 READ: dict[str, str] = {
     "ArgMax": "axis keepdims select_last_index", "ArgMin": "axis keepdims select_last_index",
     "Attention": "attn_mask q_num_heads kv_num_heads scale is_causal softcap qk_matmul_output_mode",
