@@ -31,16 +31,6 @@ SECONDS = 120
 VERDICTS = ("right", "wrong", "refused", "error", "crash")
 
 
-def with_xopt(model: onnx.ModelProto) -> suite.Run:
-    """Compile with xopt. Raises what it raises."""
-    import xopt
-
-    folder = Path(tempfile.mkdtemp())
-    onnx.save(model, str(folder / "model.onnx"))
-    library = xopt.compile(folder / "model.onnx", "cpu", folder / "out", threads=1, database=False, verify=False)
-    return xopt.Session.load(library, threads=1).run
-
-
 def with_onnxruntime(model: onnx.ModelProto) -> suite.Run:
     """Read with onnxruntime on the CPU."""
     import onnxruntime
@@ -69,7 +59,7 @@ def with_openvino(model: onnx.ModelProto) -> suite.Run:
     return run
 
 
-LOADERS = {"xopt": with_xopt, "onnxruntime": with_onnxruntime, "openvino": with_openvino}
+LOADERS = {"xopt": suite.compiled, "onnxruntime": with_onnxruntime, "openvino": with_openvino}
 
 
 def verdict(case: suite.Case, runtime: str) -> tuple[str, str]:

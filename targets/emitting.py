@@ -221,6 +221,11 @@ class Emitting(ABC):
         out = relax.TensorType(list(shape), result.dtype)
         return self.emit(relax.call_tir(variable, [*inputs, *numbers], out_ty=out))
 
+    def full(self, shape: Sequence[Dim], value: Any, dtype: str) -> relax.Var:
+        """A tensor of one number everywhere, which may be infinite."""
+        number = np.array(value, dtype).item()
+        return self.compute("full", shape, lambda *index: tirx.const(number, dtype))
+
     def call(
         self,
         name: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tvm import relax, te, tirx
 
 from xopt.kernels import suppression
@@ -106,13 +107,14 @@ def _non_max_suppression(call: Call) -> Value:
     wanted = [*(call.dims.same(a, b) for a, b in zip(boxes, (scores[0], scores[2]))), call.dims.same(boxes[2], 4)]
     for condition in wanted:
         call.require(condition, "its boxes and scores do not fit")
+    centred = bool(call.attr("center_point_box", 0))
     if not call.has(2):  # none are asked for
+        call.pass_over(3, 4)
         return call.emit(relax.op.zeros([0, 3], "int64"))
     numbers = [vector(call, 2)]
     for index, default in ((3, 0.0), (4, float("-inf"))):
-        given = call.x(index) if call.has(index) else call.emit(relax.op.full([1], relax.const(default), "float32"))
+        given = call.x(index) if call.has(index) else relax.const(np.array([default], np.float32))
         numbers.append(lowering.reshape(given, [1]))
-    centred = bool(call.attr("center_point_box", 0))
     most = call.dims.product(scores)
     inputs = [call.x(0), call.x(1), *numbers]
     taken, count = lowering.call_for_all(

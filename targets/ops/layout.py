@@ -358,7 +358,7 @@ def _constant_of_shape(call: Call) -> Value:
     if array.size != 1:
         raise call.unsupported("its value is no single number")
     call.dims.require_sizes(shape, f"{label(call.node)}: its result")
-    return call.emit(relax.op.full(shape, relax.const(array[0], str(array.dtype)), str(array.dtype)))
+    return call.lowering.full(shape, array[0], str(array.dtype))
 
 
 def _range(call: Call) -> Value:

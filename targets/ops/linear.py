@@ -1,4 +1,4 @@
-"""MatMul, Gemm and Einsum."""
+"""MatMul, Gemm, Einsum and Det."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import relax, te, tirx
 
+from xopt.kernels import determinant
 from xopt.kernels.emit import i64
+from xopt.runtime.device import CPU
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim
 
@@ -98,5 +100,16 @@ def _labels(letters: str, rank: int) -> list[Any]:
     return [*before, *(range(len(before) + len(after) - rank, 0) if dots else ()), *after]
 
 
-OPS: dict[str, Emitter] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum}
+def _determinant(call: Call) -> Value:
+    shape, dtype, lowering = call.shape(), str(call.x().ty.dtype), call.lowering
+    if len(shape) < 2 or dtype not in ("float32", "float64") or lowering.target.device != CPU:
+        raise call.unsupported("it is not of matrices of floats, or the target is no CPU")
+    call.require(call.dims.same(shape[-2], shape[-1]), "its matrices are not square")
+    count = call.dims.product(shape[:-2])
+    flat = lowering.reshape(call.x(), [count, shape[-1], shape[-1]])
+    found = lowering.call(determinant.name(dtype), lambda: determinant.build(dtype), [flat], [count], dtype)
+    return lowering.reshape(found, shape[:-2])
+
+
+OPS: dict[str, Emitter] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Det": _determinant}
 """Emitters by operator type."""

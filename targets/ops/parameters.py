@@ -289,7 +289,7 @@ def _tile(call: Call) -> Value:
 def _constant_of_shape(call: Call) -> Value:
     value = call.attr("value")
     array = np.zeros(1, np.float32) if value is None else value.numpy().reshape(-1)
-    return call.emit(relax.op.full(sizes(call, 0), relax.const(array[0], str(array.dtype)), str(array.dtype)))
+    return call.lowering.full(sizes(call, 0), array[0], str(array.dtype))
 
 
 def _range(call: Call) -> Value:

@@ -49,7 +49,7 @@ def nothing(call: Call, shape: Sequence[Dim]) -> Value:
         value = value > 0
     elif "int" in dtype and np.isinf(value):
         value = np.iinfo(dtype).max if value > 0 else np.iinfo(dtype).min
-    return call.emit(relax.op.full(list(shape), relax.const(value, dtype), dtype))
+    return call.lowering.full(shape, value, dtype)
 
 
 def _extreme(reduce: Reduce, end: float) -> Reduce:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,17 @@ def _trains(node: onnx.NodeProto, case: Case) -> bool:
         given = dict(zip(names, case.sets[0][0])) if case.sets else {}
         return bool(np.any(given.get(node.input[2], True)))
     return False
+
+
+def compiled(model: onnx.ModelProto) -> Run:
+    """Compile with xopt and load what comes of it, for one thread. Raises what xopt raises."""
+    import xopt
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, str(path))
+        library = xopt.compile(path, "cpu", Path(folder) / "out", threads=1, database=False, verify=False)
+        return xopt.Session.load(library, threads=1).run
 
 
 def disagreement(case: Case, run: Run) -> str:

@@ -118,6 +118,7 @@ EQUAL = [
     *(of("float[5] x", f"n = NonZero (x) f = Cast <to: int = 1> (n) y = {op} <keepdims: int = 0> (f{axes})",
          {"x": np.zeros(5, np.float32)}, {"x": floats(5)})
       for op, axes in (("ReduceSum", ""), ("ReduceL2", ""), ("ReduceProd", ""), ("ReduceLogSumExp", ""))),
+    of("float[a, b] x", "s = Shape (x) y = ConstantOfShape <value: tensor = float[1] {-inf}> (s)", {"x": floats(2, 3)}),
     of("float[5] x", "a = Constant <value_ints: ints = [1]> () n = NonZero (x) y = ReduceSum (n, a)",
        {"x": np.zeros(5, np.float32)}, {"x": floats(5)}),
 ]  # fmt: skip

@@ -53,7 +53,7 @@ def body(node: ir.Node, opset: int) -> ir.Model | None:
         if name not in given and attribute.default_value.type:
             proto.attribute.add().CopyFrom(attribute.default_value)
     try:
-        return _inlined(node, proto, function)
+        return _inlined(node, proto, function, opset)
     except InputError:
         return None
 
@@ -92,7 +92,10 @@ def _type(value: ir.Value | None) -> bytes:
     return content
 
 
-def _inlined(node: ir.Node, call: onnx.NodeProto, function: onnx.FunctionProto) -> ir.Model:
+def _inlined(node: ir.Node, call: onnx.NodeProto, function: onnx.FunctionProto, opset: int) -> ir.Model:
+    graphs = [attribute for attribute in call.attribute if attribute.HasField("g")]
+    for attribute in graphs:  # what is in them is in the body
+        call.attribute.remove(attribute)
     call.domain = function.domain = _DOMAIN
     call.op_type = function.name
     made = {*function.input, *(name for inner in function.node for name in inner.output)}
@@ -108,8 +111,11 @@ def _inlined(node: ir.Node, call: onnx.NodeProto, function: onnx.FunctionProto) 
     for value in node.outputs:
         if value.name and value.name in call.output:
             graph.output.add(name=value.name).type.ParseFromString(_type(value))
-    imports = [opset for opset in function.opset_import if opset.domain in ("", "ai.onnx")]
-    imports.append(onnx.OperatorSetIdProto(domain=_DOMAIN, version=1))
+    told = [given.version for given in function.opset_import if given.domain in ("", "ai.onnx")]
+    versions = {"": told[0] if told else opset, _DOMAIN: 1}
+    imports = [onnx.OperatorSetIdProto(domain=domain, version=version) for domain, version in versions.items()]
+    del function.opset_import[:]
+    function.opset_import.extend(imports[:1])
     proto = onnx.ModelProto(ir_version=10, graph=graph, functions=[function], opset_import=imports)
     model: ir.Model = ir.from_proto(proto)
     InlinePass()(model)
