@@ -161,8 +161,6 @@ def test_positions_after_a_past_are_fused_with_what_reads_them() -> None:
     ("op", "inputs", "reason"),
     [
         ("NoSuchOperator", {"x": [2]}, "no operator"),
-        ("Reshape", {"x": [2], "s": [1]}, "depends on the data"),
-        ("DFT", {"x": [2, 4, 1]}, "no operator"),
     ],
 )
 def test_refusal_names_the_node(op: str, inputs: dict[str, Any], reason: str) -> None:
