@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from xopt.errors import InputError
-from xopt.ir.edit import unique_name
+from xopt.ir.edit import consumers, initializer, is_op, producer, scalar, unique_name
 from xopt.ir.io import check_graph
 from xopt.ir.shapes import clear_inferred
 
@@ -62,6 +62,7 @@ def trace(
     _name_values(model, input_names or [name for name, value in arguments.items() if value is not None], output_names)
     _name_dimensions(model)
     _own_weights(model)
+    _hide_rows(model)
     clear_inferred(model)
     ClearMetadataAndDocStringPass()(model)
     check_graph(model)
@@ -214,6 +215,24 @@ def _name_dimensions(model: ir.Model) -> None:
             value.shape = ir.Shape(
                 [names.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
             )
+
+
+def _hide_rows(model: ir.Model) -> None:
+    """Fill hidden scores by -inf where NaN among the weights counts as 0: a query without any key then gets nothing.
+
+    That is what torch's scaled_dot_product_attention does under a boolean mask. Its exporter guards against NaN and
+    yet fills by the lowest number, of which no NaN comes.
+    """
+    for softmax in [node for node in model.graph if is_op(node, "Softmax")]:
+        readers = consumers(softmax.outputs[0])
+        add = producer(softmax.inputs[0], "Add")
+        if add is None or not any(is_op(reader, "IsNaN") for reader in readers):
+            continue
+        for fill in [where for value in add.inputs if (where := producer(value, "Where")) is not None]:
+            hidden, dtype = scalar(fill.inputs[2]), fill.outputs[0].dtype
+            if hidden is not None and dtype is not None and hidden == float(dtype.min):
+                lowest = np.asarray(-np.inf, dtype.numpy())
+                fill.replace_input_with(2, initializer(model.graph, f"{fill.outputs[0].name}/hidden", lowest))
 
 
 def _own_weights(model: ir.Model) -> None:
