@@ -15,8 +15,10 @@ from tvm import ir as tvm_ir
 from tvm import relax, tirx
 
 from xopt.errors import InputError
+from xopt.ir.edit import attribute, constant
 from xopt.runtime.device import CPU
 from xopt.targets import subgraphs
+from xopt.targets.ops import recurrence
 from xopt.targets.ops.bounds import inside
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Dim, Ints
@@ -105,6 +107,8 @@ def _loop(call: Call) -> Value:
     first = [call.x(place) for place in range(2, len(call.node.inputs))]
     if len(graph.inputs) != 2 + len(first) or len(graph.outputs) < 1 + len(first):
         raise call.unsupported("its body takes or gives another number of values than it should")
+    if (found := _recurrence(call, graph, first)) is not None:
+        return found
     trips = call.x(0) if call.has(0) else relax.const(np.iinfo(np.int64).max, "int64")
     going = call.x(1) if call.has(1) else relax.const(True, "bool")
 
@@ -113,6 +117,32 @@ def _loop(call: Call) -> Value:
         return subgraphs.function(call.lowering, graph, "body", [step, still, *own], lambda inner: inputs)
 
     return _repeated(call, trips, going, first, body)
+
+
+def _recurrence(call: Call, graph: ir.Graph, first: list[relax.Expr]) -> list[Value] | None:
+    """The results of a loop over all of an axis that is a recurrence with a kernel; None for any other."""
+    trips, going, goes_on = call.known(0), call.known(1), graph.outputs[0]
+    while (node := goes_on.producer()) is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        goes_on = node.inputs[0]
+    always = constant(goes_on)
+    if trips is None or (call.has(1) and (going is None or not going.reshape(-1)[0])):
+        return None
+    if goes_on is not graph.inputs[1] and (always is None or not always.all()):
+        return None
+    gathers = [node for node in graph if node.op_type == "Gather" and node.inputs[1] is graph.inputs[0]]
+    scanned = {}
+    for node in gathers:
+        value = node.inputs[0]
+        if value is None or (value.producer() is not None and value.producer().graph is graph):  # type: ignore[union-attr]
+            return None
+        shape = call.lowering.shape(value)
+        axis = call.axes([int(attribute(node, "axis", 0) or 0)], len(shape))[0]
+        if not call.dims.equal(shape[axis], trips.reshape(-1)[0]):
+            return None
+        scanned[node.outputs[0]] = recurrence.Scanned(value, axis)
+    states = dict(zip(graph.inputs[2:], first))
+    outputs = graph.outputs[1:]
+    return recurrence.emit(call, graph, states, outputs[: len(first)], outputs[len(first) :], scanned)
 
 
 def _repeated(call: Call, trips: relax.Expr, going: relax.Expr, first: list[relax.Expr], body: Body) -> list[Value]:
@@ -210,6 +240,16 @@ def _scan(call: Call) -> Value:
     for axis, shape in zip(axes, shapes):
         call.require(call.dims.same(shape[axis], length), "what it goes over has different lengths")
 
+    places = _list(call, "scan_output_axes", stacked), _list(call, "scan_output_directions", stacked)
+    seen = {
+        value: recurrence.Scanned(source, axis, bool(backward))
+        for value, source, axis, backward in zip(graph.inputs[len(first) :], scanned, axes, back)
+    }
+    states, outputs = dict(zip(graph.inputs, first)), graph.outputs
+    found = recurrence.emit(call, graph, states, outputs[: len(first)], outputs[len(first) :], seen)
+    if found is not None:
+        return found[: len(first)] + [_placed(call, *one, length) for one in zip(found[len(first) :], *places)]
+
     def body(own: Sequence[relax.Var], step: relax.Var, still: relax.Var) -> subgraphs.Function:
         def inputs(inner: Emitting) -> dict[ir.Value, Any]:
             parts = [_at(inner, *one, step) for one in zip(scanned, axes, back)]
@@ -221,7 +261,6 @@ def _scan(call: Call) -> Value:
 
     trips = call.lowering.materialized(Ints(np.asarray(length, dtype=object), "int64"))
     results = _repeated(call, trips, relax.const(True, "bool"), first, body)
-    places = _list(call, "scan_output_axes", stacked), _list(call, "scan_output_directions", stacked)
     ends = results[: len(first)]
     return ends + [_placed(call, *one, length) for one in zip(results[len(first) :], *places)]
 

@@ -411,7 +411,7 @@ def _outputs() -> Iterator[tuple[np.ndarray, np.ndarray, str | None]]:
     yield one, np.array([1.0, -4.0001, np.inf, np.nan], np.float32), None
     yield one, np.array([1.0, -4.01, np.inf, np.nan], np.float32), "max abs difference 0.01"
     yield one, np.array([1.0, -4.0, -np.inf, np.nan], np.float32), "1 elements are no longer finite"
-    yield one, np.array([1.0, -4.0, np.inf, 0], np.float32), "1 elements are no longer finite"
+    yield one, np.array([1.0, -4.0, np.inf, 0], np.float32), None  # an attention to nothing
     yield one, one[:3], "float32[4] became float32[3]"
     yield one, one.astype(np.float64), "float32[4] became float64[4]"
     yield np.array([1, 2]), np.array([1, 3]), "max abs difference 1"
