@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from tests.ir import attentions
-from tests.targets.running import built, reference
+from tests.targets.running import built, execute, reference
 from xopt import targets
 from xopt.errors import InputError
 from xopt.ir.canonical import canonicalize
@@ -66,3 +67,22 @@ def test_refused(attributes: dict[str, int], given: attentions.Feeds, why: str) 
     with pytest.raises(InputError, match=why) as caught:
         lower(attentions.model(attributes, given, flat=True, grouped=False), targets.get("cpu"))
     assert caught.value.code == "E-UNSUPPORTED-OP"
+
+
+def test_scores_changed_by_a_graph_inside() -> None:
+    text = """<ir_version: 13, opset_import: ["": 26, "ai.onnx.preview": 1]>
+    g (float[2, 4, 3, 8] q, float[2, 2, 5, 8] k, float[2, 2, 5, 6] v) => (float[2, 4, 3, 6] y) {
+        y = ai.onnx.preview.FlexAttention <
+            score_mod: graph = capped (float[B, H, L, S] s) => (float[B, H, L, S] t) {
+                cap = Constant <value: tensor = float {0.5}> () a = Div (s, cap) b = Tanh (a) t = Mul (b, cap)
+            }
+        > (q, k, v)
+    }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    canonicalize(model)
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6)))
+    scores = 0.5 * np.tanh(q @ np.repeat(k, 2, 1).swapaxes(2, 3) / np.sqrt(8) / 0.5)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    (got,) = execute(lower(model, targets.get("cpu")), {"q": q, "k": k, "v": v})
+    np.testing.assert_allclose(got, weights @ np.repeat(v, 2, 1), rtol=1e-5, atol=1e-6)

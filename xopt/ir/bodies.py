@@ -41,6 +41,7 @@ def body(node: ir.Node, opset: int) -> ir.Model | None:
     if not has_body(node):
         return None
     proto = ir.to_proto(node)
+    _write_constants(node, proto)
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
@@ -56,6 +57,28 @@ def body(node: ir.Node, opset: int) -> ir.Model | None:
         return _inlined(node, proto, function, opset)
     except InputError:
         return None
+
+
+def _write_constants(node: ir.Node, proto: onnx.NodeProto) -> None:
+    """Make nodes of the constants that graphs inside a node read: ONNX takes only nodes of them into a body."""
+    for attribute in proto.attribute:
+        if not attribute.HasField("g"):
+            continue
+        inside = list(node.attributes[attribute.name].as_graph())
+        read = {
+            value.name: value.const_value
+            for inner in inside
+            for value in inner.inputs
+            if value is not None and value.producer() is None
+        }
+        constants = [
+            onnx.helper.make_node("Constant", [], [name], value=ir.to_proto(ir.Tensor(array.numpy(), array.dtype)))
+            for name, array in read.items()
+            if array is not None
+        ]
+        nodes = [*constants, *attribute.g.node]
+        del attribute.g.node[:], attribute.g.initializer[:]
+        attribute.g.node.extend(nodes)
 
 
 def _function(
