@@ -133,4 +133,15 @@ def _emitted(call: Call) -> Sequence[Value]:
         results = fallback.convert(call)
         call.require_read()
         return results
-    raise call.unsupported(f"there is no operator {':'.join(filter(None, key))}")
+    raise call.unsupported(BEYOND.get(node.op_type) or f"there is no operator {':'.join(filter(None, key))}")
+
+
+_BEYOND = {
+    "it draws random numbers": "Bernoulli RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial",
+    "it decodes images": "ImageDecoder",
+    "it works on texts": "StringNormalizer TfIdfVectorizer StringConcat StringSplit RegexFullMatch",
+    "it works on sequences": "SequenceConstruct SequenceEmpty SequenceAt SequenceInsert SequenceLength SequenceErase "
+    "SequenceMap SplitToSequence ConcatFromSequence Optional OptionalHasElement OptionalGetElement",
+}
+BEYOND = {name: word for word, names in _BEYOND.items() for name in names.split()}
+"""What a compiled model does not do, by the operator that would."""

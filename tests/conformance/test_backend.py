@@ -31,6 +31,16 @@ def test_right(group: str) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize(("group", "word"), [
+    ("image_decoder", "it decodes images"), ("bernoulli", "it draws random numbers"), ("adam", "is for training"),
+    ("ai_onnx_ml.binarizer", "is for trees and tables"), ("string_concat", "texts"), ("sequenceinsert", "sequence"),
+])  # fmt: skip
+def test_what_is_out_of_scope_is_refused_by_a_word(group: str, word: str) -> None:
+    endings = [ending for case, ending in _not_right(group).items() if suite.out_of_scope(case)]
+    assert endings
+    assert all(ending.startswith("refused: ") and word in ending for ending in endings)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", sorted(set(suite.groups()) - RIGHT))
 def test_right_or_refused(group: str) -> None:

@@ -150,6 +150,10 @@ def give_back(model: ir.Model) -> None:
             node.domain = ""
 
 
+_KINDS = {"ai.onnx.ml": "is for trees and tables", "ai.onnx.preview.training": "is for training"}
+"""What the operators of ONNX's other domains are for."""
+
+
 def check_node(node: ir.Node) -> None:
     """Check a node of a domain other than ONNX's: that its operator is known, and that it has what the operator needs.
 
@@ -159,7 +163,7 @@ def check_node(node: ir.Node) -> None:
     if node.domain != DOMAIN or node.op_type not in OPERATORS:
         raise InputError(
             "E-UNSUPPORTED-OP",
-            f"op {node.domain}::{node.op_type} is not standard ONNX",
+            f"op {node.domain}::{node.op_type} {_KINDS.get(node.domain, 'is not standard ONNX')}",
             where=f"node {node.name!r}",
             cure=_cure(node),
         )
