@@ -137,7 +137,16 @@ def test_rows_without_keys_are_what_the_fill_makes_them(causal: bool, low: float
 
 
 GUARDED = "w0 = Softmax <axis: int = -1> (m) bad = IsNaN(w0) w = Where(bad, nothing, w0) o = MatMul(w, vt) " + OUTPUT
+MORE = "more = Greater(attended, whole) on = Unsqueeze(more, axes) "
+LATER = ROW_COLUMN + "far = Add(row, shift) c = GreaterOrEqual(far, column) both = And(c, on) "
 GUARDS = {
+    "a comparison of numbers, added": (
+        MORE.replace(" on ", " on2 ") + "add = Where(on2, nothing, low) m = Add(s, add)",
+        "-inf",
+        True,
+    ),
+    "keys behind a past": (LATER + "add = Where(both, nothing, low) m = Add(s, add)", "-inf", True),
+    "keys behind a past, dropped": (LATER + "not = Not(both) m = Where(not, low, s)", "-inf", True),
     "boolean": ("m = Where(on, s, low)", "-inf", True),
     "boolean, added": ("add = Where(on, nothing, low) m = Add(s, add)", "-inf", True),
     "hidden by plus infinity": ("add = Where(on, nothing, low) m = Add(s, add)", "inf", False),
@@ -154,6 +163,7 @@ def test_rows_of_nan_become_zeros_where_the_model_says_so(form: str) -> None:
     middle, low, fused = GUARDS[form]
     inputs = MASKED + ", float[B, 1, S, S] bias, float low"
     constants = NUMBERS.replace("float low = {-10000000.0}", "float nothing = {0.0}") + ", int64[2] axes = {1, 2}"
+    constants += ", int64 whole = {0}, int64 shift = {1}"
     model = model_of(
         f"({inputs}) => (float[B, L, 8] y) <{WEIGHTS}{constants}>",
         HEADS + SCORES + PADDING + middle + " " + GUARDED,

@@ -72,3 +72,12 @@ def test_what_polynomials_cannot_say() -> None:
     assert (Poly.of("seq") * 4) // 2 == Poly.of("seq") * 2
     assert Poly.of(7) // 2 == Poly.of(3)
     assert Poly.unknown() != Poly.unknown()
+
+
+def test_a_product_of_sums_is_divided_by_one_of_them() -> None:
+    batch, half = Poly.of("batch"), Poly.of("floor((length)/(2))")
+    divisor = batch * 8 + batch * half * 8
+    assert (divisor * 4).exactly(divisor) == Poly.of(4)
+    assert (divisor * half + divisor * batch).exactly(divisor) == half + batch
+    assert (divisor * 4 + 1).exactly(divisor) is None
+    assert (batch * batch + half).exactly(batch + half) is None

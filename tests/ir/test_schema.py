@@ -9,8 +9,7 @@ import pytest
 from xopt.ir import edit, schema
 from xopt.ir.canonical import layout
 from xopt.ir.number_rules import NUMBER_RULES
-from xopt.ir.shape_rules import SHAPE_RULES
-from xopt.ir.symbolic import Symbols
+from xopt.ir.symbolic import DIMENSIONS, Symbols
 from xopt.ir.width import RULES
 
 OLDEST = 13
@@ -25,6 +24,7 @@ NOT_READ = {
     "Dropout": "mask",
     "GroupNormalization": "stash_type",
     "LayerNormalization": "stash_type Mean InvStdDev",
+    "Resize": "roi",
     "MaxPool": "Indices",
     "QuantizeLinear": "block_size output_dtype precision saturate",
     "RMSNormalization": "stash_type",
@@ -32,7 +32,7 @@ NOT_READ = {
 }
 """What rules take for an operator that they do not know: each of these has been looked at."""
 
-TABLES = {*schema.READ, *SHAPE_RULES, *NUMBER_RULES, *RULES, *layout._BEFORE}
+TABLES = {*schema.READ, *DIMENSIONS, *NUMBER_RULES, *RULES, *layout._BEFORE}
 OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Optional
 
 

@@ -18,7 +18,7 @@ CONSTANTS = (
     "int64 zero = {0}, int64 one = {1}, int64 two = {2}, int64[1] minus = {-1}, int64[1] first = {0}, "
     "int64[1] second = {1}, "
     "int64[1] third = {2}, int64[1] end = {9223372036854775807}, int64[1] four = {4}, int64[1] eight = {8}, "
-    "int64[3] over = {-1, 0, 8}"
+    "int64[3] over = {-1, 0, 8}, float[4] twice = {1, 2, 1, 0.5}, int64[4] grid = {1, -1, 4, 2}"
 )
 HEADS = (
     "s = Shape(x) b = Gather(s, zero) n = Gather(s, one) b1 = Unsqueeze(b, first) n1 = Unsqueeze(n, first) "
@@ -46,6 +46,13 @@ def build(body: str, output: str = "float[a, b, c, d] y") -> ir.Model:
         ("p = Reshape(x, over) m = ReduceMean(p, third) y = Add(x, m)", "4*B S 32"),
         ("p = Reshape(x, over) m = ReduceMean(p, third) y = Add(m, x)", "4*B S 32"),
         ("p = ReduceMean <keepdims: int = 1> (x, second) y = Unsqueeze(p, second)", "B 1 1 32"),
+        ('p = Unsqueeze(x, second) y = Resize <mode: string = "nearest"> (p, , twice)', "B 2 S 16"),
+        (
+            "s = Shape <end: int = 3> (x) t = Concat <axis: int = 0> (s, four) p = Unsqueeze(x, third) "
+            'y = Resize <mode: string = "nearest"> (p, , , t)',
+            "B S 32 4",
+        ),
+        ("p = Unsqueeze(x, first) q = Reshape(x, grid) y = GridSample(p, q)", "1 B 4*B*S 4"),
         ("s = Shape(x) z = ReduceProd <keepdims: int = 1> (s) p = Reshape(x, z) y = Unsqueeze(p, first)", "1 32*B*S"),
     ],
 )

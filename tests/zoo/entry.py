@@ -29,7 +29,7 @@ class Expect:
     count: int
     heads: int | tuple[int, ...]
     kv_heads: int | None = None
-    causal: bool = False
+    causal: bool | tuple[bool, ...] = False
     mask: MaskKind | tuple[MaskKind, ...] = "none"
     fused: bool | tuple[bool, ...] = False
     softcap: float = 0.0

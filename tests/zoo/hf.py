@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .entry import Entry, Expect, ids, mask, normal
+from .entry import Axes, Entry, Expect, ids, mask, normal
 
+Script = Literal["dynamic", "static", "none"]
+PIXELS = ("pixel_values",)
+SIDE = 32
+"""Pixels of the images' sides where a model does not need more."""
+SDPA_FIRST = ("sdpa", "eager")
 TEXT = ("input_ids", "attention_mask")
-BATCH_SEQ = {0: "batch", 1: "seq"}
+BATCH: Axes = {0: "batch"}
+BATCH_SEQ: Axes = {0: "batch", 1: "seq"}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 VIT = dict(BERT, image_size=32, patch_size=8, num_channels=3)
 TOKENS = {"vocab_size": 99, "max_position_embeddings": 64}
@@ -55,49 +61,67 @@ def _class(transformers: Any, name: str) -> Any:
     return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
 
 
-def vision(family: str, expect: Expect, **options: Any) -> Entry:
-    names = ("pixel_values",)
-    build = builder(f"{family}Model", f"{family}Config", names, "last_hidden_state", {}, options)
-
-    def feeds(batch: int, seq: int) -> tuple[Tensor, ...]:
-        return (normal(batch, 3, 32, 32),)
-
-    return Entry(family.lower(), build, names, feeds, ({0: "batch"},), expect, ("sdpa", "eager"))
-
-
-def text(
+def hub(
+    name: str,
     model: str,
     config: str,
+    inputs: tuple[str, ...],
+    feeds: Callable[[int, int], tuple[Tensor, ...]],
+    axes: tuple[Axes, ...],
     expect: Expect,
+    *,
     output: str = "last_hidden_state",
     fixed: dict[str, Any] | None = None,
+    attentions: tuple[str, ...] = ("eager", "sdpa"),
+    torchscript: Script = "dynamic",
     **options: Any,
 ) -> Entry:
-    build = builder(model, config, TEXT, output, fixed or {}, options)
+    """An entry for a model of transformers.
 
-    def feeds(batch: int, seq: int) -> tuple[Tensor, ...]:
-        return ids(batch, seq, 99), mask(batch, seq)
+    Args:
+        model, config: names of classes; the options are those of the config.
+        inputs: arguments that the model is called with, by keyword, beside the ``fixed`` ones.
+        output: which of its outputs is read.
+    """
+    build = builder(model, config, inputs, output, fixed or {}, options)
+    return Entry(name, build, inputs, feeds, axes, expect, attentions, torchscript)
 
-    name = config.removesuffix("Config").lower()
-    return Entry(name, build, TEXT, feeds, (BATCH_SEQ, BATCH_SEQ), expect, ("sdpa", "eager"))
+
+def image(
+    family: str,
+    expect: Expect,
+    *,
+    side: int = SIDE,
+    frames: int = 0,
+    model: str = "",
+    config: str = "",
+    **options: Any,
+) -> Entry:
+    """``family`` names model and config; ``frames`` makes the input a video [B, frames, 3, side, side]."""
+    shape = (frames, 3, side, side) if frames else (3, side, side)
+    classes = (model or f"{family}Model", config or f"{family}Config")
+    return hub(
+        family.lower(), *classes, PIXELS, lambda batch, seq: (normal(batch, *shape),), (BATCH,), expect, **options
+    )
 
 
-def audio(expect: Expect, **options: Any) -> Entry:
-    names = ("input_features",)
-    build = builder("WhisperEncoder", "WhisperConfig", names, "last_hidden_state", {}, options)
+def text(model: str, config: str, expect: Expect, output: str = "last_hidden_state", **options: Any) -> Entry:
+    """A model of token ids and a mask over them."""
+    name = options.pop("name", config.removesuffix("Config").lower())
+    return hub(name, model, config, TEXT, words, (BATCH_SEQ, BATCH_SEQ), expect, output=output, **options)
 
-    def feeds(batch: int, seq: int) -> tuple[Tensor, ...]:
-        return (normal(batch, 16, 40),)
 
-    return Entry("whisper", build, names, feeds, ({0: "batch"},), expect, ("sdpa", "eager"))
+def words(batch: int, seq: int) -> tuple[Tensor, ...]:
+    return ids(batch, seq, 99), mask(batch, seq)
 
 
 ENTRIES: tuple[Entry, ...] = (
-    vision("ViT", Expect(2, 4), **VIT),
-    vision("DeiT", Expect(2, 4), **VIT),
-    vision(
+    image("ViT", Expect(2, 4), attentions=SDPA_FIRST, **VIT),
+    image("DeiT", Expect(2, 4), attentions=SDPA_FIRST, **VIT),
+    image(
         "Swin",
         Expect(4, (2, 2, 4, 4), mask="bias"),
+        attentions=SDPA_FIRST,
         image_size=32,
         patch_size=2,
         embed_dim=16,
@@ -105,12 +129,13 @@ ENTRIES: tuple[Entry, ...] = (
         num_heads=[2, 4],
         window_size=4,
     ),
-    vision("CLIPVision", Expect(2, 4), **VIT),
-    text("BertModel", "BertConfig", Expect(2, 4, mask="padding"), **TOKENS, **BERT),
+    image("CLIPVision", Expect(2, 4), attentions=SDPA_FIRST, **VIT),
+    text("BertModel", "BertConfig", Expect(2, 4, mask="padding"), attentions=SDPA_FIRST, **TOKENS, **BERT),
     text(
         "DistilBertModel",
         "DistilBertConfig",
         Expect(2, 4, mask="padding"),
+        attentions=SDPA_FIRST,
         **TOKENS,
         dim=32,
         n_layers=2,
@@ -121,8 +146,9 @@ ENTRIES: tuple[Entry, ...] = (
         "GPT2LMHeadModel",
         "GPT2Config",
         Expect(2, 4, causal=True, mask="padding", fused=True),
-        "logits",
-        {"use_cache": False},
+        attentions=SDPA_FIRST,
+        output="logits",
+        fixed={"use_cache": False},
         vocab_size=99,
         n_positions=64,
         n_embd=32,
@@ -133,8 +159,9 @@ ENTRIES: tuple[Entry, ...] = (
         "LlamaForCausalLM",
         "LlamaConfig",
         Expect(2, 4, 2, causal=True, mask="padding", rotary=True),
-        "logits",
-        {"use_cache": False},
+        attentions=SDPA_FIRST,
+        output="logits",
+        fixed={"use_cache": False},
         **TOKENS,
         **BERT,
         num_key_value_heads=2,
@@ -143,6 +170,7 @@ ENTRIES: tuple[Entry, ...] = (
         "T5EncoderModel",
         "T5Config",
         Expect(2, 4, mask="bias", scale=1.0),
+        attentions=SDPA_FIRST,
         vocab_size=99,
         d_model=32,
         d_kv=8,
@@ -151,8 +179,15 @@ ENTRIES: tuple[Entry, ...] = (
         num_heads=4,
         feed_forward_proj="gated-gelu",
     ),
-    audio(
+    hub(
+        "whisper",
+        "WhisperEncoder",
+        "WhisperConfig",
+        ("input_features",),
+        lambda batch, seq: (normal(batch, 16, 40),),
+        (BATCH,),
         Expect(2, 4),
+        attentions=SDPA_FIRST,
         d_model=32,
         encoder_layers=2,
         encoder_attention_heads=4,
@@ -164,6 +199,7 @@ ENTRIES: tuple[Entry, ...] = (
         "CLIPTextModel",
         "CLIPTextConfig",
         Expect(2, 4, causal=True, mask="padding"),
+        attentions=SDPA_FIRST,
         **TOKENS,
         **BERT,
         eos_token_id=98,

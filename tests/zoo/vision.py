@@ -2,42 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-from torch import Tensor
-
-from .entry import Entry, Expect, normal
-from .hf import VIT, builder
-
-PIXELS = ("pixel_values",)
-SIDE = 32
-"""Pixels of the images' sides where a model does not need more."""
-
-
-def image(
-    family: str,
-    expect: Expect,
-    *,
-    side: int = SIDE,
-    frames: int = 0,
-    model: str = "",
-    config: str = "",
-    output: str = "last_hidden_state",
-    eager: bool = True,
-    torchscript: Literal["dynamic", "none"] = "dynamic",
-    **options: Any,
-) -> Entry:
-    """``family`` names model and config; ``frames`` makes the input a video [B, frames, 3, side, side]."""
-    names = (model or f"{family}Model", config or f"{family}Config")
-    build = builder(*names, PIXELS, output, {}, options)
-    shape = (frames, 3, side, side) if frames else (3, side, side)
-
-    def feeds(batch: int, seq: int) -> tuple[Tensor, ...]:
-        return (normal(batch, *shape),)
-
-    attentions = ("eager", "sdpa") if eager else ("eager",)
-    return Entry(family.lower(), build, PIXELS, feeds, ({0: "batch"},), expect, attentions, torchscript)
-
+from .entry import Entry, Expect
+from .hf import VIT, image
 
 TURNED = ("no-projection-q", "no-projection-k")
 """Queries and keys that are normed, or turned but for some tokens, after their projections."""
@@ -142,9 +108,9 @@ ENTRIES: tuple[Entry, ...] = (
         patch_sizes=[7, 3],
         strides=[4, 2],
         padding=[2, 1],
-        eager=False,
+        attentions=("eager",),
     ),
-    image("ConvNextV2", Expect(0, 4, ffns=0), hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, eager=False),
+    image("ConvNextV2", Expect(0, 4, ffns=0), hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, attentions=("eager",)),
     image(
         "FocalNet",
         Expect(0, 4, ffns=2),
@@ -154,7 +120,7 @@ ENTRIES: tuple[Entry, ...] = (
         depths=[1, 1],
         focal_levels=[2, 2],
         focal_windows=[3, 3],
-        eager=False,
+        attentions=("eager",),
     ),
     image(
         "SamVision",
@@ -178,9 +144,11 @@ ENTRIES: tuple[Entry, ...] = (
         window_block_indices=[0],
         window_size=3,
         use_relative_position_embeddings=True,
-        eager=False,
+        attentions=("eager",),
     ),
-    image("SwiftFormer", Expect(0, 4, named=("rank",)), depths=[1, 1], embed_dims=[16, 16], side=64, eager=False),
+    image(
+        "SwiftFormer", Expect(0, 4, named=("rank",)), depths=[1, 1], embed_dims=[16, 16], side=64, attentions=("eager",)
+    ),
     image("Timesformer", Expect(4, 4, ffns=2, fused=True, named=("no-residual",)), frames=2, num_frames=2, **VIT),
     image("VideoMAE", Expect(2, 4), frames=4, num_frames=4, tubelet_size=2, **VIT),
     image("Vivit", Expect(2, 4), frames=4, num_frames=4, tubelet_size=[2, 8, 8], **VIT),

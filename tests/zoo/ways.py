@@ -4,43 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import diffusion, hf, hybrid, linear, own, stories260k, text, tokens, vision
+from . import (
+    dense,
+    diffusion,
+    experts,
+    generation,
+    hf,
+    hybrid,
+    linear,
+    own,
+    series,
+    spans,
+    speech,
+    stories260k,
+    streams,
+    text,
+    tokens,
+    towers,
+    vision,
+)
 from .entry import Entry
 from .exporting import Way
 
 PICTURES: tuple[Entry, ...] = (
-    *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *diffusion.ENTRIES,
+    *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *spans.ENTRIES, *diffusion.ENTRIES,
+    *dense.ENTRIES,
 )  # fmt: skip
-"""Models of images and videos, each exported in at most two ways."""
-ENTRIES: tuple[Entry, ...] = (*hf.ENTRIES, *own.ENTRIES, stories260k.TINY, *text.ENTRIES, *PICTURES)
+"""Models of images and videos."""
+SEQUENCES: tuple[Entry, ...] = (
+    *text.ENTRIES, *generation.ENTRIES, *towers.ENTRIES, *experts.ENTRIES, *speech.ENTRIES, *streams.ENTRIES,
+    *series.ENTRIES,
+)  # fmt: skip
+"""Models of text, speech, series and items."""
+IN_TWO_WAYS: tuple[Entry, ...] = (*SEQUENCES, *PICTURES)
+MODELS: tuple[Entry, ...] = (*hf.ENTRIES, stories260k.TINY, *IN_TWO_WAYS)
+"""Models of the literature; own.ENTRIES are forms of attention."""
+ENTRIES: tuple[Entry, ...] = (*MODELS, *own.ENTRIES)
 
 NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 """Models whose masked sdpa torch's dynamo exporter cannot decompose (torch 2.13)."""
+
+NOT_BY_DYNAMO: set[str] = set()
+"""Models that torch.export does not take."""
 
 DYNAMO_BY_DEFAULT = {
     "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved",
     "windows",
 }  # fmt: skip
 
-TEXT_BY_DEFAULT = {"albert", "modernbert", "phi3", "gemma2", "falcon"}
-"""Of the text models, those that between them show all their idioms."""
-TEXT_BY_DYNAMO = {"roberta", "electra", "albert"}
-
-
-PICTURES_BY_DEFAULT = {
+BY_DEFAULT = {
     "twins", "maxvit", "cosine", "axial", "hilo", "eva", "irpe", "xcit", "efficientvit", "crossvit", "perceiver",
-    "pixart", "samvision", "siglipvision", "hiera",
+    "pixart", "samvision", "siglipvision", "hiera", "albert", "modernbert", "phi3", "gemma2", "falcon", "bloom",
+    "debertav2", "t5_pair", "llama_past", "sasrec", "clip", "wav2vec2conformer", "conformer", "segformer",
 }  # fmt: skip
-"""Of these, those that between them show all their idioms."""
+"""Of the models that are exported in at most two ways, those that between them show all their idioms."""
 
 
 def default_ways(entry: Entry) -> Iterator[Way]:
     """One export by TorchScript (cheap), and by dynamo for models that between them show all its idioms."""
-    if entry in text.ENTRIES:
-        yield from list(_text_ways(entry))[: entry.name in TEXT_BY_DEFAULT]
-        return
-    if entry in PICTURES:
-        yield from list(_ways_of_a_picture(entry))[: entry.name in PICTURES_BY_DEFAULT]
+    if entry in IN_TWO_WAYS:
+        yield from list(two_ways(entry))[: entry.name in BY_DEFAULT]
         return
     if entry.torchscript != "none":
         yield Way("torchscript", 17, entry.attentions[0], entry.torchscript == "dynamic")
@@ -49,12 +72,9 @@ def default_ways(entry: Entry) -> Iterator[Way]:
 
 
 def all_ways(entry: Entry) -> Iterator[Way]:
-    """Opsets 14 to 23, static or dynamic, each attention implementation; of pictures and text models, one or two."""
-    if entry in text.ENTRIES:
-        yield from _text_ways(entry)
-        return
-    if entry in PICTURES:
-        yield from _ways_of_a_picture(entry)
+    """Opsets 14 to 23, static or dynamic, each attention implementation; of most models, one or two."""
+    if entry in IN_TWO_WAYS:
+        yield from two_ways(entry)
         return
     for attention in entry.attentions:
         if entry.torchscript != "none":
@@ -66,16 +86,13 @@ def all_ways(entry: Entry) -> Iterator[Way]:
         yield Way("dynamo", 23, attention, True)
 
 
-def _text_ways(entry: Entry) -> Iterator[Way]:
-    yield Way("torchscript", 17, "eager", True)
-    if entry.name in TEXT_BY_DYNAMO:
-        yield Way("dynamo", 20, "sdpa", True)
-
-
-def _ways_of_a_picture(entry: Entry) -> Iterator[Way]:
+def two_ways(entry: Entry) -> Iterator[Way]:
+    """One export by each exporter that can, with dynamic axes where that works."""
     if entry.torchscript != "none":
         yield Way("torchscript", 17, entry.attentions[0], entry.torchscript == "dynamic")
-    yield Way("dynamo", 20, entry.attentions[0], True)
+    attentions = _dynamo_attentions(entry)
+    if attentions and entry.name not in NOT_BY_DYNAMO:
+        yield Way("dynamo", 20, attentions[0], True)
 
 
 def _dynamo_attentions(entry: Entry) -> list[str]:

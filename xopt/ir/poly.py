@@ -108,20 +108,25 @@ class Poly:
         return Poly.of(a // b) if a is not None and b else Poly.of(f"floor(({self})/({other}))")
 
     def exactly(self, other: Poly | int) -> Poly | None:
-        """``self / other`` when that is a polynomial (``other`` has one term, or equals ``self``), else None."""
+        """``self / other`` when that is a polynomial, else None: long division by the term of highest degree."""
         other = Poly.of(other)
         if self == other:
-            return Poly.of(1)
-        if len(other.terms) != 1:
+            return ONE
+        if not other.terms:
             return None
-        (divisor, scale), quotient = other.terms[0], {}
-        for monomial, coefficient in self.terms:
+        rest, quotient = self, Poly.of(0)
+        lead, scale = max(other.terms, key=_degree)
+        for _ in range(MOST_TERMS):
+            if not rest.terms:
+                return quotient
+            monomial, coefficient = max(rest.terms, key=_degree)
             left = Counter(monomial)
-            left.subtract(divisor)
+            left.subtract(lead)
             if coefficient % scale or min(left.values(), default=0) < 0:
                 return None
-            quotient[tuple(sorted(left.elements()))] = coefficient // scale
-        return _build(quotient)
+            part = Poly(((tuple(sorted(left.elements())), coefficient // scale),))
+            rest, quotient = rest - part * other, quotient + part
+        return None
 
     def at_least(self, bound: int, symbols: int = 0) -> bool:
         """Whether this is surely ``>= bound`` when every symbol is ``>= symbols``: 0 for indices, 1 for dimensions."""
@@ -144,6 +149,11 @@ class Poly:
         if not self.terms:
             return "0"
         return "+".join("*".join([*([] if c == 1 and m else [str(c)]), *m]) for m, c in self.terms)
+
+
+def _degree(term: tuple[Monomial, int]) -> tuple[int, Monomial]:
+    """Order of terms that multiplying by a term keeps."""
+    return len(term[0]), term[0]
 
 
 def product(values: Iterable[Poly]) -> Poly:

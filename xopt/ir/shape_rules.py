@@ -346,60 +346,6 @@ def _reduce(s: Known, node: ir.Node) -> Shapes:
     return [tuple(ONE if i in gone else dim for i, dim in enumerate(dims) if keep or i not in gone)]
 
 
-def _conv(s: Known, node: ir.Node) -> Shapes:
-    x, w = s.dims(node.inputs[0]), s.dims(node.inputs[1])
-    if x is None or w is None:
-        return None
-    spatial = len(x) - 2
-    strides = _ints(node, "strides", [1] * spatial)
-    dilations = _ints(node, "dilations", [1] * spatial)
-    pads = _ints(node, "pads", [0] * 2 * spatial)
-    if node.attributes.get("auto_pad") is not None and node.attributes["auto_pad"].as_string() not in (
-        "NOTSET",
-        "VALID",
-    ):
-        return None
-    sizes = []
-    for i in range(spatial):
-        kernel = w[2 + i].constant
-        if kernel is None:
-            return None
-        covered = x[2 + i] + (pads[i] + pads[spatial + i] - dilations[i] * (kernel - 1) - 1)
-        sizes.append(covered // strides[i] + 1)
-    return [(x[0], w[0], *sizes)]
-
-
-def _pool(s: Known, node: ir.Node) -> Shapes:
-    """Pooling over whole axes, or over axes of known sizes; the others are left open."""
-    x = s.dims(node.inputs[0])
-    if x is None:
-        return None
-    if node.op_type.startswith("Global"):
-        return [(*x[:2], *(ONE for _ in x[2:]))]
-    padded = node.attributes.get("auto_pad")
-    plain = integer(node, "ceil_mode", 0) == 0 and (padded is None or padded.as_string() in ("NOTSET", "VALID"))
-    kernel, count = _ints(node, "kernel_shape", []), len(x) - 2
-    strides, dilations = _ints(node, "strides", [1] * count), _ints(node, "dilations", [1] * count)
-    pads = _ints(node, "pads", [0] * 2 * count)
-    sizes = []
-    for i, size in enumerate(x[2:]):
-        covered = size + (pads[i] + pads[count + i] - dilations[i] * (kernel[i] - 1) - 1)
-        sizes.append(covered // strides[i] + 1 if plain and size.constant is not None else Poly.unknown())
-    return [(*x[:2], *sizes)] * len(node.outputs)
-
-
-def _pad(s: Known, node: ir.Node) -> Shapes:
-    dims, pads = s.dims(node.inputs[0]), s.numbers(input_at(node, 1))
-    if dims is None or pads is None or input_at(node, 3) is not None or len(pads) != 2 * len(dims):
-        return None
-    return [tuple(dim + low + high for dim, low, high in zip(dims, pads, pads[len(dims) :]))]
-
-
-def _ints(node: ir.Node, name: str, default: list[int]) -> list[int]:
-    attr = node.attributes.get(name)
-    return default if attr is None else list(attr.as_ints())
-
-
 def _attention(s: Known, node: ir.Node) -> Shapes:
     q, v = s.dims(node.inputs[0]), s.dims(node.inputs[2])
     if q is None or v is None:
@@ -452,7 +398,8 @@ SAME_SHAPE = (
     "Reciprocal", "Exp", "Log", "Neg", "Abs", "Not", "IsNaN", "IsInf", "Floor", "Ceil", "Round", "Sign",
     "Cos", "Sin", "Trilu", "CumSum", "Dropout", "Clip", "Softplus", "Swish", "HardSwish", "LeakyRelu", "Elu",
     "BatchNormalization", "RMSNormalization", "LpNormalization", "ScatterND", "ScatterElements",
-    "RotaryEmbedding", "BitwiseNot", "CastLike", "Hardmax",
+    "RotaryEmbedding", "BitwiseNot", "CastLike", "Hardmax", "InstanceNormalization", "GroupNormalization",
+    "Selu", "Celu", "Mish", "HardSigmoid", "ThresholdedRelu", "Softsign",
 )  # fmt: skip
 BROADCASTING = (
     "Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Where", "Equal", "Greater",
@@ -489,10 +436,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "Range": _range_shape,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
-    "Conv": _conv,
     "Attention": _attention,
     "Flatten": _flatten,
     "Einsum": _einsum,
-    "Pad": _pad,
-    **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool),
 }

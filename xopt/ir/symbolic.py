@@ -17,6 +17,10 @@ from xopt.ir.number_rules import LARGEST, NUMBER_RULES
 from xopt.ir.poly import Poly
 from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import SHAPE_RULES, Dims, Numbers, Shapes
+from xopt.ir.spatial_rules import SPATIAL_RULES
+
+DIMENSIONS = {**SHAPE_RULES, **SPATIAL_RULES}
+"""Rules for the dimensions of the outputs, by operator."""
 
 
 class Symbols:
@@ -30,7 +34,7 @@ class Symbols:
 
     def visit(self, node: ir.Node) -> None:
         """Learn the outputs of a node whose inputs are known."""
-        rule, evaluate = SHAPE_RULES.get(op_of(node)), NUMBER_RULES.get(op_of(node))
+        rule, evaluate = DIMENSIONS.get(op_of(node)), NUMBER_RULES.get(op_of(node))
         found: Shapes = None
         numbers: Numbers | None = None
         try:

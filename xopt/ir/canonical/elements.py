@@ -324,13 +324,20 @@ BOOLEAN = ("and", "or", "not", "ge", "eq", "truth")
 """Ops whose elements are 0 or 1."""
 
 
-def _cast(node: ir.Node, a: Element) -> Element:
-    to_bool = node.attributes["to"].as_int() == ir.DataType.BOOL
+def _cast(node: ir.Node, a: Element) -> Element | None:
+    target = ir.DataType(node.attributes["to"].as_int())
+    to_bool = target == ir.DataType.BOOL
+    if target.is_integer() and a.op == "leaf" and (a.tensor is None or not _is_whole(a.tensor.dtype)):
+        return None  # what is behind the point is cut off
     if not to_bool or a.op in BOOLEAN:
         return a
     if a.op == "number":
         return number(a.value != 0)
     return _truth(a)
+
+
+def _is_whole(dtype: ir.DataType | None) -> bool:
+    return dtype is not None and (dtype.is_integer() or dtype == ir.DataType.BOOL)
 
 
 def _truth(a: Element) -> Element:
@@ -353,7 +360,7 @@ def _equal(a: Element, b: Element) -> Element:
     return Element("eq", (a, b))
 
 
-_COMPUTED: dict[str, Callable[..., Element]] = {
+_COMPUTED: dict[str, Callable[..., Element | None]] = {
     "Identity": lambda node, a: a,
     "Cast": _cast,
     "Not": lambda node, a: negated(a),

@@ -22,12 +22,13 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, either, negated
-from xopt.ir.edit import constant, initializer, insert, producer
+from xopt.ir.edit import constant, initializer, insert, producer, scalar
 from xopt.ir.poly import ONE, Poly
 from xopt.ir.symbolic import Symbols
 
 LOWEST = -1e4
 """Added to a score, anything at or below this leaves a weight of zero."""
+COMPARISONS = {"ge": "GreaterOrEqual", "eq": "Equal"}
 BATCH, HEAD, QUERY, KEY = (Poly.of(name) for name in ("@batch", "@head", "@query", "@key"))
 POSITION = (BATCH, HEAD, QUERY, KEY)
 
@@ -79,7 +80,8 @@ class Masks:
         biases = [part for part, condition in zip(split, conditions) if condition is None]
         keep = None if rest == TRUE or (biases and not causal) else self._boolean(site, rest)
         if rest != TRUE and keep is None:
-            whole = self._as_it_is(site, [self._added(site, term) for term in terms])
+            shown = [self._shown(site, term) for term in terms] if not biases else None
+            whole = self._all(site, shown) if shown else self._as_it_is(site, [self._added(site, t) for t in terms])
             return Mask(whole, False, hides_rows=whole.dtype != ir.DataType.BOOL)
         bias = self._sum(site, [self._bias(site, reader, part) for part in biases])
         if bias is not None and keep is not None:
@@ -95,15 +97,31 @@ class Masks:
         branches = (shown, hidden) if term.kind == "keep" else (hidden, shown)
         return Term("add", self._made(site, "Where", [value, *branches], dtype=self.dtype))
 
+    def _shown(self, site: ir.Node, term: Term) -> ir.Value:
+        """Where a term that is a condition holds, as a tensor that the graph has, or a comparison of one."""
+        if term.kind != "add":
+            wanted = self.four_axes(site, term.value)
+            return self._made(site, "Not", [wanted]) if term.kind == "drop" else wanted
+        choice = producer(term.value, "Where")
+        numbers = [scalar(value) for value in choice.inputs[1:]] if choice is not None else []
+        if choice is not None and choice.inputs[0] is not None and None not in numbers:
+            chosen, other = (number * term.factor <= LOWEST for number in numbers if number is not None)
+            if chosen != other:
+                return self._shown(site, Term("drop" if chosen else "keep", choice.inputs[0]))
+        return self._made(site, "Greater", [self._scaled(site, term), self._number(site, LOWEST)])
+
+    def _all(self, site: ir.Node, conditions: Sequence[ir.Value]) -> ir.Value:
+        """Where all conditions hold."""
+        whole = conditions[0]
+        for condition in conditions[1:]:
+            whole = self._made(site, "And", [whole, condition])
+        return whole
+
     def _as_it_is(self, site: ir.Node, terms: Sequence[Term]) -> ir.Value:
         """All terms, with four axes, without a closer look at what they are."""
         added = self._sum(site, [self._scaled(site, t) for t in terms if t.kind == "add"])
-        keep = None
-        for term in terms:
-            if term.kind != "add":
-                wanted = self.four_axes(site, term.value)
-                wanted = self._made(site, "Not", [wanted]) if term.kind == "drop" else wanted
-                keep = wanted if keep is None else self._made(site, "And", [keep, wanted])
+        shown = [self._shown(site, term) for term in terms if term.kind != "add"]
+        keep = self._all(site, shown) if shown else None
         if added is None or keep is None:
             result = added if added is not None else keep
             assert result is not None
@@ -182,11 +200,23 @@ class Masks:
             return None if None in parts else self._made(site, "Where", parts, dtype=self.dtype)
         if element.op == "truth":
             return self._emit(site, element.args[0], True) if boolean else None
+        if element.op in COMPARISONS:
+            return self._compared(site, element) if boolean else None
         op = {"and": "And", "or": "Or", "not": "Not", "add": "Add", "mul": "Mul"}.get(element.op)
         if op is None or (op in ("Add", "Mul")) == boolean:
             return None
         args = [self._emit(site, arg, boolean) for arg in element.args]
         return None if None in args else self._made(site, op, args)
+
+    def _compared(self, site: ir.Node, element: Element) -> ir.Value | None:
+        """A comparison of elements of tensors and numbers, in the type of the tensors."""
+        leaves = [self._leaf(site, arg) for arg in element.args if arg.op == "leaf"]
+        types = {leaf.dtype if leaf is not None else None for leaf in leaves}
+        dtype, rest = next(iter(types), None), iter(leaves)
+        if dtype is None or len(types) != 1 or not all(_fits(arg, dtype) for arg in element.args):
+            return None
+        parts = [next(rest) if arg.op == "leaf" else self._number(site, arg.value, dtype) for arg in element.args]
+        return self._made(site, COMPARISONS[element.op], parts)
 
     def _leaf(self, site: ir.Node, leaf: Element) -> ir.Value | None:
         """The leaf's tensor with its indices moved to the four axes."""
@@ -211,12 +241,13 @@ class Masks:
         missing = [i for i in range(4) if i not in kept]
         return self._insert(site, "Unsqueeze", [value, initializer(graph, "axes", np.asarray(missing, np.int64))])
 
-    def _number(self, site: ir.Node, value: float) -> ir.Value:
+    def _number(self, site: ir.Node, value: float, dtype: ir.DataType | None = None) -> ir.Value:
         graph = site.graph
         assert isinstance(graph, ir.Graph)
-        key = ("number", value, self.dtype)
+        dtype = dtype or self.dtype
+        key = ("number", value, dtype)
         if key not in self.made:
-            self.made[key] = initializer(graph, "mask/number", np.asarray(value, self.dtype.numpy()))
+            self.made[key] = initializer(graph, "mask/number", np.asarray(value, dtype.numpy()))
         return self.made[key]
 
     def _made(
@@ -242,6 +273,13 @@ class Masks:
         dtype: ir.DataType | None = None,
     ) -> ir.Value:
         return self.symbols.learn(insert(site, op, inputs, attributes, name=f"mask/{op}", dtype=dtype))
+
+
+def _fits(element: Element, dtype: ir.DataType) -> bool:
+    """Whether an element is one of a tensor, or a number that the type has."""
+    return element.op == "leaf" or (
+        element.op == "number" and float(dtype.numpy().type(element.value)) == element.value
+    )
 
 
 def hides_later_keys(symbols: Symbols, mask: ir.Value) -> bool:

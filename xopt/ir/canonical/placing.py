@@ -86,12 +86,23 @@ def _size_at_run_time(symbols: Symbols, site: ir.Node, size: Poly) -> ir.Value:
 
 
 def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Poly]) -> ir.Value:
-    numbers = [size.constant for size in target]
-    if numbers.count(None) > 1:
-        raise NotAttentionError("mask-sizes")
+    """``value`` reshaped to ``target``; of its sizes that are not known one is inferred, the others stay in place.
+
+    Raises:
+        NotAttentionError: more than one such size is new, or at another place counted from the last axis.
+    """
     graph = site.graph
     assert isinstance(graph, ir.Graph)
+    dims = symbols.dims(value) or ()
+    numbers = [size.constant for size in target]
+    if numbers.count(None) > 1 and (missing := len(target) - len(dims)) > 0:
+        front = initializer(graph, "mask_front", np.arange(missing, dtype=np.int64))
+        value = symbols.learn(insert(site, "Unsqueeze", [value, front]))
+        dims = (ONE,) * missing + dims
+    if numbers.count(None) > 1:
+        numbers = [0 if number is None and size == dim else number for number, size, dim in zip(numbers, target, dims)]
+    if numbers.count(None) > 1 or len(numbers) != len(target):
+        raise NotAttentionError("mask-sizes")
     shape = [-1 if number is None else number for number in numbers]
-    return symbols.learn(
-        insert(site, "Reshape", [value, initializer(graph, "mask_shape", np.asarray(shape, np.int64))])
-    )
+    table = initializer(graph, "mask_shape", np.asarray(shape, np.int64))
+    return symbols.learn(insert(site, "Reshape", [value, table]))
