@@ -83,7 +83,7 @@ class _Sweep:
             if new is not None and (old.uses() or old.is_graph_output()):
                 replace_uses(old, new)
         if node.graph is not None:
-            node.graph.remove(node)
+            node.graph.remove(node, safe=True)
         self._report.rewrote(f"contrib-{node.op_type}")
 
 
