@@ -126,3 +126,14 @@ def test_a_dimension_is_read_off_an_input() -> None:
     shapes = [node for node in model.graph if node.op_type == "Shape"]
     assert len(shapes) == 1 and shapes[0].inputs[0] is model.graph.inputs[0]
     assert not any(node.op_type == "Add" for node in model.graph)
+
+
+def test_parts_of_a_vector_are_numbers() -> None:
+    """As onnxruntime writes a shape that it takes apart once for all its readers."""
+    model = model_of(
+        "(float[B, S, 4] x) => (float[a, b, c] y)",
+        "s = Shape(x) k = Constant <value_ints: ints = [1, 2]> () p, q = Split (s, k) t = Concat <axis: int = 0> (q, p)"
+        " y = Reshape(x, t)",
+    )
+    symbols = Symbols(model.graph)
+    assert [str(dim) for dim in symbols.dims(model.graph.outputs[0]) or ()] == ["S", "4", "B"]

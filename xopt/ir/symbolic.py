@@ -46,6 +46,17 @@ class Symbols:
             pass  # a node that lacks an input or contradicts its shapes teaches nothing
         if numbers is not None and len(numbers) <= LARGEST:
             self._numbers[node.outputs[0]] = numbers
+        if op_of(node) == "Split":
+            self._split(node)
+
+    def _split(self, node: ir.Node) -> None:
+        """Learn the numbers of each part of a vector."""
+        left = self.numbers(node.inputs[0]) if self.rank(node.inputs[0]) == 1 else None
+        for value in node.outputs:
+            size = (self.dims(value) or (Poly.unknown(),))[0].constant
+            if left is None or size is None:
+                return
+            self._numbers[value], left = left[:size], left[size:]
 
     def learn(self, value: ir.Value) -> ir.Value:
         """Learn what a rewrite has computed by a new node; gives it back."""

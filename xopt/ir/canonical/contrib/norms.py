@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from xopt.ir import edit
 from xopt.ir.canonical.contrib.activations import Results
 from xopt.ir.canonical.contrib.site import Attributes, Site
 
@@ -40,7 +41,11 @@ def _skip_rms_norm(site: Site) -> Results:
 
 
 def _residual(site: Site) -> ir.Value:
-    return site.plus(site.plus(site.value("input"), site.given("bias")), site.value("skip"))
+    """The sum of both operands; the bias is that of the linear layer whose product one of them is."""
+    first, second = site.value("input"), site.value("skip")
+    if edit.producer(second, "MatMul") is not None:
+        first, second = second, first
+    return site.plus(site.plus(first, site.given("bias")), second)
 
 
 def _embed_layer_norm(site: Site) -> Results:
