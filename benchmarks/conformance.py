@@ -144,7 +144,8 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
             lines.append(f"| {runtime} | " + " | ".join(str(found[kind]) for kind in VERDICTS) + " |")
         lines.append("")
     words = Counter(row["out_of_scope"] for row in rows if row["runtime"] == "xopt" and row["out_of_scope"])
-    lines += ["Everything else: " + ", ".join(f"{word} ({number})" for word, number in words.most_common()) + ".", ""]
+    lines += ["Everything else: " + ", ".join(f"{word} ({number})" for word, number in words.most_common()) + "."]
+    lines += [BEYOND, "", *_refused(rows)]
     lines += ["## By operator", "", "Right of all, where not all three have all.", ""]
     lines += ["| operator | tests | " + " | ".join(RUNTIMES) + " |", "|---" * 5 + "|"]
     scoped = [row for row in rows if not row["out_of_scope"]]
@@ -155,6 +156,23 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
         if any(right[name] != total for name in RUNTIMES):
             lines.append(f"| {operator} | {total} | " + " | ".join(str(right[name]) for name in RUNTIMES) + " |")
     return "\n".join(lines) + "\n"
+
+
+BEYOND = """\
+xopt refuses all of it, by an error that says which. An artifact computes with tensors of numbers alone (no texts, no
+sequences or optional values, no complex numbers), gives the same for the same inputs (no random draws), and is made
+for inference with neural networks (no training, no trees and tables, no reading of image files)."""
+
+
+def _refused(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """What xopt refuses that is in scope, with its own words."""
+    found = [row for row in rows if row["runtime"] == "xopt" and row["verdict"] != "right" and not row["out_of_scope"]]
+    if not found:
+        return []
+    lines = ["## What xopt does not compile yet", "", "| test | what it says |", "|---" * 2 + "|"]
+    for row in sorted(found, key=lambda row: row["name"]):
+        lines.append(f"| {row['name'].rpartition('/')[2]} | {row['verdict']}: {row['why'].replace('|', ' ')} |")
+    return [*lines, ""]
 
 
 def _title(row: Mapping[str, str]) -> str:

@@ -154,3 +154,13 @@ def test_what_no_integer_holds_is_left_to_the_runtime(number: str) -> None:
     content = np.array([0.5, float(number), 1e3, -1e3], np.float32)
     model.graph.initializers["c"].const_value = ir.tensor(content, name="c")
     check(model)
+
+
+def test_a_cast_to_the_type_of_a_value_keeps_how_it_rounds() -> None:
+    text = """<ir_version: 10, opset_import: ["": 23]>
+    g (float[3] x, float8e4m3fn[1] like) => (float8e4m3fn[3] y) { y = CastLike <saturate: int = 0> (x, like) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    canonicalize(model)
+    (node,) = model.graph
+    assert (node.op_type, node.attributes["saturate"].value) == ("Cast", 0)
+    assert node.attributes["to"].value == ir.DataType.FLOAT8E4M3FN

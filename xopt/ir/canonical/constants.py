@@ -55,8 +55,19 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
             "E-FORMAT", "a constant cannot be read", where=str(error.__cause__ or error), cure="export the model again"
         ) from error
     infer_shapes(model)
+    _name_types(model)
     _fold(model)
     report.rewrote("fold-constant", max(0, before - sum(1 for _ in model.graph.all_nodes())))
+
+
+def _name_types(model: ir.Model) -> None:
+    """Casts to the type of a value are casts to a type; the folder would forget how they round."""
+    for node in model.graph.all_nodes():
+        like = node.inputs[1] if node.op_type == "CastLike" and not node.domain else None
+        if like is not None and like.dtype is not None:
+            node.op_type = "Cast"
+            node.attributes["to"] = ir.AttrInt64("to", like.dtype.value)
+            node.resize_inputs(1)
 
 
 def _fold(model: ir.Model) -> None:
