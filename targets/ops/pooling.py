@@ -174,7 +174,7 @@ def _max_unpool(call: Call) -> Value:
     """
     shape, taps = call.shape(), [int(x) for x in call.attr("kernel_shape", [])]
     rank = len(shape) - 2
-    if len(taps) != rank or not call.dims.same_shape(shape, call.shape(1)):
+    if rank < 1 or len(taps) != rank or not call.dims.same_shape(shape, call.shape(1)):
         raise call.unsupported("its kernel or its indices do not fit its input")
     (strides, _), (before, after) = attributes(call, rank), explicit_pads(call, rank)
     sizes = [
