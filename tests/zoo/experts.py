@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .entry import Entry, Expect
 from .hf import BERT, TOKENS, text
-from .mixers import BATCH, WIDTH, Attention, Block, Script, images, seeded
+from .mixers import BATCH, WIDTH, Attention, Block, images, seeded
 
 EXPERTS, BEST = 4, 2
 
@@ -54,11 +54,12 @@ class Scattered(Experts):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x).flatten(0, 1)
         weights, experts = self.chosen(y)
-        order = experts.flatten().argsort(stable=True)
+        queue = experts.flatten() * (BEST * y.shape[0]) + torch.arange(BEST * y.shape[0])
+        order = queue.topk(queue.shape[0], largest=False).indices
         tokens, expert = order // BEST, experts.flatten()[order]
         hidden = F.gelu(torch.bmm(y[tokens][:, None], self.up[expert]))
         result = torch.bmm(hidden, self.down[expert])[:, 0] * weights.flatten()[order][:, None]
-        total = torch.zeros_like(y).index_add(0, tokens, result)
+        total = torch.zeros_like(y).scatter_add(0, tokens[:, None].expand(-1, WIDTH), result)
         return x + total.view_as(x)
 
 
@@ -137,15 +138,15 @@ class WithAdapters(nn.Module):
         return self.blocks(self.patches(image).flatten(2).transpose(1, 2))
 
 
-def _routed(name: str, experts: type[Experts], torchscript: Script = "dynamic") -> Entry:
+def _routed(name: str, experts: type[Experts]) -> Entry:
     expect = Expect(2, 2, fused=True, ffns=0)
-    return Entry(name, seeded(lambda: Routed(experts)), ("image",), images(), (BATCH,), expect, torchscript=torchscript)
+    return Entry(name, seeded(lambda: Routed(experts)), ("image",), images(), (BATCH,), expect)
 
 
 ENTRIES: tuple[Entry, ...] = (
     _routed("experts_dense", Dense),
     _routed("experts_gathered", Gathered),
-    _routed("experts_scattered", Scattered, "none"),
+    _routed("experts_scattered", Scattered),
     Entry("matformer", seeded(Submodel), ("image",), images(), (BATCH,), Expect(2, 2, fused=True)),
     Entry(
         "adapters",
