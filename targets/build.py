@@ -114,13 +114,15 @@ def compile_model(
     import tvm
     from tvm import relax
 
-    from xopt.ir import bind_dims
+    from xopt.ir import bind_dims, canonicalize
     from xopt.kernels import COMPILE_OPTIONS
     from xopt.targets.lowering import lower
     from xopt.targets.reproducible import in_order
 
     if dims:
         model = bind_dims(model, dims)
+        if any(node.op_type == "If" for node in model.graph.all_nodes()):
+            canonicalize(model)  # sizes decide which branches are left
     tvm_target = target.tvm_target()
     options = COMPILE_OPTIONS if target.device == 1 else {}
     with output_errors(path), replacing(resolved(path)) as library:

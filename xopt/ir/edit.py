@@ -278,8 +278,10 @@ def replace(old: ir.Value, new: ir.Value) -> bool:
 
 
 def _identity_of(value: ir.Value, site: ir.Node) -> ir.Value:
-    """Output of a new Identity: right after the node that computes ``value``, or before ``site`` if none does."""
-    source = value.producer()
+    """Output of a new Identity: right after the node that computes ``value``, or before ``site`` if none of its graph
+    does.
+    """
+    source = value.producer() if value.graph is site.graph else None
     result = insert(site if source is None else source, "Identity", [value], shape=value.shape)
     node = result.producer()
     if source is not None and source.graph is not None and node is not None:

@@ -115,16 +115,18 @@ def equal_by_count(a: Iterable[int | ir.SymbolicDim], b: Iterable[int | ir.Symbo
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
-        return _inferred(proto, True)
+        return _inferred(proto)
     except Exception as error:
-        if "Integer overflow" not in str(error):
-            raise
-        return _inferred(proto, False)  # integers of a graph wrap around; ONNX refuses to calculate with those
+        if "Integer overflow" in str(error):
+            return _inferred(proto, data_prop=False)  # integers of a graph wrap around; ONNX does not calculate those
+        if "(op_type:If" in str(error):
+            return _inferred(proto, strict=False)  # a branch that is never taken need not fit
+        raise
 
 
-def _inferred(proto: onnx.ModelProto, data_prop: bool) -> onnx.ModelProto:
+def _inferred(proto: onnx.ModelProto, *, data_prop: bool = True, strict: bool = True) -> onnx.ModelProto:
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(
-        proto, check_type=True, strict_mode=True, data_prop=data_prop
+        proto, check_type=True, strict_mode=strict, data_prop=data_prop
     )
     return inferred
 

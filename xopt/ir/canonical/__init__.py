@@ -25,6 +25,7 @@ STEPS = (
     "fixed",
     "dimensions",
     "constants",
+    "branches",
     "cleanup",
     "integers",
     "linear",

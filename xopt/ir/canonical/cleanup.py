@@ -51,9 +51,12 @@ def _identity(node: ir.Node) -> bool:
 
 
 def _bypass(node: ir.Node) -> bool:
-    """Let readers of the node's output read its first input; a graph input stays apart from a graph output."""
+    """Let readers of the node's output read its first input; a graph input stays apart from a graph output, and so does
+    what the graph around computes.
+    """
     source, result = operand(node, 0), node.outputs[0]
-    if result.is_graph_output() and (source.producer() is None or source.is_graph_output()):
+    own = source.producer() is not None and source.graph is node.graph and not source.is_graph_output()
+    if result.is_graph_output() and not own:
         return False
     return replace(result, source)
 

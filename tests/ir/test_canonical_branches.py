@@ -1,0 +1,70 @@
+"""An If whose condition is known becomes the branch that it takes; branches that stay are computed as before."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.ir.canonical import model_of
+from xopt.ir import canonicalize
+from xopt.ir.io import to_bytes
+from xopt.ir.shapes import bind_dims
+from xopt.runtime.reference import ReferenceSession
+
+SQUEEZED = """
+    one = Constant <value = int64 {1}> ()
+    doubled = Add (x, x)
+    shape = Shape (doubled)
+    size = Gather (shape, one)
+    alone = Equal (size, one)
+    y = If (alone) <
+        then_branch = then () => (float[B, 8] short) {
+            axes = Constant <value = int64[1] {1}> ()
+            short = Squeeze (doubled, axes)
+        }, else_branch = otherwise () => (float[B, S, 8] whole) { whole = Identity (doubled) }>
+"""
+NESTED = """
+    yes = Constant <value = bool {1}> ()
+    no = Constant <value = bool {0}> ()
+    y = If (yes) <
+        then_branch = then () => (float[B, S, 8] chosen) {
+            w = Constant <value_float = 2.0> ()
+            chosen = If (no) <
+                then_branch = a () => (float[B, S, 8] u) { u = Neg (x) },
+                else_branch = b () => (float[B, S, 8] u) { half = Div (x, w) u = Exp (half) }>
+        }, else_branch = otherwise () => (float[B, S, 8] u) { u = Identity (x) }>
+    z = If (no) <
+        then_branch = c () => (float[B, S, 8] u) { u = Identity (x) },
+        else_branch = d () => (float[B, S, 8] half) { half = Div (x, x) }>
+"""
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_squeeze_that_a_size_decides(size: int) -> None:
+    model = bind_dims(model_of("(float[B, S, 8] x) => (float[] y)", SQUEEZED), {"S": size})
+    x = np.random.default_rng(0).standard_normal((2, size, 8)).astype(np.float32)
+    canonicalize(model)
+    assert "If" not in {node.op_type for node in model.graph}
+    (got,) = ReferenceSession(model).run({"x": x}).values()
+    np.testing.assert_array_equal(got, (2 * x)[:, 0] if size == 1 else 2 * x)
+
+
+def test_a_size_that_is_not_known_leaves_both() -> None:
+    model = model_of("(float[B, S, 8] x) => (float[] y)", SQUEEZED)
+    canonicalize(model)
+    assert "If" in {node.op_type for node in model.graph}
+    for size in (1, 3):
+        x = np.ones((2, size, 8), np.float32)
+        session = onnxruntime.InferenceSession(to_bytes(model), providers=["CPUExecutionProvider"])
+        assert session.run(None, {"x": x})[0].shape == ((2, 8) if size == 1 else (2, 3, 8))
+
+
+def test_branches_in_branches_with_names_that_occur_twice() -> None:
+    model = model_of("(float[B, S, 8] x) => (float[B, S, 8] y, float[B, S, 8] z)", NESTED)
+    canonicalize(model)
+    assert [node.op_type for node in model.graph if node.op_type == "If"] == []
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    y, z = ReferenceSession(model).run({"x": x}).values()
+    np.testing.assert_allclose(y, np.exp(x / 2), rtol=1e-6)
+    np.testing.assert_array_equal(z, np.ones_like(x))
