@@ -74,7 +74,7 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
 
 def _retype(value: ir.Value, kind: ir.DataType) -> None:
     carrier, tensor = CARRIERS[kind], value.const_value
-    value.dtype = carrier
+    value.type = ir.TensorType(carrier)  # a clone shares its types with the model that it is of
     if tensor is not None:
         value.const_value = ir.LazyTensor(
             lambda: ir.Tensor(tensor.numpy().astype(carrier.numpy()), dtype=carrier),

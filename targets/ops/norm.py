@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from xopt.targets.emitting import Value
 
 
-NARROW = ("float16", "bfloat16")
-"""Floats that are computed with in float32."""
-
-
 def _layer_norm(call: Call) -> Value:
     """The normalized tensor and, where they are read, the mean and the inverse deviation of what is normalized."""
     x, shape = call.x(), call.shape()
@@ -30,17 +26,14 @@ def _layer_norm(call: Call) -> Value:
     else:
         bias = call.emit(relax.op.zeros(call.lowering.shape_of(scale), str(scale.ty.dtype)))
     dtype, stash = str(x.ty.dtype), _stash(call)
-    if dtype not in NARROW and not any(output.uses() or output.is_graph_output() for output in call.node.outputs[1:]):
+    if dtype == "float32" and not any(output.uses() or output.is_graph_output() for output in call.node.outputs[1:]):
         return call.emit(relax.op.nn.layer_norm(x, scale, bias, axes, epsilon))
-    op, wide = relax.op, _wide(dtype)
-    x = _cast(call, x, wide)
+    op = relax.op
     mean = call.emit(op.mean(x, axes, True))
     centered = call.emit(op.subtract(x, mean))
     inverse = _inverse_root(call, centered, axes, epsilon)
-    y = op.multiply(op.multiply(centered, inverse), _cast(call, scale, wide))
-    return [
-        _cast(call, op.add(y, _cast(call, bias, wide)), dtype), _cast(call, mean, stash), _cast(call, inverse, stash)
-    ]  # fmt: skip
+    y = call.emit(op.add(op.multiply(op.multiply(centered, inverse), scale), bias))
+    return [y, _cast(call, mean, stash), _cast(call, inverse, stash)]
 
 
 def _rms_norm(call: Call) -> Value:
@@ -48,24 +41,19 @@ def _rms_norm(call: Call) -> Value:
     axes, epsilon = list(range(call.axis(-1, len(shape)), len(shape))), float(call.attr("epsilon", 1e-5))
     scale, dtype = _parameter(call, 1, shape[axes[0] :]), str(x.ty.dtype)
     _stash(call)
-    if dtype not in NARROW and axes[0] > 0 and str(scale.ty.dtype) == dtype:
+    if dtype == "float32" and axes[0] > 0 and str(scale.ty.dtype) == dtype:
         return call.emit(relax.op.nn.rms_norm(x, scale, axes, epsilon))
-    op, wide, wanted = relax.op, _wide(dtype), str(scale.ty.dtype)
-    x = _cast(call, x, wide)
-    y = op.multiply(op.multiply(x, _inverse_root(call, x, axes, epsilon)), _cast(call, scale, wide))
-    return _cast(call, y, wanted)
+    normal = call.emit(relax.op.multiply(x, _inverse_root(call, x, axes, epsilon)))
+    wanted = str(scale.ty.dtype)
+    return call.emit(relax.op.multiply(_cast(call, normal, wanted), scale))
 
 
 def _stash(call: Call) -> str:
-    """The type of mean and deviation; they are computed in float32 at least."""
+    """The type of mean and deviation, which are computed in that of the input."""
     kind = ir.DataType(int(call.attr("stash_type", 1)))
     if not kind.is_floating_point():
         raise call.unsupported(f"statistics of type {kind.name}")
     return kind.numpy().name
-
-
-def _wide(dtype: str) -> str:
-    return "float32" if dtype in NARROW else dtype
 
 
 def _inverse_root(call: Call, x: relax.Expr, axes: list[int], epsilon: float) -> relax.Expr:
@@ -80,11 +68,11 @@ def _lp_norm(call: Call) -> Value:
     if order not in (1, 2):
         raise call.unsupported(f"a norm of order {order}")
     dtype, axis = str(call.x().ty.dtype), call.axis(-1, len(shape))
-    x = _cast(call, call.x(), _wide(dtype))
+    x = call.x()
     total = call.emit(op.sum(op.abs(x) if order == 1 else _squared(x), [axis], True))
     norm = call.emit(op.sqrt(total)) if order == 2 else total
-    none = call.emit(op.equal(norm, relax.const(0.0, _wide(dtype))))
-    return _cast(call, op.divide(x, op.where(none, relax.const(1.0, _wide(dtype)), norm)), dtype)
+    none = call.emit(op.equal(norm, relax.const(0.0, dtype)))
+    return call.emit(op.divide(x, op.where(none, relax.const(1.0, dtype), norm)))
 
 
 def _local_norm(call: Call) -> Value:
@@ -95,7 +83,7 @@ def _local_norm(call: Call) -> Value:
     dtype, channels = str(call.x().ty.dtype), shape[1]
     most = channels - 1 if isinstance(channels, int) else size
     before, behind = min((size - 1) // 2, most), min(size // 2, most)
-    x = _cast(call, call.x(), _wide(dtype))
+    x = call.x()
 
     def squares(data: Any, *index: Any) -> Any:
         step = te.reduce_axis((0, before + behind + 1), "step")
@@ -106,10 +94,10 @@ def _local_norm(call: Call) -> Value:
 
     total = call.lowering.compute("squares_nearby", shape, squares, x)
     alpha, beta, bias = (
-        relax.const(float(call.attr(name, default)) / divisor, _wide(dtype))
+        relax.const(float(call.attr(name, default)) / divisor, dtype)
         for name, default, divisor in (("alpha", 1e-4, size), ("beta", 0.75, 1), ("bias", 1.0, 1))
     )
-    return _cast(call, op.divide(x, op.power(op.add(bias, op.multiply(alpha, total)), beta)), dtype)
+    return call.emit(op.divide(x, op.power(op.add(bias, op.multiply(alpha, total)), beta)))
 
 
 def _batch_norm(call: Call) -> list[Value]:
@@ -118,8 +106,7 @@ def _batch_norm(call: Call) -> list[Value]:
     if len(shape) < 2:
         raise call.unsupported(f"its input has rank {len(shape)}")
     dtype = str(call.x().ty.dtype)
-    wide = _wide(dtype)
-    x, *columns = (_cast(call, call.x(index), wide) for index in range(5))
+    x, *columns = (_cast(call, call.x(index), dtype) for index in range(5))
     scale, bias, mean, variance = (
         call.lowering.reshape(call.lowering.recast(column, [shape[1]]), [1, shape[1], *[1] * (len(shape) - 2)])
         for column in columns
@@ -129,15 +116,15 @@ def _batch_norm(call: Call) -> list[Value]:
         axes = [0, *range(2, len(shape))]
         mean = call.emit(op.mean(x, axes, True))
         variance = call.emit(op.mean(_squared(op.subtract(x, mean)), axes, True))
-    root = op.sqrt(op.add(variance, relax.const(float(call.attr("epsilon", 1e-5)), wide)))
+    root = op.sqrt(op.add(variance, relax.const(float(call.attr("epsilon", 1e-5)), dtype)))
     factor = call.emit(op.divide(scale, root))
-    y = _cast(call, op.add(op.multiply(op.subtract(x, mean), factor), bias), dtype)
+    y = call.emit(op.add(op.multiply(op.subtract(x, mean), factor), bias))
     if not call.attr("training_mode", 0):
         return [y]
 
     def running(index: int, old: relax.Expr, new: relax.Expr) -> relax.Expr:
         parts = (
-            op.multiply(value, relax.const(share, wide)) for value, share in ((old, momentum), (new, 1 - momentum))
+            op.multiply(value, relax.const(share, dtype)) for value, share in ((old, momentum), (new, 1 - momentum))
         )
         return _cast(call, op.reshape(op.add(*parts), [shape[1]]), str(call.x(index).ty.dtype))
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference.ops.op_cast import cast_to
 
 import xopt
+from tests.ir.net import Net
 
 Array = np.ndarray
 NARROW = ("FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E5M2FNUZ", "FLOAT4E2M1", "FLOAT8E8M0", "INT4", "UINT2")
@@ -68,3 +70,33 @@ def test_means_in_float16_are_summed_in_float32(tmp_path: Path) -> None:
     found = run([node], x, TensorProto.FLOAT16, TensorProto.FLOAT16, tmp_path)
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, np.full((1, 1), 1000, np.float16))
+
+
+def test_compiling_leaves_a_model_of_narrow_types_as_it_was(tmp_path: Path) -> None:
+    """Its types are those of the copy that is lowered, too."""
+    net = Net("half")
+    x = net.input("x", ["n", 8], ir.DataType.FLOAT16)
+    weight = net.constant("w", np.ones((8, 8), np.float16))
+    net.output(net.op("Tanh", net.op("MatMul", x, weight)), "y")
+    model = net.build()
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    xopt.targets.compile(model, "cpu", tmp_path / "model.so")
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(
+    ("op", "constants"), [("LayerNormalization", 2), ("LayerNormalization", 1), ("RMSNormalization", 1)]
+)
+def test_norms_in_double_precision(op: str, constants: int, tmp_path: Path) -> None:
+    net = Net("double")
+    x = net.input("x", ["n", 3, 8], ir.DataType.DOUBLE)
+    random = np.random.default_rng(0)
+    parameters = [net.constant(f"p{place}", random.standard_normal(8)) for place in range(constants)]
+    net.output(net.op(op, x, *parameters, axis=-1, stash_type=11), "y")
+    given = random.standard_normal((2, 3, 8))
+    library = xopt.compile(net.build(), output=tmp_path / "model.so", threads=1, database=False)
+    found = xopt.Session.load(library).run({"x": given})["y"]
+    centred = given - (given.mean(-1, keepdims=True) if op == "LayerNormalization" else 0)
+    scale, bias = (value.const_value.numpy() for value in (*parameters, net.constant("zero", 0.0))[:2])
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)

@@ -37,6 +37,7 @@ class ReferenceSession:
         self._optional = frozenset(self.inputs) & frozenset(exported.graph.initializers)
         self._empty = may_be_empty(model)
         self.outputs: list[str] = [value.name or "" for value in exported.graph.outputs]
+        self._types = {value.name or "": value.dtype for value in exported.graph.outputs}
 
     def run(self, feeds: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         """Outputs by name.
@@ -56,7 +57,14 @@ class ReferenceSession:
             raise InputError(
                 "E-DATA", f"the model does not run on this data: {_brief(error)}", cure="check the shapes of the inputs"
             ) from error
-        return dict(zip(self.outputs, results))
+        return {name: _typed(array, self._types[name]) for name, array in zip(self.outputs, results)}
+
+
+def _typed(array: Array, dtype: ir.DataType | None) -> Array:
+    """An output in its own type, where onnxruntime gives the bits of one that numpy lacks."""
+    wanted = array.dtype if dtype is None or dtype == ir.DataType.STRING else np.dtype(dtype.numpy())
+    bits = array.dtype != wanted and array.dtype.kind == "u" and array.dtype.itemsize == wanted.itemsize
+    return array.view(wanted) if bits else array
 
 
 def check_feeds(
