@@ -14,7 +14,7 @@ from xopt.runtime.device import CPU
 from xopt.targets.ops.bounds import check_indices, inside, refuse_rows, valid
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.fusion import static
-from xopt.targets.ops.layout import FAR
+from xopt.targets.ops.layout import FAR, strided
 from xopt.targets.symbolic import Dim
 
 if TYPE_CHECKING:
@@ -215,18 +215,21 @@ def _arg(largest: bool) -> Emitter:
 
 
 def _top_k(call: Call) -> list[Value]:
-    count = call.numbers(1)
-    if count is None or len(count) != 1:
+    """The first k in order; all are sorted where k is a dynamic size, as exporters write a sort."""
+    counts = call.ints(1)
+    if counts is None or len(counts) != 1:
         raise call.unsupported("k is no single number")
-    shape = call.shape()
+    shape, count = call.shape(), counts[0]
     axis = call.axis(-1, len(shape))
     call.pass_over("sorted")  # any order is right without it
-    if count[0] < 1:
-        raise call.unsupported(f"k is {count[0]}")
-    call.require(shape[axis] >= count[0], f"there are fewer than k = {count[0]} elements")
-    largest = bool(call.attr("largest", 1))
-    pair = call.emit(relax.op.topk(call.x(), count[0], axis, "both", largest, "int64"))
-    return [call.emit(relax.TupleGetItem(pair, index)) for index in range(2)]
+    if isinstance(count, int) and count < 1:
+        raise call.unsupported(f"k is {count}")
+    if not call.dims.equal(shape[axis], count):
+        call.require(shape[axis] >= count, f"there are fewer than k = {count} elements")
+    first = count if isinstance(count, int) else -1
+    pair = call.emit(relax.op.topk(call.x(), first, axis, "both", bool(call.attr("largest", 1)), "int64"))
+    parts = [call.emit(relax.TupleGetItem(pair, index)) for index in range(2)]
+    return [strided(call, part, {axis: (0, count, 1)}) for part in parts]
 
 
 def _cumulative_sum(call: Call) -> Value:

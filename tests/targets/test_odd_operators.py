@@ -119,6 +119,11 @@ EQUAL = [
          {"x": np.zeros(5, np.float32)}, {"x": floats(5)})
       for op, axes in (("ReduceSum", ""), ("ReduceL2", ""), ("ReduceProd", ""), ("ReduceLogSumExp", ""))),
     of("float[a, b] x", "s = Shape (x) y = ConstantOfShape <value: tensor = float[1] {-inf}> (s)", {"x": floats(2, 3)}),
+    *(of("float[a, b] x", f"k = Shape <start: int = {axis}, end: int = {axis + 1}> (x) "
+         f"v, y = TopK <axis: int = {axis}, largest: int = 0> (x, k)", {"x": floats(3, 5)}, {"x": floats(4, 1)})
+      for axis in (0, 1)),
+    of("float[a, b] x, float[c] z", "k = Shape (z) y, i = TopK <axis: int = 1> (x, k)",
+       {"x": floats(3, 5), "z": floats(2)}, {"x": floats(1, 4), "z": floats(4)}),
     of("float[5] x", "a = Constant <value_ints: ints = [1]> () n = NonZero (x) y = ReduceSum (n, a)",
        {"x": np.zeros(5, np.float32)}, {"x": floats(5)}),
 ]  # fmt: skip

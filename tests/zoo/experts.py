@@ -138,15 +138,15 @@ class WithAdapters(nn.Module):
         return self.blocks(self.patches(image).flatten(2).transpose(1, 2))
 
 
-def _routed(name: str, experts: type[Experts]) -> Entry:
-    expect = Expect(2, 2, fused=True, ffns=0)
+def _routed(name: str, experts: type[Experts], *named: str) -> Entry:
+    expect = Expect(2, 2, fused=True, ffns=0, named=named)
     return Entry(name, seeded(lambda: Routed(experts)), ("image",), images(), (BATCH,), expect)
 
 
 ENTRIES: tuple[Entry, ...] = (
     _routed("experts_dense", Dense),
     _routed("experts_gathered", Gathered),
-    _routed("experts_scattered", Scattered),
+    _routed("experts_scattered", Scattered, "rank"),
     Entry("matformer", seeded(Submodel), ("image",), images(), (BATCH,), Expect(2, 2, fused=True)),
     Entry(
         "adapters",
