@@ -136,3 +136,22 @@ def check(
         else:
             assert np.abs(one.astype(np.int64) - other.astype(np.int64)).max(initial=0) <= steps
     return model
+
+
+def canonical(
+    op: str, inputs: Sequence[Array], attributes: Mapping[str, Any], folder: Path, kind: Any = np.float32
+) -> Array:
+    """The output of an operator without a kernel for the CPU, by its standard operators."""
+    names = [f"i{place}" for place in range(len(inputs))]
+    node = helper.make_node(op, names, ["y"], domain=DOMAIN, **attributes)
+    given = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in zip(names, inputs)
+    ]
+    y = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
+    graph = helper.make_graph([node], "one", given, [y])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    model = loaded(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder)
+    canonicalize(model)
+    result: Array = session(to_bytes(export(model))).run(None, dict(zip(names, inputs)))[0]
+    return result

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state as registered
 
-from tests.ir.contrib import DOMAIN, below, check, int32, int64, loaded, model_of, normal, session
+from tests.ir.contrib import DOMAIN, below, canonical, check, int32, int64, loaded, model_of, normal, session
 from xopt.errors import InputError
 from xopt.ir import canonicalize, export
 from xopt.ir.canonical.contrib import rules
@@ -192,23 +192,6 @@ def test_embed_layer_norm(inputs: Any, outputs: list[str], tmp_path: Path) -> No
 # What onnxruntime has for other devices only
 
 
-def canonical(op: str, inputs: Any, attributes: dict[str, Any], folder: Path) -> np.ndarray:
-    """The output of an operator without a kernel for the CPU, by its standard operators."""
-    names = [f"i{place}" for place in range(len(inputs))]
-    node = helper.make_node(op, names, ["y"], domain=DOMAIN, **attributes)
-    given = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in zip(names, inputs)
-    ]
-    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
-    graph = helper.make_graph([node], "one", given, [y])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
-    model = loaded(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder)
-    canonicalize(model)
-    result: np.ndarray = session(to_bytes(export(model))).run(None, dict(zip(names, inputs)))[0]
-    return result
-
-
 def test_bias_split_gelu(tmp_path: Path) -> None:
     x, bias = normal(2, 3, 8), normal(8)
     left, right = np.split(x + bias, 2, -1)
@@ -221,17 +204,39 @@ def test_bias_add(tmp_path: Path) -> None:
     np.testing.assert_allclose(canonical("BiasAdd", [x, bias, skip], {}, tmp_path), x + bias + skip, rtol=1e-6)
 
 
-def test_nhwc_conv(tmp_path: Path) -> None:
-    x, w, bias, pads = normal(2, 6, 5, 4), normal(3, 4, 3, 3), normal(3), {"pads": [1, 1, 1, 1]}
-    want = model_of("Conv", [x.transpose(0, 3, 1, 2), w, bias], pads, domain="")[2][0]
-    got = canonical("NhwcConv", [x, w, bias], pads, tmp_path)
-    np.testing.assert_allclose(got, want.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
-
-
 def test_gemm_fast_gelu(tmp_path: Path) -> None:
     x, w, bias = normal(2, 3, 8), normal(8, 4), normal(4)
     want = model_of("FastGelu", [x @ w, bias])[2][0]
     np.testing.assert_allclose(canonical("GemmFastGelu", [x, w, bias], {}, tmp_path), want, rtol=1e-5, atol=1e-6)
+
+
+def test_inside_functions_and_branches(tmp_path: Path) -> None:
+    """As torch's exporter leaves functions of other domains, and branches; one of a model in memory."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 20, "com.microsoft" : 1, "pkg.layer" : 1, "ai.onnx" : 20]>
+        g (bool c, float[n, 4] x, float[4] b) => (float[n, 4] y)
+        {
+            h = pkg.layer.Act (x, b)
+            y = If (c) <
+                then_branch = t () => (float[n, 4] p) { p = com.microsoft.FusedMatMul <alpha: float = 2.0> (h, w) },
+                else_branch = e () => (float[n, 4] q) { q = ai.onnx.Neg (h) }
+            >
+        }
+        <domain: "pkg.layer", opset_import: ["" : 20, "com.microsoft" : 1]>
+        Act (a, d) => (r) { r = com.microsoft.BiasGelu (a, d) }
+    """
+    proto = onnx.parser.parse_model(text)
+    w = normal(4, 4)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    model = loaded(proto, tmp_path)
+    canonicalize(model)
+    assert all(node.domain == "" for node in model.graph.all_nodes())
+    x, b = normal(3, 4), normal(4)
+    gelu = model_of("BiasGelu", [x, b])[2][0]
+    run = session(to_bytes(export(model))).run
+    for chosen, want in ((True, gelu @ w * 2), (False, -gelu)):
+        got = run(None, {"c": np.asarray(chosen), "x": x, "b": b})[0]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 # What is refused
@@ -262,14 +267,15 @@ def test_what_a_rule_does_not_write_is_refused(tmp_path: Path) -> None:
         (lambda node: node.attribute.append(helper.make_attribute("more", 1)), "E-FORMAT", "'more'"),
         (lambda node: node.attribute.append(helper.make_attribute("alpha", "x")), "E-FORMAT", "of another type"),
         (lambda node: setattr(node, "domain", "ai.onnx.ml"), "E-UNSUPPORTED-OP", "classic machine learning"),
+        (lambda node: setattr(node, "domain", "com.microsoft.nchwc"), "E-UNSUPPORTED-OP", "ORT_ENABLE_EXTENDED"),
     ],
-    ids=["operator", "inputs", "outputs", "missing", "attribute", "type", "domain"],
+    ids=["operator", "inputs", "outputs", "missing", "attribute", "type", "domain", "machine"],
 )
 def test_a_node_that_cannot_be(change: Any, code: str, word: str, tmp_path: Path) -> None:
     proto, _, _ = model_of("FusedMatMul", [normal(2, 4), normal(4, 3)])
     change(proto.graph.node[0])
     if proto.graph.node[0].domain != DOMAIN:
-        proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+        proto.opset_import.append(helper.make_opsetid(proto.graph.node[0].domain, 1))
     with pytest.raises(InputError) as caught:
         loaded(proto, tmp_path)
     assert caught.value.code == code

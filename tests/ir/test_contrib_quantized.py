@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ir.contrib import RANDOM, below, check, int32, loaded, model_of, normal, positive
+from tests.ir.contrib import RANDOM, below, canonical, check, int32, loaded, model_of, normal, positive
 from xopt.errors import InputError
 from xopt.ir import canonicalize
 
@@ -84,6 +84,17 @@ def test_parts_and_choices(kind: Any, zero: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [U8, I8])
 def test_maxima_with_channels_last(kind: Any, tmp_path: Path) -> None:
     check(tmp_path, "NhwcMaxPool", [whole(kind, 2, 6, 6, 3)], {"kernel_shape": [3, 3], "strides": [2, 2]})
+
+
+def test_means(tmp_path: Path) -> None:
+    """onnxruntime has no kernel for these."""
+    x, (scale, zero), (y_scale, y_zero) = whole(U8, 2, 3, 8), grid(U8, 0.05, 120), grid(U8, 0.01, 100)
+    mean = ((x.astype(np.float32) - 120) * scale).mean((0, 2))
+    want = np.clip(np.round(mean / y_scale) + 100, 0, 255).astype(U8)
+    attributes = {"axes": [0, 2], "keepdims": 0}
+    got = canonical("QLinearReduceMean", [x, scale, zero, y_scale, y_zero], attributes, tmp_path, U8)
+    assert got.dtype == want.dtype
+    assert np.abs(got.astype(int) - want.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(("kind", "zero"), KINDS)

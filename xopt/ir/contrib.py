@@ -54,7 +54,6 @@ OPERATORS: dict[str, str] = {
     "MultiHeadAttention": "query key? value? bias? key_padding_mask? attention_bias? past_key? past_value?"
     " past_sequence_length? cache_indirection? -> output present_key? present_value? qk?"
     " | num_heads:int mask_filter_value=-10000.0 scale=0.0 unidirectional=0",
-    "NhwcConv": f"X W B? -> Y | {_CONV}",
     "NhwcMaxPool": "x -> y | auto_pad='NOTSET' ceil_mode=0 dilations:ints? kernel_shape:ints! pads:ints? strides:ints?",
     "Pad": "data pads value? -> output | mode='constant'",
     "QAttention": "input weight bias input_scale weight_scale mask_index? input_zero_point? weight_zero_point? past?"
@@ -175,6 +174,8 @@ def check_node(node: ir.Node) -> None:
 def _cure(node: ir.Node) -> str:
     if node.domain == "ai.onnx.ml":
         return "export the network without the classic machine learning (trees, encoders, tables) around it"
+    if node.domain in ("com.microsoft.nchwc", "com.ms.internal.nhwc"):
+        return "save the optimized model with ORT_ENABLE_EXTENDED: what onnxruntime does beyond it is for one machine"
     if node.domain == DOMAIN:
         return "optimize the model without the fusion that makes this operator, or take the model as it was exported"
     return "export the model without optimizations for one runtime"

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from xopt.errors import InputError
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.canonical.upgrade import OPSET, upgrade
+from xopt.ir.contrib import adopt
 from xopt.ir.shapes import infer_shapes
 from xopt.ir.untrusted import check_opset
 
@@ -26,6 +27,7 @@ NEWEST_IR = 13
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Convert ``model`` to the canonical opset when it is older."""
+    adopt(model)
     version = model.opset_imports.pop("ai.onnx", None) or model.opset_imports.get("", 0)
     model.opset_imports[""] = version
     check_opset(version)

@@ -106,13 +106,6 @@ def _activated(site: Site, x: ir.Value, parameters: Attributes) -> ir.Value:
     return site.op(name, x, **parameters)
 
 
-def _nhwc_conv(site: Site) -> Results:
-    """The channels of input and output are the last axis; the weights are as they are elsewhere."""
-    rank = site.rank(site.value("X"))
-    inputs = [channels_second(site, site.value("X"), rank), site.value("W"), site.given("B")]
-    return [channels_last(site, site.op("Conv", *inputs, **conv_attributes(site)), rank)]
-
-
 def channels_second(site: Site, value: ir.Value, rank: int) -> ir.Value:
     """[N, D..., C] as [N, C, D...]."""
     return site.op("Transpose", value, perm=[0, rank - 1, *range(1, rank - 1)])
@@ -128,6 +121,5 @@ RULES = {
     "FusedGemm": _fused_gemm,
     "FusedMatMul": _fused_matmul,
     "GemmFastGelu": _gemm_fast_gelu,
-    "NhwcConv": _nhwc_conv,
     "TransposeMatMul": _transpose_matmul,
 }
