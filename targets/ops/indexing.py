@@ -227,9 +227,31 @@ def _top_k(call: Call) -> list[Value]:
     if not call.dims.equal(shape[axis], count):
         call.require(shape[axis] >= count, f"there are fewer than k = {count} elements")
     first = count if isinstance(count, int) else -1
-    pair = call.emit(relax.op.topk(call.x(), first, axis, "both", bool(call.attr("largest", 1)), "int64"))
-    parts = [call.emit(relax.TupleGetItem(pair, index)) for index in range(2)]
+    parts = in_order(call, first, axis)
     return [strided(call, part, {axis: (0, count, 1)}) for part in parts]
+
+
+def in_order(call: Call, count: int, axis: int) -> list[relax.Expr]:
+    """The first ``count`` elements of input 0 along an axis (-1: all), by ``largest``, and where they stand.
+
+    TVM's sort knows neither unsigned integers nor those of 16 bits: they are sorted as int64 of the same order.
+    """
+    x, lowering = call.x(), call.lowering
+    dtype = str(x.ty.dtype)
+    other, top = dtype in ("int16", "uint16", "uint32", "uint64"), tirx.const(-(1 << 63), "int64")
+
+    def there(value: Any) -> Any:
+        return tirx.reinterpret("int64", value) ^ top if dtype == "uint64" else value.astype("int64")
+
+    def back(value: Any) -> Any:
+        return tirx.reinterpret("uint64", value ^ top) if dtype == "uint64" else value.astype(dtype)
+
+    keys = lowering.compute("keys", call.shape(), lambda t, *i: there(t(*i)), x) if other else x
+    pair = call.emit(relax.op.topk(keys, count, axis, "both", bool(call.attr("largest", 1)), "int64"))
+    values, places = (call.emit(relax.TupleGetItem(pair, index)) for index in range(2))
+    if other:
+        values = lowering.compute("values", lowering.shape_of(values), lambda t, *i: back(t(*i)), values)
+    return [values, places]
 
 
 def _cumulative_sum(call: Call) -> Value:

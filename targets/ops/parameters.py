@@ -18,7 +18,7 @@ from xopt.kernels.emit import i64
 from xopt.targets.emitting import pick
 from xopt.targets.ops.bounds import inside, refuse_rows
 from xopt.targets.ops.call import Call, Emitter
-from xopt.targets.ops.indexing import one_hot, sums_along
+from xopt.targets.ops.indexing import in_order, one_hot, sums_along
 from xopt.targets.ops.layout import padded, strided
 from xopt.targets.ops.reduction import REDUCTIONS, nothing, over
 from xopt.targets.symbolic import Dim
@@ -478,11 +478,10 @@ def _top_k(call: Call) -> list[Value]:
     if not isinstance(shape[axis], int):
         raise call.unsupported("k depends on the data, and the axis is dynamic")
     refuse_rows(call, 1, 1, lambda row: tirx.Or(row[0] < 0, row[0] > shape[axis]), "there are fewer than k elements")
-    pair = call.emit(relax.op.topk(call.x(), shape[axis], axis, "both", bool(call.attr("largest", 1)), "int64"))
+    parts = in_order(call, shape[axis], axis)
     (count,) = call.lowering.decide(
         numbers(call, "sizes", 1, lambda t: [_clip(t(i64(0)), 0, shape[axis])], vector(call, 1)), 1
     )
-    parts = [call.emit(relax.TupleGetItem(pair, index)) for index in range(2)]
     return [strided(call, part, {axis: (0, count, 1)}) for part in parts]
 
 

@@ -1,4 +1,4 @@
-"""ONNX's backend tests, compiled and run: those in scope are right, but for a few that are refused; so are all others."""
+"""ONNX's backend tests, compiled and run: in scope they are right, but for a few that are refused as all others."""
 
 from __future__ import annotations
 

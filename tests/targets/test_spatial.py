@@ -209,3 +209,16 @@ def test_determinants(shape: tuple[int, ...]) -> None:
     x[..., 0, 0] = 0  # another row comes to the top
     names = ", ".join("abcd"[: len(shape)])
     check(model_of(f"float[{names}] x", "y = Det (x)"), {"x": x}, theirs=lambda feed: [np.linalg.det(feed["x"])])
+
+
+@pytest.mark.parametrize("dtype", ["uint64", "uint16", "int16", "uint32", "uint8", "int8"])
+def test_the_first_of_every_type(dtype: str) -> None:
+    outputs = f"{dtype}[3, n] v, int64[3, n] y"
+    model = model_of(f"{dtype}[3, 6] x, int64[1] k", "v, y = TopK <axis: int = 1> (x, k)", outputs)
+    limits = np.iinfo(dtype)
+    step = (int(limits.max) - int(limits.min)) // 17
+    x = RANDOM.permuted(np.array([int(limits.min) + k * step for k in range(18)], dtype)).reshape(3, 6)
+    places = np.argsort(x, 1)[:, ::-1][:, :4]
+    values, found = compiled(model)({"x": x, "k": np.array([4])})
+    np.testing.assert_array_equal(values, np.take_along_axis(x, places, 1))
+    np.testing.assert_array_equal(found, places)
