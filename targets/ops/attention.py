@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from xopt.targets.emitting import Value
 
 op = relax.op
-NARROW = ("float16", "bfloat16")
 RAW, CAPPED, BIASED, WEIGHTS = range(4)
 """What the fourth output holds, by ``qk_matmul_output_mode``."""
 
@@ -71,7 +70,6 @@ class _Composed:
     def __post_init__(self) -> None:
         lowering = self.call.lowering
         self.dtype = str(self.q.ty.dtype)
-        self.wide = "float32" if self.dtype in NARROW else self.dtype
         self.batch, self.heads, self.length, self.size = lowering.shape_of(self.q)
         self.keys = lowering.shape_of(self.k)[2]
 
@@ -86,17 +84,14 @@ class _Composed:
         stages.append(self._capped(stages[RAW], cap) if cap > 0 else stages[RAW])
         biased, hides = self._biased(stages[CAPPED])
         stages += [biased, self._weights(biased, hides)]
-        y = self._stored(op.matmul(self._wide(stages[WEIGHTS]), self._wide(v)))
+        y = self._stored(op.matmul(stages[WEIGHTS], self._stored(v)))
         outputs = call.node.outputs
         shown = len(outputs) > 3 and (outputs[3].uses() or outputs[3].is_graph_output())
         return y, stages[mode] if shown else None
 
-    def _wide(self, x: relax.Expr) -> relax.Expr:
-        return self.call.emit(op.astype(x, self.wide)) if str(x.ty.dtype) != self.wide else x
-
     def _stored(self, x: relax.Expr) -> relax.Expr:
-        """A step's result, rounded to the type of the operands."""
-        x = self.call.emit(x)
+        """An operand or a step's result, in the type of the queries."""
+        x = x if isinstance(x, relax.Var) else self.call.emit(x)
         return self.call.emit(op.astype(x, self.dtype)) if str(x.ty.dtype) != self.dtype else x
 
     def _grouped(self, x: relax.Expr) -> relax.Expr:
@@ -114,22 +109,18 @@ class _Composed:
         return self.call.lowering.compute("repeat_heads", [batch, self.heads, keys, size], element, x)
 
     def _product(self, k: relax.Expr) -> relax.Expr:
-        """Q kT, scaled; narrow operands are scaled one by one, as ONNX does it to keep them from overflowing."""
+        """Q kT, scaled."""
         call = self.call
         default = None if "scale" in call.node.attributes else float(self.size) ** -0.5
         scale = float(call.attr("scale", default))
         lead = call.lowering.shape_of(self.q)[:2]
         k = call.lowering.recast(k, [*lead, self.keys, self.size])
-        q, turned = self._wide(self.q), self.call.emit(op.permute_dims(self._wide(k), [0, 1, 3, 2]))
-        if self.dtype not in NARROW or scale < 0:
-            return self._stored(op.multiply(op.matmul(q, turned), relax.const(scale, self.wide)))
-        root = relax.const(np.asarray(scale**0.5, ir_numpy(self.dtype)).astype(self.wide), self.wide)
-        q, turned = (self._wide(self._stored(op.multiply(x, root))) for x in (q, turned))
-        return self._stored(op.matmul(q, turned))
+        turned = call.emit(op.permute_dims(self._stored(k), [0, 1, 3, 2]))
+        return self._stored(op.multiply(op.matmul(self.q, turned), relax.const(scale, self.dtype)))
 
     def _capped(self, scores: relax.Expr, cap: float) -> relax.Expr:
-        number = relax.const(cap, self.wide)
-        return self._stored(op.multiply(op.tanh(op.divide(self._wide(scores), number)), number))
+        number = relax.const(cap, self.dtype)
+        return self._stored(op.multiply(op.tanh(op.divide(scores, number)), number))
 
     def _biased(self, scores: relax.Expr) -> tuple[relax.Expr, bool]:
         """The scores with -inf for keys that are hidden, and whether a row may have no other."""
@@ -138,7 +129,7 @@ class _Composed:
         if mask is not None and str(mask.ty.dtype) == "bool":
             shown = mask
         elif mask is not None:
-            scores = self._stored(op.add(*call.aligned(self._wide(scores), self._wide(mask))))
+            scores = self._stored(op.add(*call.aligned(scores, self._stored(mask))))
             shown = call.emit(op.not_equal(mask, relax.const(-np.inf, str(mask.ty.dtype))))
         if mask is not None:
             visible = shown if visible is None else call.emit(op.logical_and(*call.aligned(shown, visible)))
@@ -163,7 +154,7 @@ class _Composed:
         wanted = int(self.call.attr("softmax_precision", 0))
         if wanted not in (0, *(kind.value for kind in (ir.DataType.FLOAT, *HALVES, ir.DataType.DOUBLE))):
             raise self.call.unsupported(f"a softmax in type {wanted}")
-        return "float64" if wanted == ir.DataType.DOUBLE else self.wide
+        return "float64" if wanted == ir.DataType.DOUBLE else self.dtype
 
     def _mask(self) -> relax.Expr | None:
         """The mask, as long as the keys: those beyond its end are hidden."""
@@ -211,11 +202,6 @@ class _Composed:
 
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-def ir_numpy(dtype: str) -> Any:
-    """The numpy type of a narrow float."""
-    return ir.DataType.BFLOAT16.numpy() if dtype == "bfloat16" else np.dtype(dtype)
 
 
 OPS: dict[str, Emitter] = {"Attention": _attention}

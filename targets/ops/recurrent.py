@@ -68,12 +68,11 @@ class _Layer:
             raise call.unsupported("its hidden size is not known, or not what its weights have")
         self.hidden, self.gates = hidden, GATES[cell]
         x = call.x(0)
-        self.dtype = str(x.ty.dtype)
-        if self.dtype not in ("float32", "float16"):
-            raise call.unsupported(f"cells of {self.dtype}")
+        if str(x.ty.dtype) != "float32":
+            raise call.unsupported(f"cells of {x.ty.dtype}")
         if self.batch_first:
             x = call.emit(relax.op.permute_dims(x, [1, 0, 2]))
-        self.x = self._wide(x)
+        self.x = x
         self.steps, self.batch, self.features = self.lowering.shape_of(self.x)
         self._require_shapes()
         self.activations = _activations(call, cell, len(self.directions))
@@ -97,9 +96,6 @@ class _Layer:
                 for mine, its in zip(shape, given):
                     self.call.require(self.call.dims.same(mine, its), f"input {index} does not fit the others")
 
-    def _wide(self, x: relax.Expr) -> relax.Expr:
-        return x if str(x.ty.dtype) == "float32" else self.call.emit(relax.op.astype(x, "float32"))
-
     def _workload(self, direction: int) -> recurrent.Workload:
         return recurrent.Workload(
             cell=self.cell,
@@ -120,7 +116,7 @@ class _Layer:
         """A tensor made of input ``index``: now when that is constant, else by ``place`` from tensor and indices."""
         if self.call.const(index) is not None:
             return self.lowering.packed(self.call.input(index), (key, self.isa.lanes), by)
-        return self.lowering.compute(key, shape, place, self._wide(self.call.x(index)))
+        return self.lowering.compute(key, shape, place, self.call.x(index))
 
     def _columns(self, direction: int, index: int) -> relax.Expr:
         """W or R [gates * H, K] of a direction as [K, gates * P]."""
@@ -191,7 +187,7 @@ class _Layer:
             value = x(row, here, inner) if self.batch_first else x(here, row, inner)
             return tirx.Select(column < hidden, value, zero)
 
-        return self.lowering.compute("state", [self.batch, self.width], place, self._wide(self.call.x(index)))
+        return self.lowering.compute("state", [self.batch, self.width], place, self.call.x(index))
 
     def _products(self, direction: int) -> relax.Expr:
         """The gates that the inputs give, [T, B, gates * P]: of constant weights by the kernel of linear layers."""
@@ -217,8 +213,6 @@ class _Layer:
         if self.batch_first:
             orders = [[2, 0, 1, 3], *([[1, 0, 2]] * states)]
             joined = [self.call.emit(relax.op.permute_dims(x, order)) for x, order in zip(joined, orders)]
-        if self.dtype != "float32":
-            joined = [self.call.emit(relax.op.astype(x, self.dtype)) for x in joined]
         return joined
 
     def _direction(self, direction: int) -> list[relax.Expr]:
