@@ -8,7 +8,7 @@ import numpy as np
 from tvm import relax, tirx
 
 from xopt.kernels.emit import i64
-from xopt.targets.ops import fourier
+from xopt.targets.ops import fourier, spectral_parameters
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.symbolic import Array
 
@@ -21,6 +21,8 @@ LONGEST = 1 << 22
 
 def _dft(call: Call) -> Value:
     """X [..., n, ..., 1 | 2] -> [..., K, ..., 2], or [..., K, ..., 1] for real results."""
+    if call.has(2) and call.known(2) is None:
+        return spectral_parameters.dft(call)
     shape = call.shape()
     given = call.numbers(2)
     axis = call.axes([int(call.attr("axis", -2)) if given is None else given[0]], len(shape))[0]
@@ -79,6 +81,8 @@ def _complex(call: Call, x: relax.Expr, length: int, half: bool) -> relax.Expr:
 
 def _stft(call: Call) -> Value:
     """Signal [B, L(, 1 | 2)] -> [B, frames, K, 2]: windows of the signal, each transformed."""
+    if call.known(1) is None or (call.has(3) and call.known(3) is None):
+        return spectral_parameters.stft(call)
     signal, step, given = call.x(0), call.numbers(1), call.numbers(3)
     shape = call.shape()
     if len(shape) == 2:
@@ -119,5 +123,5 @@ def _matrix(size: int, length: int, parts: int, onesided: bool, inverse: bool) -
     return blocks.reshape(size * parts, count * results), results
 
 
-OPS: dict[str, Emitter] = {"DFT": _dft, "STFT": _stft}
+OPS: dict[str, Emitter] = {"DFT": _dft, "STFT": _stft} | spectral_parameters.OPS
 """Emitters by operator type."""

@@ -10,10 +10,14 @@ import onnx_ir as ir
 import pytest
 
 import xopt
-from tests.targets.running import execute
+from tests.targets.running import execute, reference
 from xopt import targets
 from xopt.ir import canonicalize
 from xopt.targets.lowering import lower
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize(("length", "onesided", "inverse"), [(6, 0, 0), (5, 1, 0), (9, 1, 0), (6, 0, 1), (4, 0, 0)])
@@ -97,3 +101,54 @@ def test_products_along_an_axis(tmp_path: Path, reverse: int, exclusive: int) ->
     want = np.cumprod(np.concatenate([np.ones((3, 1), np.float32), turned[:, :-1]], 1) if exclusive else turned, 1)
     got = xopt.Session.load(path, threads=1).run({"x": x})["y"]
     np.testing.assert_allclose(got, want[:, ::-1] if reverse else want, rtol=1e-5)
+
+
+DATA = {
+    "axis": (
+        "(float[2, 5, 6, 1] x, int64 axis) => (float[a, b, c, 2] y) { y = DFT <onesided = 1> (x, , axis) }",
+        {"x": normal(2, 5, 6, 1), "axis": np.array(-3)},
+    ),
+    "back": (
+        "(float[4, 3, 2] x, int64 axis) => (float[a, b, c] y) { y = DFT <inverse = 1> (x, , axis) }",
+        {"x": normal(4, 3, 2), "axis": np.array(0)},
+    ),
+    "frames": (
+        "(float[2, 30, 1] x, int64 step, int64 n) => (float[a, f, k, 2] y) { y = STFT (x, step, , n) }",
+        {"x": normal(2, 30, 1), "step": np.array(4), "n": np.array(9)},
+    ),
+    "windows": (
+        "(float[2, 30] x, int64 step, float[8] w) => (float[a, f, k, 2] y) { y = STFT <onesided = 0> (x, step, w) }",
+        {"x": normal(2, 30), "step": np.array(5), "w": np.hanning(8).astype(np.float32)},
+    ),
+    "mel": (
+        """(int64 bins, int64 n, int64 rate, float low, float high) => (float[k, m] y) {
+            y = MelWeightMatrix (bins, n, rate, low, high) }""",
+        {"bins": np.array(6), "n": np.array(64), "rate": np.array(8000), "low": np.array(100, np.float32),
+         "high": np.array(3500, np.float32)},
+    ),
+}  # fmt: skip
+
+
+def _of_data(name: str, **other: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What we compute, and what ONNX's reference does (of a signal with its axis of parts)."""
+    text, feeds = DATA[name]
+    model = ir.from_proto(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> g {text}'))
+    feeds = {**feeds, **other}
+    lowered = lower(model, targets.get("cpu"))
+    got = execute(lowered, feeds)
+    if name == "windows":
+        feeds = {**feeds, "x": feeds["x"][..., None]}
+    return got, reference(model, feeds)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_the_data_tell(name: str) -> None:
+    for got, want in zip(*_of_data(name), strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("axis", {"axis": 3}), ("frames", {"step": 0}), ("frames", {"n": 31})])
+def test_what_cannot_be_ends_the_run(name: str, wrong: dict[str, int]) -> None:
+    with pytest.raises(Exception, match=r"axis|below 1|cannot be"):
+        _of_data(name, **{key: np.array(value) for key, value in wrong.items()})
