@@ -54,18 +54,21 @@ def describe(model: ir.Model, dims: Mapping[str, int], refused: Iterable[Refused
 
 
 def left_out(model: ir.Model, refused: Iterable[Refused]) -> list[dict[str, str]]:
-    """What looks like an attention, a rotary embedding or a feed-forward network but is in no block, and why.
+    """What looks like an attention, a rotary embedding or a feed-forward network but is in no block, and why; and
+    what mixes tokens in other ways.
 
     Args:
         model: canonical.
         refused: of :class:`xopt.ir.canonical.CanonicalizeReport`.
     """
+    from xopt.ir.mixers import mixers
     from xopt.ir.structure import explain
 
     found = [(one.what, one.node, one.reason) for one in refused if one.what in ("attention", "rotary")]
     for item in explain(model):
         what = "attention" if item.node.op_type == "Attention" else "feed-forward"
         found.append((what, item.node.name or "?", item.reason))
+    found += [("token mixer", item.node.name or "?", item.reason) for item in mixers(model)]
     return [{"what": what, "node": node, "reason": reason} for what, node, reason in dict.fromkeys(found)]
 
 

@@ -329,7 +329,7 @@ ENTRIES: tuple[Entry, ...] = (
     of_tokens("bare_head", BareHead, Expect(2, 1, named=(*BARE, "no-projection-out"))),
     of_tokens("cosine", Cosine, Expect(2, 2, scale=1.0, named=BARE[:2])),
     of_tokens("temperature", Temperature, Expect(2, 2, mask="bias", fused=True, scale=(1.761971, 1.929117)), "none"),
-    of_tokens("talking_heads", Talking, Expect(0, 2, ffns=2)),
+    of_tokens("talking_heads", Talking, Expect(0, 2, ffns=2, named=("mixed-heads",))),
     of_tokens("irpe", BucketBias, Expect(2, 2, mask="bias", fused=True)),
     of_tokens("weight_decay_mask", Decay, Expect(0, 2, ffns=2, named=("weights-mul",))),
     of_tokens("rmt", DecayBias, Expect(2, 2, mask="bias", fused=True)),

@@ -243,18 +243,20 @@ ENTRIES: tuple[Entry, ...] = (
         Expect(1, 2, ffns=0, named=CHANNELS),
         fixed=8,
     ),
-    of_maps("efficientvit", lambda: [ReluLinear(), ReluLinear()], Expect(0, 2, ffns=0)),
-    of_tokens("kernelized", Kernelized, Expect(0, 2, ffns=2)),
-    of_tokens("efficient_attention", EfficientAttention, Expect(0, 2, ffns=2, named=("softmax-axis",))),
-    of_tokens("sigmoid_attention", SigmoidAttention, Expect(0, 2, ffns=2)),
-    of_tokens("relu_attention", ReluAttention, Expect(0, 2, ffns=2)),
-    of_tokens("fnet", Fourier, Expect(0, 2, ffns=2), "none"),
-    of_tokens("afno", FrequencyFilter, Expect(0, 2, ffns=2), "none"),
+    of_maps("efficientvit", lambda: [ReluLinear(), ReluLinear()], Expect(0, 2, ffns=0, named=("linear-attention",))),
+    of_tokens("kernelized", Kernelized, Expect(0, 2, ffns=2, named=("linear-attention",))),
+    of_tokens(
+        "efficient_attention", EfficientAttention, Expect(0, 2, ffns=2, named=("softmax-axis", "linear-attention"))
+    ),
+    of_tokens("sigmoid_attention", SigmoidAttention, Expect(0, 2, ffns=2, named=("no-softmax",))),
+    of_tokens("relu_attention", ReluAttention, Expect(0, 2, ffns=2, named=("no-softmax",))),
+    of_tokens("fnet", Fourier, Expect(0, 2, ffns=2, named=("fourier",)), "none"),
+    of_tokens("afno", FrequencyFilter, Expect(0, 2, ffns=2, named=("fourier",)), "none"),
     of_tokens("mlp_mixer", TokenMlp, Expect(0, 2, ffns=4)),
     of_maps("lka", lambda: [LargeKernel(), LargeKernel()], Expect(0, 2, ffns=0)),
     of_maps("hornet", lambda: [GatedRecursive(), GatedRecursive()], Expect(0, 2, ffns=0)),
     of_maps("wavelet", lambda: [Wavelet()], Expect(0, 2, ffns=0), fixed=8),
     of_tokens("cpvt", PositionByConvolution, Expect(2, 2, fused=True)),
-    of_tokens("vision_mamba", Scan, Expect(0, 2, ffns=2)),
+    of_tokens("vision_mamba", Scan, Expect(0, 2, ffns=2, named=("hidden-is-read-elsewhere",))),
 )
 """Channel, linear and softmax-free attention, Fourier and wavelet mixers, gated and large-kernel convolution, scans."""

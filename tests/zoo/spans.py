@@ -364,7 +364,13 @@ ENTRIES: tuple[Entry, ...] = (
     of_tokens(
         "nystrom",
         Landmarks,
-        Expect(4, 2, ffns=2, scale=(None, 1.0, None, 1.0), named=(*ALONE, "no-residual", "weights-read-elsewhere")),
+        Expect(
+            4,
+            2,
+            ffns=2,
+            scale=(None, 1.0, None, 1.0),
+            named=(*ALONE, "no-residual", "weights-read-elsewhere", "linear-attention", "no-softmax"),
+        ),
     ),
     of_tokens("mra", Coarse, Expect(0, 2, ffns=2, named=("scores-concat",))),
     of_tokens(

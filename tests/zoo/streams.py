@@ -350,8 +350,21 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     _mixed("sequencer", Sequencer, Expect(0, 2, ffns=2)),
     _mixed("lmuformer", Legendre, Expect(0, 2, ffns=2)),
-    _spoken("mossformer", GatedSingleHead, GatedSingleHead, expect=Expect(0, 2), whole=True),
-    _mixed("retnet", Retention, Expect(0, 2, ffns=2)),
+    _spoken(
+        "mossformer",
+        GatedSingleHead,
+        GatedSingleHead,
+        expect=Expect(
+            0,
+            2,
+            named=(
+                "linear-attention",
+                "no-softmax",
+            ),
+        ),
+        whole=True,
+    ),
+    _mixed("retnet", Retention, Expect(0, 2, ffns=2, named=("no-softmax",))),
     _mixed("recurrence", Recurrence, Expect(0, 2, ffns=2)),
     Entry(
         "dual_path",

@@ -204,7 +204,7 @@ ENTRIES: tuple[Entry, ...] = (
     _entry("tnt", Nested, Expect(2, 2, fused=True), SIDE),
     _entry("crossvit", CrossViT, Expect(4, 2, ffns=2, fused=(True, True, False, False))),
     _entry("cait", CaiT, Expect(3, 2, ffns=2, fused=(True, True, False))),
-    _entry("kmax", HardClusters, Expect(1, 2, fused=True)),
+    _entry("kmax", HardClusters, Expect(1, 2, fused=True, named=("no-softmax",))),
     _entry("pem", Prototype, Expect(1, 2, fused=True)),
     of_tokens(
         "glmix",

@@ -1,0 +1,44 @@
+"""Mixers of tokens that are no attention of a softmax are named, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ir.canonical import model_of
+from xopt.facts import left_out
+from xopt.ir.canonical import canonicalize
+
+INPUTS = "float[B, 2, S, 4] q, float[B, 2, S, 4] k, float[B, 2, S, 4] v"
+TURNED = "kt = Transpose <perm: ints = [0, 1, 3, 2]> (k) "
+
+
+@pytest.mark.parametrize(
+    ("body", "reasons"),
+    [
+        ("kv = MatMul(kt, v) y = MatMul(q, kv)", {"linear-attention"}),
+        ("kv = MatMul(kt, v) n = Mul(kv, half) y = MatMul(q, n)", {"linear-attention"}),
+        ('kv = Einsum <equation: string = "bhde,bhef->bhdf"> (kt, v) y = MatMul(q, kv)', {"linear-attention"}),
+        ("s = MatMul(q, kt) w = Sigmoid(s) y = MatMul(w, v)", {"no-softmax"}),
+        ("s = MatMul(q, kt) w = Relu(s) p = Mul(w, w) y = MatMul(p, v)", {"no-softmax"}),
+        ("f = Unsqueeze(q, last) d = DFT(f, , three) y = Identity(d)", {"fourier"}),
+        ("s = MatMul(q, kt) y = Identity(s)", set()),
+        ("l = MatMul(q, square) w = Relu(l) y = MatMul(w, square)", set()),
+        ("l = MatMul(q, square) s = Softmax <axis: int = -1> (l) y = Identity(s)", set()),
+    ],
+)
+def test_named(body: str, reasons: set[str]) -> None:
+    constants = "float half = {0.5}, int64[1] last = {-1}, int64 three = {3}, float[4, 4] square = {"
+    model = model_of(f"({INPUTS}) => (float[a, b, c, d] y) <{constants}{', '.join('1' * 16)}}}>", TURNED + body)
+    report = canonicalize(model)
+    found = left_out(model, report.refused)
+    assert {place["reason"] for place in found if place["what"] == "token mixer"} == reasons
+
+
+def test_heads_that_are_mixed_before_the_softmax() -> None:
+    body = (
+        "s = MatMul(q, kt) f = Transpose <perm: ints = [0, 2, 3, 1]> (s) m = MatMul(f, heads) "
+        "b = Transpose <perm: ints = [0, 3, 1, 2]> (m) w = Softmax <axis: int = -1> (b) y = MatMul(w, v)"
+    )
+    model = model_of(f"({INPUTS}) => (float[B, 2, S, 4] y) <float[2, 2] heads = {{1, 2, 3, 4}}>", TURNED + body)
+    report = canonicalize(model)
+    assert "mixed-heads" in {place["reason"] for place in left_out(model, report.refused)}

@@ -1,0 +1,73 @@
+"""What mixes tokens in other ways than by a softmax over keys: named, so that nobody takes it for overlooked.
+
+linear-attention    Q @ (K^T @ V): a product of a product, nothing but moves and numbers between
+no-softmax          f(Q @ K^T) @ V with another f than a softmax: a sigmoid, a power, a decay
+mixed-heads         a matrix over the heads between Q @ K^T and its softmax (talking heads)
+fourier             a Fourier transform
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from xopt.ir.edit import is_op
+from xopt.ir.structure import Unrecognized
+
+PRODUCTS = ("MatMul", "Einsum")
+MOVES = frozenset(
+    "Reshape Transpose Squeeze Unsqueeze Slice Split Concat Pad Expand Cast Identity Gather".split()  # noqa: SIM905
+)
+WEIGHS = frozenset("Relu Sigmoid Pow Where Clip Exp Softplus Mul Div Add Sub".split())  # noqa: SIM905
+FAR = 10
+"""Steps from one product back to the other."""
+
+
+def mixers(model: ir.Model) -> list[Unrecognized]:
+    """The nodes of a canonical model that are one of these, with the name as the reason."""
+    return [Unrecognized(node, reason) for node in model.graph for reason in _reasons(node)]
+
+
+def _reasons(node: ir.Node) -> Iterator[str]:
+    if node.op_type in ("DFT", "STFT") and not node.domain:
+        yield "fourier"
+    elif is_op(node, *PRODUCTS) and _computed(node):
+        crossed = [way for value in node.inputs for way in _products(value, frozenset(), FAR)]
+        if frozenset() in crossed:
+            yield "linear-attention"
+        elif any("weighed" in way and "softmax" not in way for way in crossed):
+            yield "no-softmax"
+    elif is_op(node, "Softmax") and any("heads" in way for way in _products(node.inputs[0], frozenset(), FAR)):
+        yield "mixed-heads"
+
+
+def _computed(node: ir.Node) -> bool:
+    """Whether all factors are computed."""
+    return all(value is not None and value.const_value is None for value in node.inputs)
+
+
+def _products(value: ir.Value | None, crossed: frozenset[str], left: int) -> Iterator[frozenset[str]]:
+    """What lies between a value and each product of two computed tensors behind it."""
+    node = value.producer() if value is not None else None
+    if node is None or node.domain or not left:
+        return
+    if is_op(node, *PRODUCTS):
+        if _computed(node):
+            yield crossed
+        elif node.op_type == "MatMul" and "heads" not in crossed:
+            yield from _products(node.inputs[0], crossed | {"heads"}, left - 1)
+    elif node.op_type in MOVES or _scales(node):
+        yield from _products(node.inputs[0], crossed, left - 1)
+    elif node.op_type == "Softmax":
+        yield from _products(node.inputs[0], crossed | {"softmax"}, left - 1)
+    elif node.op_type in WEIGHS:
+        for source in node.inputs:
+            yield from _products(source, crossed | {"weighed"}, left - 1)
+
+
+def _scales(node: ir.Node) -> bool:
+    """Whether a node multiplies by a constant."""
+    return node.op_type in ("Mul", "Div") and any(
+        value is not None and value.const_value is not None for value in node.inputs
+    )
