@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -64,3 +65,12 @@ def test_noise_is_of_the_last_places() -> None:
     assert with_noise(before, 0).graph.initializers["w"].const_value.numpy() == pytest.approx(
         with_noise(before, 0).graph.initializers["w"].const_value.numpy(), abs=0
     )
+
+
+def test_transforms_lose_what_onnxruntime_loses_in_them() -> None:
+    """Its transforms of 400 values, no power of two, are off by 3e-5 of their scale."""
+    text = """<ir_version: 9, opset_import: ["" : 20]> g (float[b, 8000, 1] x, float[400] w) => (float[b, f, k, 2] y) {
+        step = Constant <value = int64 {160}> ()
+        y = STFT (x, step, w)
+    }"""
+    assert 1e-4 < rounding_bound(ir.from_proto(onnx.parser.parse_model(text))) < 1e-2

@@ -59,6 +59,8 @@ def without_weights(model: ir.Model) -> onnx.ModelProto:
     for node in copy.graph.all_nodes():
         if node.op_type == "MeanVarianceNormalization" and not node.domain and "axes" not in node.attributes:
             node.attributes["axes"] = ir.AttrInt64s("axes", [0, 2, 3])  # inference asks for what has a default
+        if node.op_type == "STFT" and not node.domain and "onesided" not in node.attributes:
+            node.attributes["onesided"] = ir.AttrInt64("onesided", 1)  # inference takes another default
     return ir.to_proto(copy)
 
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from xopt.ir.edit import constant, input_at
+from xopt.ir.walk import shape_of
+
 SAFETY = 8.0
 """How far above the expected rounding error an exact pass may go: a maximum over many elements against an RMS."""
 UNITS = 4
@@ -79,7 +82,13 @@ def ir_eps(dtype: ir.DataType) -> float:
 
 
 def _terms(node: ir.Node) -> int:
-    """Depth of the sum that each output element of ``node`` is."""
+    """Depth of the sum that each output element of ``node`` is; as much for what else loses digits.
+
+    A Fourier transform of n values may turn by n circles in all (onnxruntime's does, for lengths that are no powers of
+    two), which loses as much as n roundings in a row: n^2 at random.
+    """
+    if node.op_type in ("DFT", "STFT") and node.inputs[0] is not None:
+        return 4 * _transformed(node) ** 2
     if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
         return 1
     weight = node.inputs[1]
@@ -87,3 +96,12 @@ def _terms(node: ir.Node) -> int:
     if len(shape) < 2:
         return 1
     return int(shape[-2]) if node.op_type != "Conv" else int(np.prod(shape[1:]))
+
+
+def _transformed(node: ir.Node) -> int:
+    """How many values a Fourier transform is of, as far as that is known; 1 otherwise."""
+    if node.op_type == "STFT":
+        length, window = constant(input_at(node, 3)), shape_of(input_at(node, 2))
+        return int(length.reshape(-1)[0]) if length is not None and length.size else (window or [1])[0] or 1
+    shape = shape_of(node.inputs[0])
+    return max([size or 1 for size in shape or ()][:-1], default=1)
