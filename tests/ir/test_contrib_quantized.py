@@ -212,3 +212,13 @@ def test_blocks_that_cannot_be(name: str, number: int, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         canonicalize(loaded(proto, tmp_path))
     assert caught.value.code == "E-UNSUPPORTED-OP"
+
+
+@pytest.mark.parametrize("scale", [np.zeros((0,), np.float32), np.ones((2, 2), np.float32), np.ones(3, np.float32)])
+def test_scales_that_cannot_be(scale: np.ndarray, tmp_path: Path) -> None:
+    from onnx import numpy_helper
+
+    proto, _, _ = model_of("QuantizeLinear", [normal(2, 8), *grid(U8, 0.05, 7)], constants=(1, 2))
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(scale, "i1"))
+    with pytest.raises(InputError):
+        canonicalize(loaded(proto, tmp_path))

@@ -107,6 +107,8 @@ def _simplified(
     dtype = value.dtype
     if numbers is None or rank is None or rank > 1 or dtype is None or not isinstance(node.graph, ir.Graph):
         return False
+    if rank == 0 and len(numbers) != 1:  # a reshape that cannot be
+        return False
     if all(number.constant is not None for number in numbers):
         plain = [number.constant for number in numbers]
         array = np.asarray(plain if rank == 1 else plain[0], dtype.numpy())

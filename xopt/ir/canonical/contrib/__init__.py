@@ -78,6 +78,8 @@ class _Sweep:
         except Unknown as reason:
             self._unknown.append(reason)
             return
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of a graph that contradicts itself
+            raise refused(node, "its operands are not what it takes") from error
         site.require_read(results)
         for old, new in zip(node.outputs, results):
             if new is not None and (old.uses() or old.is_graph_output()):

@@ -162,18 +162,26 @@ def _row(site: Site, scale: ir.Value) -> ir.Value:
 
 
 def _quantize(site: Site) -> Results:
-    axis = site.attr("axis")
-    attributes: Attributes = {} if axis is None else {"axis": int(axis)}
-    scale, zero = site.value("y_scale"), site.given("y_zero_point")
-    if _per_tensor(site, scale):
-        attributes, scale, zero = {}, _scalar(site, scale), _single(site, zero)
+    axis, scale, zero = _axis(site, "y_scale"), site.value("y_scale"), site.given("y_zero_point")
+    attributes: Attributes = {} if axis is None else {"axis": axis}
+    if axis is None:
+        scale, zero = _scalar(site, scale), _single(site, zero)
     dtype = zero.dtype if zero is not None else ir.DataType.UINT8
     return [site.op("QuantizeLinear", site.value("x"), scale, zero, dtype=dtype, **attributes)]
 
 
 def _dequantize(site: Site) -> Results:
-    axis = site.attr("axis")
-    return [real(site, "x", "x_scale", "x_zero_point", 1 if axis is None else int(axis))]
+    return [real(site, "x", "x_scale", "x_zero_point", _axis(site, "x_scale") or 0)]
+
+
+def _axis(site: Site, scale: str) -> int | None:
+    """The axis that a vector of scales belongs to; None for one scale."""
+    axis, value = site.attr("axis"), site.value(scale)
+    if _per_tensor(site, value):
+        return None
+    if axis is None or site.rank(value) != 1:
+        raise site.refused("its scales are neither one number nor a vector along a given axis")
+    return int(axis)
 
 
 def _scalar(site: Site, value: ir.Value) -> ir.Value:
