@@ -95,8 +95,8 @@ def emit_node(lowering: Emitting, node: ir.Node) -> Sequence[Value]:
     return results
 
 
-FILLING = frozenset(("Concat", "ConstantOfShape", "Pad", *reduction.REDUCTIONS))
-"""Operators that make elements of none. What else reduces over none has a result that kernels never write."""
+FILLING = frozenset(("Concat", "ConstantOfShape", "Pad", "Reshape", "Split", *reduction.REDUCTIONS))
+"""Operators that make elements of none, or see to it that there are none. What else reduces over none has a result that kernels never write."""
 
 
 def _check(call: Call, output: ir.Value, result: Value) -> None:
