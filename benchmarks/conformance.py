@@ -134,7 +134,8 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
         "What the ONNX project tests runtimes with: one operator (or a few) a test, with inputs and the outputs that",
         f"are to come out. {versions}; one thread of a CPU, float32 as float32. Made by `benchmarks/conformance.py`.",
         "*Refused* is an error before anything ran, in words; *error* any other exception, *crash* the end of the",
-        "process or no end. The other runtimes' exceptions all count as refused.",
+        "process or no end. The other runtimes' exceptions all count as refused. Each row is a test's last run, which",
+        "may be of an earlier commit.",
         "",
     ]
     for scope, title in ((False, "Tensors of numbers, operators of inference"), (True, "Everything else")):
@@ -159,7 +160,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 BEYOND = """\
-xopt refuses all of it, by an error that says which. An artifact computes with tensors of numbers alone (no texts, no
+xopt refuses it by an error that says which, but for a few that ask for nothing of the kind. An artifact computes with tensors of numbers alone (no texts, no
 sequences or optional values, no complex numbers), gives the same for the same inputs (no random draws), and is made
 for inference with neural networks (no training, no trees and tables, no reading of image files)."""
 

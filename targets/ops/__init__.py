@@ -96,7 +96,8 @@ def emit_node(lowering: Emitting, node: ir.Node) -> Sequence[Value]:
 
 
 FILLING = frozenset(("Concat", "ConstantOfShape", "Pad", "Reshape", "Split", *reduction.REDUCTIONS))
-"""Operators that make elements of none, or see to it that there are none. What else reduces over none has a result that kernels never write."""
+"""Operators that make elements of none, or see to it that there are none. What else reduces over none has a result
+that kernels never write."""
 
 
 def _check(call: Call, output: ir.Value, result: Value) -> None:
