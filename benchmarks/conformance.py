@@ -160,9 +160,10 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 BEYOND = """\
-xopt refuses it by an error that says which, but for a few that ask for nothing of the kind. An artifact computes with tensors of numbers alone (no texts, no
-sequences or optional values, no complex numbers), gives the same for the same inputs (no random draws), and is made
-for inference with neural networks (no training, no trees and tables, no reading of image files)."""
+xopt refuses it by an error that says which, but for a few that ask for nothing of the kind. An artifact computes with
+tensors of numbers alone (no texts, no sequences or optional values, no complex numbers), gives the same for the same
+inputs (no random draws), and is made for inference with neural networks (no training, no trees and tables, no reading
+of image files)."""
 
 
 def _refused(rows: Iterable[Mapping[str, str]]) -> list[str]:
