@@ -79,10 +79,6 @@ ENTRIES: tuple[Entry, ...] = (
         attentions=("eager",),
     ),
     _forecaster("TimeSeriesTransformer", Expect(4, 2, ffns=3, causal=(False, False, True, False))),
-    _forecaster("Informer", Expect(4, 2), torchscript="none", attention_type="prob", sampling_factor=1, distil=True),
-    _forecaster(
-        "Autoformer", Expect(0, 2), torchscript="none", label_length=4, moving_average=3, autocorrelation_factor=1
-    ),
     hub(
         "timesfm",
         "TimesFmModel",
@@ -101,4 +97,4 @@ ENTRIES: tuple[Entry, ...] = (
         num_attention_heads=4,
     ),
 )
-"""PatchTST, PatchTSMixer, a plain forecaster, Informer, Autoformer, TimesFM."""
+"""PatchTST, PatchTSMixer, a plain forecaster, TimesFM."""
