@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .entry import Entry, Expect
-from .hf import BERT, TOKENS, text
 from .mixers import BATCH, WIDTH, Attention, Block, images, seeded
 
 EXPERTS, BEST = 4, 2
@@ -156,35 +155,5 @@ ENTRIES: tuple[Entry, ...] = (
         (BATCH,),
         Expect(2, 2, ffns=4, named=("no-projection-q", "no-projection-k", "no-projection-v")),
     ),
-    text(
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        Expect(2, 4, 2, causal=True, mask="padding", rotary=True),
-        output="logits",
-        fixed={"use_cache": False},
-        **TOKENS,
-        **BERT,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        attentions=("eager",),
-        torchscript="none",
-    ),
-    text(
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
-        Expect(2, 4, 2, causal=True, mask="padding", rotary=True),
-        output="logits",
-        fixed={"use_cache": False},
-        **TOKENS,
-        **BERT,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=32,
-        attentions=("eager",),
-        torchscript="none",
-    ),
 )
-"""Experts by top-k in three forms, Mixtral, Qwen 2 MoE; MatFormer's submodels; adapters."""
+"""Experts by top-k in three forms; MatFormer's submodels; adapters."""
