@@ -235,7 +235,7 @@ def compile(
     def check_library(made: Path) -> None:
         from xopt.search.proof import check_artifact
 
-        verified(check_artifact(made, original, machine, dims))
+        verified(check_artifact(made, original, graph, machine, dims))
 
     graph = _exactly(original)
     if not verify:

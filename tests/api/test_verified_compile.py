@@ -112,6 +112,14 @@ def test_random_inputs_that_a_model_does_not_take(tmp_path: Path) -> None:
     assert y.shape == (7, 2)
 
 
+def test_sizes_that_only_the_canonical_form_tells(tmp_path: Path) -> None:
+    """Of an axis that the file calls open, and fixes further on."""
+    net = Net("fixed")
+    x = net.input("x", ["length", 2, 8])
+    net.output(net.op("Tanh", net.op("Reshape", x, net.ints(5, 4, 4))), "y")
+    assert compiled(net.build(), tmp_path)["compared"]
+
+
 def test_the_command_says_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(sine(), tmp_path / "m.onnx")
 
