@@ -129,7 +129,7 @@ def external(path: Path) -> None:
 
     options = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 4}
     expect = hf.Expect(1, 4, causal=True, mask="padding", fused=True)
-    entry = hf.text("GPT2LMHeadModel", "GPT2Config", expect, "logits", {"use_cache": False}, **options)
+    entry = hf.text("GPT2LMHeadModel", "GPT2Config", expect, "logits", use_cache=False, **options)
     model = onnx.load_from_string(exported(entry, Way("dynamo", 18, "sdpa")))
     onnx.save_model(model, path, save_as_external_data=True, location=DATA, size_threshold=64)
 

@@ -100,7 +100,7 @@ def kernel_names(lowered: Lowered) -> list[str]:
         passes = machine.pipeline().passes
         module = lowered.module
         for transform in passes:
-            if transform.info.name == "RewriteDataflowReshape":
+            if transform.info.name == "Views":
                 break
             module = transform(module)
     names: list[str] = []
