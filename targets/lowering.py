@@ -105,18 +105,20 @@ class Lowering(Emitting):
         """
         results: Sequence[Value] | None = self._evaluated(node)
         if results is None:
-            before = self._noted()
-            try:
-                results = self._either(node)
-            except ImpossibleError:
-                raise
-            except InputError as error:
-                if not self.target.fallback:
-                    raise
-                self.dims.requirements, self.ranges, self.outside = before
-                results = segment(self, node, error)
+            results = self._or_segment(node) if self.target.fallback else self._either(node)
         for output, result in zip(node.outputs, results):
             self.values[output] = result
+
+    def _or_segment(self, node: ir.Node) -> Sequence[Value]:
+        """What is compiled of a node, or a call of onnxruntime where nothing is."""
+        before = self._noted()
+        try:
+            return self._either(node)
+        except ImpossibleError:
+            raise
+        except InputError as error:
+            self.dims.requirements, self.ranges, self.outside = before
+            return segment(self, node, error)
 
     def _either(self, node: ir.Node) -> Sequence[Value]:
         """What an emitter makes of a node, or what comes of its function body when there is none that takes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .entry import Entry, Expect
-from .hf import VIT, image
+from .hf import PYRAMID, VIT, image
 
 EAGER = ("eager",)
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "out_features": ["stage1", "stage2"]}
@@ -44,14 +44,7 @@ ENTRIES: tuple[Entry, ...] = (
         model="SegformerForSemanticSegmentation",
         output="logits",
         side=64,
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[16, 32],
-        patch_sizes=[7, 3],
-        strides=[4, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
+        **PYRAMID,
         decoder_hidden_size=16,
         num_labels=5,
     ),
@@ -179,14 +172,7 @@ ENTRIES: tuple[Entry, ...] = (
         Expect(2, (1, 2), ffns=0),
         attentions=EAGER,
         side=64,
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[16, 32],
-        patch_sizes=[7, 3],
-        strides=[4, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
+        **PYRAMID,
     ),
 )
 """SegFormer, DETR, deformable DETR, Mask2Former, UPerNet, ViTPose, CvT, DPT, Swin2SR, GLPN."""

@@ -19,6 +19,17 @@ TEXT = ("input_ids", "attention_mask")
 BATCH: Axes = {0: "batch"}
 BATCH_SEQ: Axes = {0: "batch", 1: "seq"}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+PYRAMID: dict[str, object] = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [16, 32],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2],
+}
+"""Two stages whose keys are reduced: PVT v2, SegFormer, GLPN."""
 VIT = dict(BERT, image_size=32, patch_size=8, num_channels=3)
 TOKENS = {"vocab_size": 99, "max_position_embeddings": 64}
 

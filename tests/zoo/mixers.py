@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .entry import Axes, Entry, Expect, normal
 
@@ -51,6 +52,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.weigh(*self.split(x)).transpose(1, 2).reshape(x.shape))
+
+
+class Across(nn.Module):
+    """Cross-attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        parts = (self.q(x), self.k(memory), self.v(memory))
+        q, k, v = (part.unflatten(-1, (HEADS, DEPTH)).transpose(1, 2) for part in parts)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Model(nn.Module):

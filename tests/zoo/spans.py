@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .entry import Entry, Expect, normal
-from .mixers import BATCH, DEPTH, HEADS, SIDE, WIDTH, Attention, Block, images, of_tokens, seeded
+from .mixers import BATCH, DEPTH, HEADS, SIDE, WIDTH, Across, Attention, Block, images, of_tokens, seeded
 
 COUNT = SIDE * SIDE
 
@@ -148,19 +148,6 @@ class Groups(nn.Module):
         latents = self.latents.expand(x.shape[0], -1, -1)
         latents = self.middle(latents + self.read(latents, x))
         return self.write(x, latents)
-
-
-class Across(nn.Module):
-    """Cross-attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        parts = (self.q(x), self.k(memory), self.v(memory))
-        q, k, v = (part.unflatten(-1, (HEADS, DEPTH)).transpose(1, 2) for part in parts)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class GlobalTokens(nn.Module):

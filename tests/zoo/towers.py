@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .entry import Axes, Entry, Expect, ids, mask, normal
 from .hf import BATCH_SEQ, BERT, TOKENS, VIT, hub
-from .mixers import DEPTH, HEADS, WIDTH, Attention, Block, seeded
+from .mixers import DEPTH, HEADS, WIDTH, Across, Attention, Block, seeded
 
 BATCH: Axes = {0: "batch"}
 ITEMS = 60
@@ -46,19 +46,6 @@ class Masked(Attention):
             shown = shown & (places[None, :] <= places[:, None])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
         return self.proj(y.transpose(1, 2).flatten(2))
-
-
-class Cross(nn.Module):
-    """Few queries attend to a sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        parts = (self.q(x), self.k(memory), self.v(memory))
-        q, k, v = (part.unflatten(-1, (HEADS, DEPTH)).transpose(1, 2) for part in parts)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SelfAttentiveRec(nn.Module):
@@ -137,7 +124,7 @@ class MixEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.norm, self.cross = Encoder(), nn.LayerNorm(WIDTH), Cross()
+        self.encoder, self.norm, self.cross = Encoder(), nn.LayerNorm(WIDTH), Across()
         self.ffn, self.head = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)), nn.Linear(WIDTH, 1)
 
     def forward(self, query: Tensor, query_mask: Tensor, candidates: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .entry import Entry, Expect
-from .hf import VIT, image
+from .hf import PYRAMID, VIT, image
 
 TURNED = ("no-projection-q", "no-projection-k")
 """Queries and keys that are normed, or turned but for some tokens, after their projections."""
@@ -88,14 +88,7 @@ ENTRIES: tuple[Entry, ...] = (
         Expect(2, (1, 2), ffns=0),
         torchscript="none",
         image_size=32,
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[16, 32],
-        patch_sizes=[7, 3],
-        strides=[4, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
+        **PYRAMID,
         linear_attention=True,
     ),
     image(
