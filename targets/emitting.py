@@ -184,6 +184,12 @@ class Emitting(ABC):
             self.dims.require_sizes(variable.ty.shape, f"{self.node}: a result")
         return variable
 
+    def typed(self, results: relax.Expr, shapes: Sequence[list[Dim]], dtypes: Sequence[str]) -> list[relax.Expr]:
+        """The elements of a tuple, of the shapes that they have, which the run checks."""
+        kinds = [relax.TensorType(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+        parts = [self.builder.emit(relax.TupleGetItem(results, place)) for place in range(len(kinds))]
+        return [self.builder.match_cast(part, kind) for part, kind in zip(parts, kinds)]
+
     def reshape(self, tensor: relax.Expr, shape: Sequence[Dim]) -> relax.Expr:
         """``tensor`` seen with another shape, without copying; views of one tensor are shared."""
         base = self.base(tensor)

@@ -81,12 +81,7 @@ def _called(
         relax.Tuple(given),
         ty_args=relax.TupleType([relax.TensorType(dtype=d, ndim=len(s)) for s, d in zip(shapes, dtypes)]),
     )
-    results = lowering.emit(packed)
-    parts = [lowering.emit(relax.TupleGetItem(results, place)) for place in range(len(wanted))]
-    kinds = [relax.TensorType(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
-    typed = {
-        value: lowering.builder.match_cast(part, kind) for value, part, kind in zip(wanted, parts, kinds, strict=True)
-    }
+    typed = dict(zip(wanted, lowering.typed(lowering.emit(packed), shapes, dtypes), strict=True))
     return [typed.get(value) for value in node.outputs]
 
 

@@ -40,7 +40,7 @@ def _if(call: Call) -> Value:
     if branches[0].dtypes != branches[1].dtypes:
         raise call.unsupported("its branches give different types")
     test = call.lowering.reshape(call.lowering.tensor(condition), [])
-    return _typed(call, call.emit(_choice(call, test, branches)), shapes, branches[0].dtypes)
+    return call.lowering.typed(call.emit(_choice(call, test, branches)), shapes, branches[0].dtypes)
 
 
 def _inline(call: Call, graph: ir.Graph) -> list[Value]:
@@ -89,13 +89,6 @@ def _common(call: Call, before: set[str], one: list[Dim], other: list[Dim]) -> l
 def _visible(dim: Dim, before: set[str]) -> bool:
     """Whether a size is one of the graph around."""
     return isinstance(dim, int) or all(x.name in before for x in tirx.analysis.undefined_vars(dim))
-
-
-def _typed(call: Call, results: relax.Expr, shapes: Sequence[list[Dim]], dtypes: Sequence[str]) -> list[relax.Expr]:
-    """The elements of a tuple, of the shapes that they have."""
-    kinds = [relax.TensorType(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
-    parts = [call.lowering.builder.emit(relax.TupleGetItem(results, place)) for place in range(len(kinds))]
-    return [call.lowering.builder.match_cast(part, kind) for part, kind in zip(parts, kinds)]
 
 
 # -- Loop and Scan -------------------------------------------------------------------------------------------------
@@ -174,7 +167,7 @@ def _repeated(call: Call, trips: relax.Expr, going: relax.Expr, first: list[rela
     steps = [call.dims.decided("iterations")] if scans else []
     ends = [_outer(call, shape, before) for shape in shapes]
     stacked = [[*steps, *_outer(call, shape, before)] for shape in scans]
-    return list(_typed(call, results, ends + stacked, function.dtypes[1:]))
+    return list(call.lowering.typed(results, ends + stacked, function.dtypes[1:]))
 
 
 def _outer(call: Call, shape: list[Dim], before: set[str]) -> list[Dim]:

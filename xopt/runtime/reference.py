@@ -15,6 +15,7 @@ from xopt.errors import InputError
 from xopt.ir import io
 from xopt.ir.empties import may_be_empty
 from xopt.ir.exporting import export
+from xopt.runtime.portable import brief, started
 
 Array = npt.NDArray[np.generic]
 
@@ -55,7 +56,7 @@ class ReferenceSession:
             results = self._session.run(self.outputs, arrays)
         except Exception as error:
             raise InputError(
-                "E-DATA", f"the model does not run on this data: {_brief(error)}", cure="check the shapes of the inputs"
+                "E-DATA", f"the model does not run on this data: {brief(error)}", cure="check the shapes of the inputs"
             ) from error
         return {name: _typed(array, self._types[name]) for name, array in zip(self.outputs, results)}
 
@@ -131,29 +132,10 @@ def _session(model: ir.Model, threads: int) -> Any:
         else:
             source = io.to_bytes(model)
         try:
-            return _started(source, threads, optimized=True)
+            return started(source, threads, optimized=True)
         except Exception:  # its own rewrites break some graphs (norms of scalars), which run as they are
             try:
-                return _started(source, threads, optimized=False)
+                return started(source, threads, optimized=False)
             except Exception as error:
-                what = f"onnxruntime refuses the model: {_brief(error)}"
+                what = f"onnxruntime refuses the model: {brief(error)}"
                 raise InputError("E-UNSUPPORTED-OP", what, cure="export the model differently") from error
-
-
-def _started(source: bytes | str, threads: int, optimized: bool) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it is not timed, and others are
-    options.log_severity_level = 4
-    # As the graph says: onnxruntime's own integer kernels saturate sums of products on CPUs without VNNI.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if not optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

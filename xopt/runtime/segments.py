@@ -13,6 +13,7 @@ import numpy as np
 from xopt.errors import InputError
 from xopt.runtime.arrays import aligned_copy, as_tensor
 from xopt.runtime.loops import REFUSAL
+from xopt.runtime.portable import brief, started
 
 _running = threading.local()
 
@@ -48,26 +49,19 @@ class Segments:
 
 
 def opened(content: bytes, threads: int) -> Any:
-    """A session of onnxruntime that makes no noise, and does not spin.
+    """A session of onnxruntime for one segment.
 
     Raises:
         InputError: E-TOOLCHAIN, onnxruntime is not installed; E-UNSUPPORTED-OP, it does not take the model.
     """
     try:
-        import onnxruntime as ort
+        return started(content, threads)
     except ImportError as error:
         what = "a part of the model runs in onnxruntime, which is not installed"
         raise InputError("E-TOOLCHAIN", what, cure="install the package onnxruntime") from error
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4
-    try:
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError("E-UNSUPPORTED-OP", f"onnxruntime refuses a part of the model: {reason}") from error
+        what = f"onnxruntime refuses a part of the model: {brief(error, 200)}"
+        raise InputError("E-UNSUPPORTED-OP", what) from error
 
 
 @contextmanager
@@ -91,6 +85,6 @@ def _segment(name: str, where: str, given: Sequence[Any]) -> list[Any]:
     try:
         results = _running.segments.run(name, [np.from_dlpack(one) for one in given])
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{REFUSAL}{where} does not run in onnxruntime on this data: {reason}") from error
+        what = f"{where} does not run in onnxruntime on this data: {brief(error, 200)}"
+        raise ValueError(f"{REFUSAL}{what}") from error
     return [as_tensor(aligned_copy(np.asarray(result))) for result in results]

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from xopt.ir import walk
 from xopt.ir.canonical.contrib.site import Site, Unknown, refused
 from xopt.ir.canonical.contrib.typed import Typed
 from xopt.ir.canonical.report import CanonicalizeReport
@@ -60,9 +61,8 @@ class _Sweep:
 
     def _walk(self, graph: ir.Graph) -> None:
         for node in list(graph):
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    self._walk(attribute.as_graph())
+            for inner in walk.graphs(node):
+                self._walk(inner)
             if _foreign(node):
                 self._rewrite(node)
             else:
