@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 At = tuple[int | None, ...]
 """For each axis of a value the axis of the state that indexes it, or None for its only place."""
 SAME = ("Identity", "Dropout")
+MOST_NODES = 200
+"""Of a body that is looked at."""
+MOST_TERMS = 1000
+"""That a step is written out in; a value that is read twice is written twice."""
 
 
 class _OtherError(Exception):
@@ -59,12 +63,20 @@ class _Body:
     reduced: set[int] = field(default_factory=set)
     equal: list[tuple[Dim, Dim]] = field(default_factory=list)
     _sums: bool = False
+    _terms: int = 0
+    _shapes: dict[ir.Value, list[Dim]] = field(default_factory=dict)
+    _axes_of: dict[ir.Value, At | None] = field(default_factory=dict)
 
     # -- what is known of a value ----------------------------------------------------------------------------------
     def shape(self, value: ir.Value | None) -> list[Dim]:
         """Its shape, by the operators that are understood."""
         if value is None:
             raise _OtherError
+        if value not in self._shapes:
+            self._shapes[value] = self._shape(value)
+        return self._shapes[value]
+
+    def _shape(self, value: ir.Value) -> list[Dim]:
         if value in self.states:
             return self.frame
         if value in self.scanned:
@@ -104,6 +116,11 @@ class _Body:
         """The axes of the state that a value has which depends on it; None for one that does not."""
         if value is None:
             raise _OtherError
+        if value not in self._axes_of:
+            self._axes_of[value] = self._found_axes(value)
+        return self._axes_of[value]
+
+    def _found_axes(self, value: ir.Value) -> At | None:
         if value in self.states:
             return tuple(range(len(self.frame)))
         node = value.producer()
@@ -178,7 +195,8 @@ class _Body:
     # -- terms -----------------------------------------------------------------------------------------------------
     def term(self, value: ir.Value | None, at: At, *, new: bool) -> Term:
         """``value`` at the place that ``at`` says; ``new`` when states that a step has made may be read."""
-        if value is None:
+        self._terms += 1
+        if value is None or self._terms > MOST_TERMS:
             raise _OtherError
         identity = tuple(range(len(self.frame)))
         if value in self.states or (new and value in self.results):
@@ -351,7 +369,9 @@ def emit(
     """
     isa = call.lowering.target.isa()
     shapes = [call.lowering.shape_of(first) for first in states.values()]
-    if isa is None or not states or not shapes[0] or any(str(x.ty.dtype) != "float32" for x in states.values()):
+    if isa is None or not states or not shapes[0] or len(graph) > MOST_NODES:
+        return None
+    if any(str(x.ty.dtype) != "float32" for x in states.values()):
         return None
     if not all(call.dims.same_shape(shapes[0], shape) for shape in shapes):
         return None

@@ -152,6 +152,15 @@ def test_recurrence(text: str, exact: Callable[[Feeds], list[np.ndarray]], feeds
         np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-6)
 
 
-@pytest.mark.parametrize("text", [MIXING, GATED.replace("8]", "7]")], ids=["the state is mixed", "odd width"])
+DOUBLING = """g (float[T, B, 8] x, float[B, 8] h0) => (float[B, 8] h, float[T, B, 8] y) {
+    h, y = Scan <num_scan_inputs = 1, body = step (float[B, 8] old, float[B, 8] v0) => (float[B, 8] new, float[B, 8] yt)
+    { %s new = Mul(old, v60)  yt = Identity(new) }> (h0, x)
+}""" % " ".join(f"v{n + 1} = Add(v{n}, v{n}) " for n in range(60))  # noqa: UP031
+"""Written out, a step of it has 2^60 terms."""
+
+
+@pytest.mark.parametrize(
+    "text", [MIXING, GATED.replace("8]", "7]"), DOUBLING], ids=["the state is mixed", "odd width", "too large"]
+)
 def test_what_stays_a_loop(text: str) -> None:
     assert not _scans(_lowered(text))
