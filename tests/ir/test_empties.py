@@ -51,3 +51,9 @@ def test_a_past_that_is_joined(body: str) -> None:
 def test_what_needs_elements(inputs: str, body: str) -> None:
     found = empties(inputs, body)
     assert "p" not in found and "b" not in found
+
+
+def test_values_that_are_read_twice_are_followed_once() -> None:
+    """Each of sixty sums doubles the ways to the end."""
+    sums = " ".join(f"v{n + 1} = Add (v{n}, v{n})" for n in range(60))
+    assert empties(PAST, f"v0 = Neg (past) {sums} y = Concat <axis: int = 2> (v60, k)") == {"p"}

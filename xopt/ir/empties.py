@@ -45,16 +45,19 @@ def _dims(value: ir.Value | None) -> list[int | ir.SymbolicDim]:
 
 def _ends(value: ir.Value, name: str) -> Iterator[ir.Node | None]:
     """The nodes at which an axis ends: what joins it to another; None for any other use."""
-    if value.is_graph_output() or _names(value).count(name) != 1:
-        yield None
-    for node, place in value.uses():
-        if is_op(node, "Concat") or (is_op(node, "Attention") and place in PASTS):
-            yield node
-        elif is_op(node, *MOVING) and (place == 0 or is_op(node, *ELEMENTWISE)):
-            for output in node.outputs:
-                yield from _ends(output, name)
-        elif not is_op(node, "Shape", "Size"):
+    seen, waiting = {value}, [value]
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_output() or _names(value).count(name) != 1:
             yield None
+        for node, place in value.uses():
+            if is_op(node, "Concat") or (is_op(node, "Attention") and place in PASTS):
+                yield node
+            elif is_op(node, *MOVING) and (place == 0 or is_op(node, *ELEMENTWISE)):
+                waiting += [output for output in node.outputs if output not in seen]
+                seen.update(node.outputs)
+            elif not is_op(node, "Shape", "Size"):
+                yield None
 
 
 def _joined(node: ir.Node, name: str, empty: Mapping[str, object]) -> bool:

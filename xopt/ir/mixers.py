@@ -9,6 +9,7 @@ fourier             a Fourier transform
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import onnx_ir as ir
 
@@ -33,12 +34,12 @@ def _reasons(node: ir.Node) -> Iterator[str]:
     if node.op_type in ("DFT", "STFT") and not node.domain:
         yield "fourier"
     elif is_op(node, *PRODUCTS) and _computed(node):
-        crossed = [way for value in node.inputs for way in _products(value, frozenset(), FAR)]
+        crossed = set[frozenset[str]]().union(*(_products(value) for value in node.inputs))
         if frozenset() in crossed:
             yield "linear-attention"
         elif any("weighed" in way and "softmax" not in way for way in crossed):
             yield "no-softmax"
-    elif is_op(node, "Softmax") and any("heads" in way for way in _products(node.inputs[0], frozenset(), FAR)):
+    elif is_op(node, "Softmax") and any("heads" in way for way in _products(node.inputs[0])):
         yield "mixed-heads"
 
 
@@ -47,23 +48,35 @@ def _computed(node: ir.Node) -> bool:
     return all(value is not None and value.const_value is None for value in node.inputs)
 
 
-def _products(value: ir.Value | None, crossed: frozenset[str], left: int) -> Iterator[frozenset[str]]:
-    """What lies between a value and each product of two computed tensors behind it."""
+Way: TypeAlias = tuple[ir.Value | None, frozenset[str]]
+"""A value, and what lies between it and where the search began."""
+
+
+def _products(value: ir.Value | None) -> set[frozenset[str]]:
+    """What lies between a value and each product of two computed tensors up to `FAR` steps behind it."""
+    found, level = set[frozenset[str]](), {(value, frozenset[str]())}
+    for _ in range(FAR):
+        level = {way for one, crossed in level for way in _behind(one, crossed, found)}
+    return found
+
+
+def _behind(value: ir.Value | None, crossed: frozenset[str], found: set[frozenset[str]]) -> Iterator[Way]:
+    """The ways a step on; one that ends at a product is added to ``found``."""
     node = value.producer() if value is not None else None
-    if node is None or node.domain or not left:
+    if node is None or node.domain:
         return
     if is_op(node, *PRODUCTS):
         if _computed(node):
-            yield crossed
+            found.add(crossed)
         elif node.op_type == "MatMul" and "heads" not in crossed:
-            yield from _products(node.inputs[0], crossed | {"heads"}, left - 1)
+            yield node.inputs[0], crossed | {"heads"}
     elif node.op_type in MOVES or _scales(node):
-        yield from _products(node.inputs[0], crossed, left - 1)
+        yield node.inputs[0], crossed
     elif node.op_type == "Softmax":
-        yield from _products(node.inputs[0], crossed | {"softmax"}, left - 1)
+        yield node.inputs[0], crossed | {"softmax"}
     elif node.op_type in WEIGHS:
         for source in node.inputs:
-            yield from _products(source, crossed | {"weighed"}, left - 1)
+            yield source, crossed | {"weighed"}
 
 
 def _scales(node: ir.Node) -> bool:
