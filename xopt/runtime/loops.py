@@ -5,33 +5,19 @@ Bodies are functions of the module that runs; its machine is that of the session
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import psutil
 
 from xopt.runtime.arrays import aligned_copy, as_tensor
+from xopt.runtime.serving import session
 
 REFUSAL = "xopt refuses: "
 """What the message of a check in compiled code starts with."""
 CHECKED = 64
 """Iterations after which free memory is asked for again."""
-
-_running = threading.local()
-
-
-@contextmanager
-def serving(machine: Any) -> Iterator[None]:
-    """Meanwhile loops that this thread runs find their bodies in ``machine``."""
-    before = getattr(_running, "machine", None)
-    _running.machine = machine
-    try:
-        yield
-    finally:
-        _running.machine = before
 
 
 def register(runtime: Any) -> None:
@@ -59,7 +45,7 @@ def _loop(
         empty: shapes of what is stacked when there is no iteration.
         dtypes: of what is stacked, by spaces.
     """
-    body, most = _running.machine[name], int(_one(trips))
+    body, most = session().machine[name], int(_one(trips))
     now = list(states)
     count, stacks = len(now), [list[Any]() for _ in empty]
     step = 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,7 @@ from xopt.errors import InputError
 from xopt.runtime.arrays import aligned_copy, as_tensor
 from xopt.runtime.loops import REFUSAL
 from xopt.runtime.portable import brief, started
-
-_running = threading.local()
+from xopt.runtime.serving import session
 
 
 class Segments:
@@ -43,9 +40,9 @@ class Segments:
         if self._models and self._process != os.getpid():
             self._abandoned.append(self._sessions)  # to end them is to wait for threads that there are not
             self._open()
-        session = self._sessions[name]
-        feeds = dict(zip((one.name for one in session.get_inputs()), arrays, strict=True))
-        return list(session.run(None, feeds))
+        segment = self._sessions[name]
+        feeds = dict(zip((one.name for one in segment.get_inputs()), arrays, strict=True))
+        return list(segment.run(None, feeds))
 
 
 def opened(content: bytes, threads: int) -> Any:
@@ -64,17 +61,6 @@ def opened(content: bytes, threads: int) -> Any:
         raise InputError("E-UNSUPPORTED-OP", what) from error
 
 
-@contextmanager
-def serving(segments: Segments) -> Iterator[None]:
-    """Meanwhile compiled code that this thread runs finds its segments here."""
-    before = getattr(_running, "segments", None)
-    _running.segments = segments
-    try:
-        yield
-    finally:
-        _running.segments = before
-
-
 def register(runtime: Any) -> None:
     """Make what compiled code calls known to TVM's runtime (``tvm_ffi``)."""
     runtime.register_global_func("xopt.segment", _segment, override=True)
@@ -83,7 +69,7 @@ def register(runtime: Any) -> None:
 def _segment(name: str, where: str, given: Sequence[Any]) -> list[Any]:
     """The outputs of the segment ``name``; ``where`` is the node that it is of."""
     try:
-        results = _running.segments.run(name, [np.from_dlpack(one) for one in given])
+        results = session().segments.run(name, [np.from_dlpack(one) for one in given])
     except Exception as error:
         what = f"{where} does not run in onnxruntime on this data: {brief(error, 200)}"
         raise ValueError(f"{REFUSAL}{what}") from error

@@ -19,7 +19,8 @@ from xopt.runtime.arrays import aligned_copy, as_tensor
 from xopt.runtime.device import CPU, CUDA, Transfer, load_cuda_runtime
 from xopt.runtime.loops import REFUSAL as REFUSAL
 from xopt.runtime.manifest import ALIGNMENT, Manifest, TensorInfo, array_type, stored_type
-from xopt.runtime.segments import Segments, serving
+from xopt.runtime.segments import Segments
+from xopt.runtime.serving import serving
 from xopt.runtime.threads import count, running
 
 _POOLED_ALLOCATOR = 2
@@ -47,7 +48,7 @@ class Session:
         parts: Segments | None = None,
     ) -> None:
         self.machine = machine
-        self._segments = parts or Segments({}, threads)
+        self.segments = parts or Segments({}, threads)
         self._threads = threads
         self._transfer = transfer
         self.inputs: tuple[TensorInfo, ...] = manifest.inputs
@@ -128,7 +129,7 @@ class Session:
             what = "a session on a GPU does not survive a fork"
             raise InputError("E-FORK", what, cure="load the artifact again in the child process")
         try:
-            with self._lock, running(self._threads), loops.serving(self.machine), serving(self._segments):
+            with self._lock, running(self._threads), serving(self):
                 results = self._computed(arrays)
         except Exception as error:
             raise _refusal(error) from error
