@@ -57,11 +57,12 @@ def _surrounded(call: Call, x: relax.Expr, rank: int) -> tuple[relax.Expr, list[
     return padded(call, x, windows, 0)[0], [0] * 2 * rank
 
 
-def _biased(call: Call, x: relax.Expr) -> Value:
-    if not call.has(2):
+def _biased(call: Call, x: relax.Expr, index: int = 2) -> Value:
+    """With the bias of each channel added, where input ``index`` gives one."""
+    if not call.has(index):
         return x
     shape = call.lowering.shape_of(x)
-    bias = call.lowering.recast(call.x(2), [shape[1]])
+    bias = call.lowering.recast(call.x(index), [shape[1]])
     return call.emit(relax.op.add(x, call.lowering.reshape(bias, [1, shape[1], *[1] * (len(shape) - 2)])))
 
 
@@ -224,10 +225,7 @@ def _deform_conv(call: Call) -> Value:
 
     flat = call.lowering.reshape(call.x(1), [*weights[:2], taps])
     result = call.lowering.compute("deformed", [shape[0], weights[0], *counts], element, columns, flat)
-    if not call.has(3):
-        return result
-    bias = call.lowering.recast(call.x(3), [weights[0]])
-    return call.emit(relax.op.add(result, call.lowering.reshape(bias, [1, weights[0], 1, 1])))
+    return _biased(call, result, 3)
 
 
 def between(read: Callable[..., Any], at: Sequence[Any], dims: Sequence[Dim], dtype: str) -> Any:

@@ -13,7 +13,7 @@ from xopt.kernels.emit import i64
 from xopt.targets.ops.bounds import check_indices, inside, valid
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.indexing import scattered
-from xopt.targets.ops.parameters import LARGEST, numbers, vector
+from xopt.targets.ops.parameters import sizes
 from xopt.targets.ops.reduction import REDUCTIONS
 from xopt.targets.ops.windows import Window, attributes, explicit_pads, padded, sliding, taps_of
 from xopt.targets.symbolic import Dim
@@ -177,12 +177,12 @@ def _max_unpool(call: Call) -> Value:
     if rank < 1 or len(taps) != rank or not call.dims.same_shape(shape, call.shape(1)):
         raise call.unsupported("its kernel or its indices do not fit its input")
     (strides, _), (before, after) = attributes(call, rank), explicit_pads(call, rank)
-    sizes = [
+    extents = [
         call.dims.simplify((dim - 1) * stride - low - high + size)
         for dim, stride, low, high, size in zip(shape[2:], strides, before, after, taps)
     ]
-    inner = [*shape[:2], *sizes]
-    for size in sizes:
+    inner = [*shape[:2], *extents]
+    for size in extents:
         call.require(size >= 1, "its result would have no elements")
     total, count = call.dims.product(inner), call.dims.product(shape)
     check_indices(call, 1, [total])
@@ -197,27 +197,16 @@ def _max_unpool(call: Call) -> Value:
 
 def _in_corner(call: Call, x: relax.Expr, shape: Sequence[Dim]) -> Value:
     """``x`` cut or filled up with zeros, to the shape that input 2 gives."""
-    wanted = call.known(2)
-    if wanted is None:
-        sizes = vector(call, 2)
-        rank = len(shape)
-        clipped = numbers(call, "sizes", rank, lambda t: [_bound(t(i64(k))) for k in range(rank)], sizes)
-        result: list[Dim] = [*shape[:2], *call.lowering.decide(clipped, rank)[2:]]
-    else:
-        result = [*shape[:2], *(int(x) if isinstance(x, float) else x for x in wanted.reshape(-1)[2:])]
+    wanted = sizes(call, 2)
+    result = [*shape[:2], *wanted[2:]]
     if len(result) != len(shape):
         raise call.unsupported("its output_shape has another rank than its input")
-    call.dims.require_sizes(result, "MaxUnpool: its result")
 
     def element(tensor: Any, *index: Any) -> Any:
         exists = reduce(tirx.And, [i < i64(dim) for i, dim in zip(index, shape)])
         return tirx.if_then_else(exists, tensor(*index), tirx.const(0, tensor.dtype))
 
     return call.lowering.compute("in_corner", result, element, x)
-
-
-def _bound(size: Any) -> Any:
-    return tirx.max(tirx.min(size, i64(LARGEST)), i64(0))
 
 
 OPS: dict[str, Emitter] = {
