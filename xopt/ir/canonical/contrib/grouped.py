@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.contrib.activations import Results
@@ -120,11 +119,7 @@ def _visible(site: Site, cache: _Cache) -> ir.Value:
 def _biased(site: Site, keep: ir.Value, q: ir.Value) -> ir.Value:
     """The mask with what is added to the scores."""
     bias = site.given("attention_bias")
-    return keep if bias is None else site.op("Where", keep, bias, _lowest(site, q))
-
-
-def _lowest(site: Site, q: ir.Value) -> ir.Value:
-    return site.number(float(np.finfo(site.dtype(q).numpy()).min), q)
+    return keep if bias is None else site.op("Where", keep, bias, site.lowest(q))
 
 
 def _with_sink(site: Site, operands: Operands, mask: ir.Value, cap: float) -> tuple[Operands, ir.Value]:
@@ -136,7 +131,7 @@ def _with_sink(site: Site, operands: Operands, mask: ir.Value, cap: float) -> tu
         raise site.refused("a softcap goes with a sink")
     k, v = (site.op("Pad", value, site.ints(0, 0, 0, 0, 0, 0, 1, 0)) for value in (operands.k, operands.v))
     if mask.dtype == ir.DataType.BOOL:
-        mask = site.op("Where", mask, site.number(0.0, operands.q), _lowest(site, operands.q))
+        mask = site.op("Where", mask, site.number(0.0, operands.q), site.lowest(operands.q))
     column = site.number(0.0, operands.q) if sink is None else site.op("Reshape", sink, site.ints(1, -1, 1, 1))
     shape = site.op("Concat", site.length(mask, 0), site.ints(operands.heads), site.length(mask, 2), axis=0)
     parts = [

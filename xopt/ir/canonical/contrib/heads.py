@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.contrib.norms import counted
@@ -132,5 +131,4 @@ class Scores:
             return added, causal
         if added is None:
             return self.earlier(), False
-        lowest = np.finfo(self.site.dtype(self.operands.q).numpy()).min
-        return self.site.op("Where", self.earlier(), added, self.site.number(lowest, added)), False
+        return self.site.op("Where", self.earlier(), added, self.site.lowest(added)), False

@@ -194,6 +194,10 @@ class Site:
         """A scalar in the type of another value."""
         return self.array("number", np.asarray(number, self.dtype(like).numpy()))
 
+    def lowest(self, like: ir.Value) -> ir.Value:
+        """The least finite number of the type of another value: a score that no weight comes of."""
+        return self.number(float(np.finfo(self.dtype(like).numpy()).min), like)
+
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A value in another type, itself where it has that already."""
         return value if self.dtype(value) == dtype else self.op("Cast", value, to=int(dtype))
