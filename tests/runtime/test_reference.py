@@ -9,6 +9,7 @@ import pytest
 from tests.ir import builders
 from tests.ir.net import Net
 from tests.ir.test_canonical_ranks import Ranked, layer_norm
+from tests.targets.running import node_model
 from xopt.errors import InputError
 from xopt.ir import io
 from xopt.runtime.reference import ReferenceSession
@@ -119,3 +120,17 @@ def test_graphs_that_the_optimizer_of_onnxruntime_breaks_run_as_they_are() -> No
     expected = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * row + row
     found = ReferenceSession(net.build()).run({"x": x.astype(np.float32)})["y"]
     np.testing.assert_allclose(found, expected[None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sums_of_integers_do_not_saturate(constant: bool, zeros: bool) -> None:
+    """On CPUs without VNNI, onnxruntime's products of uint8 and int8 do."""
+    a, b = np.full((1, 4, 8), 255, np.uint8), np.full((8, 3), 127, np.int8)
+    inputs: dict[str, np.ndarray | list[int]] = {"a": [1, 4, 8], "b": b if constant else [8, 3]}
+    inputs |= {"az": np.array(3, np.uint8), "bz": np.array(-5, np.int8)} if zeros else {}
+    kinds = {"a": ir.DataType.UINT8, "b": ir.DataType.INT8}
+    model = node_model("MatMulInteger", inputs, dtypes=kinds, output_type=ir.DataType.INT32)
+    feeds = {"a": a} if constant else {"a": a, "b": b}
+    want = 8 * (255 - 3 * zeros) * (127 + 5 * zeros)
+    assert (ReferenceSession(model).run(feeds)["y0"] == want).all()

@@ -15,6 +15,7 @@ from xopt.errors import InputError
 from xopt.ir import io
 from xopt.ir.empties import may_be_empty
 from xopt.ir.exporting import export
+from xopt.ir.unsigned import widen_products
 from xopt.runtime.portable import brief, started
 
 Array = npt.NDArray[np.generic]
@@ -33,6 +34,7 @@ class ReferenceSession:
 
     def __init__(self, model: ir.Model, threads: int = 2) -> None:
         exported = export(model)
+        widen_products(exported)
         self._session = _session(exported, threads)
         self.inputs: dict[str, ir.Value] = {value.name or "": value for value in exported.graph.inputs}
         self._optional = frozenset(self.inputs) & frozenset(exported.graph.initializers)
