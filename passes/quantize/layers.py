@@ -42,7 +42,7 @@ class Layer:
 
     def problem(self) -> str | None:
         """Why it cannot be quantized whatever the data, or None."""
-        if edit.producer(self.weight, "DequantizeLinear") is not None:
+        if quantized.weight_dequantizer(self.weight) is not None:
             return "already-quantized"
         if self.weight.dtype != ir.DataType.FLOAT or self.input.dtype != ir.DataType.FLOAT:
             return "not-float32"

@@ -15,8 +15,9 @@ import pytest
 from tests.ir import builders
 from tests.ir.contrib import DOMAIN, session
 from xopt.ir import canonicalize, export, load
+from xopt.ir.dependency import uncuttable
 from xopt.ir.io import to_bytes
-from xopt.ir.structure import transformer_blocks
+from xopt.ir.structure import AttentionSite, transformer_blocks
 from xopt.runtime.reference import ReferenceSession
 
 MODELS: dict[str, Callable[[], ir.Model]] = {
@@ -80,8 +81,10 @@ def test_a_model_that_a_tool_has_optimized(kind: str, tool: Callable[..., None],
     canonicalize(model)
     assert all(node.domain == "" for node in model.graph.all_nodes())
     assert len(attentions(model)) == len(attentions(original)) > 0
-    if tool is not in_four_bits:
-        assert sum(block.ffn is not None for block in transformer_blocks(model)) == len(transformer_blocks(original))
+    assert all(part is not None for site in attentions(model) for part in (site.q, site.k, site.v, site.out))
+    assert sum(block.ffn is not None for block in transformer_blocks(model)) == len(transformer_blocks(original))
+    if tool is in_four_bits:
+        assert {item.reason for item in uncuttable(model)} >= {"quantized"}
     feeds = builders.feeds(original)
     changed = tool is in_four_bits or kind == "gpt2"  # whose Gelu becomes its approximation
     want = session((target if changed else source).read_bytes()).run(None, feeds)
@@ -91,5 +94,5 @@ def test_a_model_that_a_tool_has_optimized(kind: str, tool: Callable[..., None],
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * max(1.0, float(np.abs(other).max())))
 
 
-def attentions(model: ir.Model) -> list[ir.Node]:
-    return [block.attention.node for block in transformer_blocks(model) if block.attention is not None]
+def attentions(model: ir.Model) -> list[AttentionSite]:
+    return [block.attention for block in transformer_blocks(model) if block.attention is not None]

@@ -83,6 +83,7 @@ def before_per_head_ops(value: ir.Value | None) -> tuple[ir.Value | None, list[t
     """
     vectors: list[tuple[ir.Value, ir.Node]] = []
     while value is not None:
+        value = quantized.before(value)
         node = value.producer()
         if edit.is_op(node, "RotaryEmbedding"):
             assert node is not None

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir import edit, walk
+from xopt.ir.schema import unread
 
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 
@@ -64,17 +65,25 @@ def is_grid(value: ir.Value) -> bool:
 
 
 def rounds_alike(node: ir.Node) -> bool:
-    """Whether a node quantizes or dequantizes all elements of a tensor by one grid."""
-    shape = walk.shape_of(edit.operand(node, 1)) if edit.is_op(node, *PAIR) else None
-    return shape in ((), (1,))
+    """Whether a node quantizes or dequantizes all elements of a tensor by one constant grid."""
+    if not edit.is_op(node, *PAIR) or not all(given is None or walk.is_weight(given) for given in node.inputs[1:]):
+        return False
+    return walk.shape_of(edit.operand(node, 1)) in ((), (1,))
+
+
+def rounded_alike(site: ir.Node, node: ir.Node, value: ir.Value) -> ir.Value:
+    """What a node that rounds all elements alike makes of another ``value``, written before ``site``."""
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    inputs = [value, *node.inputs[1:]]
+    return edit.insert(site, node.op_type, inputs, attributes, dtype=node.outputs[0].dtype, shape=value.shape)
 
 
 def weight_dequantizer(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that makes ``value`` from an initializer by a constant grid."""
-    node = edit.producer(value, "DequantizeLinear")
-    if node is None or not walk.is_weight(node.inputs[0]):
+    """The DequantizeLinear that makes ``value`` from an initializer by constant scales: one, a vector, or of blocks."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear" or node.domain or not set(unread(node)) <= {"block_size"}:
         return None
-    return node if grid_of(node, len(walk.shape_of(node.inputs[0]) or ())) is not None else None
+    return node if all(given is None or walk.is_weight(given) for given in node.inputs) else None
 
 
 def stored_matrix(value: ir.Value | None) -> ir.Value | None:
@@ -109,12 +118,17 @@ def transposed(site: ir.Node, value: ir.Value) -> ir.Value | None:
     graph = site.graph
     if node is None or stored is None or not isinstance(graph, ir.Graph):
         return None
-    array = np.ascontiguousarray(_contents(stored).T)
-    turned = edit.initializer(graph, f"{stored.name}_t", ir.tensor(array, dtype=stored.dtype))
+    turned = _turned(graph, stored)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     attributes["axis"] = 1 - walk.int_attribute(node, "axis", 1) % 2
-    inputs = [turned, *node.inputs[1:]]
-    return edit.insert(site, "DequantizeLinear", inputs, attributes, dtype=value.dtype, shape=array.shape)
+    grid = [_turned(graph, given) if walk.is_weight(given, rank=2) else given for given in node.inputs[1:]]
+    inputs = [turned, *grid]
+    return edit.insert(site, "DequantizeLinear", inputs, attributes, dtype=value.dtype, shape=turned.shape)
+
+
+def _turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    array = np.ascontiguousarray(_contents(value).T)
+    return edit.initializer(graph, f"{value.name}_t", ir.tensor(array, dtype=value.dtype))
 
 
 def joinable(weights: Sequence[ir.Value]) -> bool:

@@ -28,6 +28,7 @@ STEPS = (
     "branches",
     "cleanup",
     "integers",
+    "pairs",
     "linear",
     "norm",
     "activation",

@@ -44,6 +44,7 @@ from xopt.ir.edit import (
     set_attributes,
 )
 from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.quantized import rounded_alike, rounds_alike
 from xopt.ir.schema import unread
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
@@ -330,15 +331,24 @@ def _connect(symbols: Symbols, site: Site, y: ir.Value, lead: Axis, head: Axis) 
     value, axes = site.output, tuple(merged(row) for row in site.output_axes)
     wanted = (lead, site.axes[-2], (*head, *axes[-1]))
     joined: tuple[ir.Value, Axes] | None = None
+    rounding: list[ir.Node] = []
     while axes != wanted:
-        if axes[-1] == wanted[-1] and all(digit.whole for row in axes for digit in row):
+        if not rounding and axes[-1] == wanted[-1] and all(digit.whole for row in axes for digit in row):
             joined = value, axes
         readers = consumers(value)
-        moved = after(symbols, readers[0], axes) if len(readers) == 1 and not value.is_graph_output() else None
+        alone = len(readers) == 1 and not value.is_graph_output()
+        if alone and rounds_alike(readers[0]):
+            rounding.append(readers[0])
+            value = readers[0].outputs[0]
+            continue
+        moved = after(symbols, readers[0], axes) if alone else None
         if moved is None:
             break
         value, axes = readers[0].outputs[0], tuple(merged(row) for row in moved)
     if axes == wanted:
+        for node in rounding:
+            y = rounded_alike(site.anchor, node, y)
+            symbols.learn(y)
         replace_uses(value, y)
     elif joined is not None:
         replace_uses(*move_result(symbols, site.anchor, y, wanted, *joined))

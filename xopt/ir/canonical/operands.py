@@ -21,6 +21,7 @@ from xopt.ir.canonical.layout import Axes, Axis, Digit, axis, before, columns, m
 from xopt.ir.canonical.moving import LAST, move_operand
 from xopt.ir.edit import constant, initializer, input_at, insert, insert_many, is_op, producer, scalar
 from xopt.ir.poly import ONE, Poly, product
+from xopt.ir.quantized import rounded_alike, rounds_alike
 from xopt.ir.shape_rules import integer
 from xopt.ir.symbolic import Symbols
 
@@ -202,6 +203,8 @@ def _per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth
     """Whether the node treats every head apart, so that it has a 3-D form."""
     if not node.outputs:
         return False
+    if rounds_alike(node):
+        return node.inputs[0] is not None
     if is_op(node, "RotaryEmbedding"):
         in_heads = len(axes) == 4 and axes[2] == sequence and [digit.label for digit in axes[3]] == [depth]
         return in_heads or (found is not None and found.columns is None)
@@ -353,6 +356,8 @@ def _steps(site: ir.Node, value: ir.Value, operand: Operand, depth: str) -> ir.V
                 "rotary_embedding_dim": integer(node, "rotary_embedding_dim", 0),
             }
             value = insert(site, "RotaryEmbedding", [value, *node.inputs[1:]], attributes, shape=value.shape)
+        elif rounds_alike(node):
+            value = rounded_alike(site, node, value)
         elif is_op(node, *ARITHMETIC) and (numbers := vector(step, operand.head, depth)) is not None:
             graph = site.graph
             assert isinstance(graph, ir.Graph)

@@ -19,6 +19,7 @@ from xopt.ir.canonical.operands import DEPTH, KEY, QUERY, VALUE, scaling
 from xopt.ir.canonical.report import NotAttentionError
 from xopt.ir.edit import attribute, constant, consumers, is_op, producer, scalar
 from xopt.ir.poly import ONE, product
+from xopt.ir.quantized import PAIR
 from xopt.ir.shape_rules import Dims, integer
 from xopt.ir.symbolic import Symbols
 
@@ -71,7 +72,7 @@ def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
     """
     dims = symbols.dims(softmax.inputs[0])
     if dims is None or len(dims) < 3:
-        raise NotAttentionError("rank")
+        raise NotAttentionError("rank" if _product(softmax.inputs[0], _BETWEEN) is not None else "no-product")
     product = _product(softmax.inputs[0], _ELEMENTWISE)
     own = symbols.dims(product.outputs[0]) if product is not None else None
     if own is not None and len(own) == len(dims):  # a mask of fixed size would speak for the scores otherwise
@@ -120,6 +121,8 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
                 raise NotAttentionError("mask-inside-softcap" if softcap else "mask-under-temperature")
             value, term = _masked(symbols, node, factor, axes)
             terms.append(term)
+        elif is_op(node, *PAIR):
+            raise NotAttentionError("scores-quantized" if _product(value, _BETWEEN) is not None else "no-product")
         else:
             raise NotAttentionError(f"scores-{node.op_type.lower()}")
 
@@ -136,13 +139,13 @@ def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple
     """The scores under one mask, and the mask."""
     if node.op_type == "Add":
         for scores, mask in (node.inputs, node.inputs[::-1]):
-            if scores is not None and mask is not None and _product(scores, _ELEMENTWISE + _MOVING) is not None:
+            if scores is not None and mask is not None and _product(scores, _BETWEEN) is not None:
                 _check_broadcast(symbols, mask, axes)
                 return scores, PlacedTerm("add", mask, factor, axes)
         raise NotAttentionError("no-product")
     if node.op_type == "Sub":
         scores, mask = node.inputs
-        if scores is None or mask is None or _product(scores, _ELEMENTWISE + _MOVING) is None:
+        if scores is None or mask is None or _product(scores, _BETWEEN) is None:
             raise NotAttentionError("no-product")
         _check_broadcast(symbols, mask, axes)
         return scores, PlacedTerm("add", mask, -factor, axes)
@@ -163,7 +166,8 @@ def _check_broadcast(symbols: Symbols, mask: ir.Value, axes: Axes) -> None:
 
 
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Identity", "Tanh", "Where")
-_MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
+_MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", *PAIR)
+_BETWEEN = _ELEMENTWISE + _MOVING
 
 
 def _product(value: ir.Value | None, ops: tuple[str, ...], depth: int = 12) -> ir.Node | None:
@@ -216,7 +220,7 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
             break
         moved = after(symbols, node, axes)
         if moved is None:
-            raise NotAttentionError(f"weights-{node.op_type.lower()}")
+            raise NotAttentionError("weights-quantized" if is_op(node, *PAIR) else f"weights-{node.op_type.lower()}")
         value, axes = node.outputs[0], moved
     v = node.inputs[1]
     dims = symbols.dims(v)
