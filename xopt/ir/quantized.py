@@ -121,8 +121,8 @@ def transposed(site: ir.Node, value: ir.Value) -> ir.Value | None:
     turned = _turned(graph, stored)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     attributes["axis"] = 1 - walk.int_attribute(node, "axis", 1) % 2
-    grid = [_turned(graph, given) if walk.is_weight(given, rank=2) else given for given in node.inputs[1:]]
-    inputs = [turned, *grid]
+    blocks = [given for given in node.inputs[1:] if given is not None and walk.is_weight(given, rank=2)]
+    inputs = [turned, *([_turned(graph, given) for given in blocks] or node.inputs[1:])]
     return edit.insert(site, "DequantizeLinear", inputs, attributes, dtype=value.dtype, shape=turned.shape)
 
 

@@ -15,7 +15,8 @@ from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import constant, consumers, input_at, is_op, operand, remove_dead, replace, sweep
 
 MOVING = tuple("Expand Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split())  # noqa: SIM905
-_LEVELS = (np.uint8, np.int8, np.uint16, np.int16)
+_LEVELS = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
+_LEAST, _MOST = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
@@ -59,11 +60,9 @@ def _grid(node: ir.Node) -> tuple[float, int, str] | None:
     zero = constant(given)
     if scale is None or zero is None or scale.size != 1 or zero.size != 1 or set(node.attributes) - {"axis"}:
         return None
-    if scale.dtype != np.float32 or zero.dtype not in _LEVELS:
+    if scale.dtype != np.float32 or zero.dtype.name not in _LEVELS:
         return None
-    step, middle, ends = scale.reshape(())[()], int(zero.reshape(())), np.iinfo(zero.dtype)
-    with np.errstate(over="ignore"):
-        widest = np.float32(max(middle - ends.min, ends.max - middle)) * step
-    if not np.isfinite(widest) or step < np.finfo(np.float32).tiny:
+    step, middle, (low, high) = float(scale.reshape(())), int(zero.reshape(())), _LEVELS[zero.dtype.name]
+    if not _LEAST <= step <= max(middle - low, high - middle) * step <= _MOST:
         return None
-    return float(step), middle, zero.dtype.name
+    return step, middle, zero.dtype.name
