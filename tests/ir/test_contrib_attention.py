@@ -266,3 +266,31 @@ def test_rotary(interleaved: int, positions: Any, shape: tuple[int, ...], part: 
     attributes = {"interleaved": interleaved}
     attributes |= {} if part == SIZE else {"num_heads": 4, "rotary_embedding_dim": part}
     check(tmp_path, "RotaryEmbedding", inputs, attributes, fixed=(1,))
+
+
+# One query for each sample
+
+LAST = [normal(2, 1, 24) for _ in "qkv"]
+BUFFERS = [normal(2, 3, 7, 8) for _ in "kv"]
+USED = np.int32([4])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ([*LAST, None, None, *BUFFERS, USED], ["y", "k", "v"]),
+        ([*LAST, int32([0, 1, 1, 1, 1], [1, 1, 1, 1, 1]), None, *BUFFERS, USED], ["y", "k", "v"]),
+        ([*LAST, None, normal(1, 3, 1, 5), *BUFFERS, USED], ["y", "k", "v"]),
+        ([*LAST, None, None, *BUFFERS, USED, None, None, normal(72)], ["y", "k", "v"]),
+        ([LAST[0], *BUFFERS], ["y"]),
+        ([LAST[0], *BUFFERS, below(2, 2, 7)], ["y"]),
+    ],
+)
+def test_decoder_masked(inputs: Any, outputs: list[str], tmp_path: Path) -> None:
+    """Caches are buffers, of which what is written is compared."""
+    attributes = {"num_heads": 3, "past_present_share_buffer": int(len(outputs) > 1)}
+    written = lambda array, place: array[:, :, :5] if place else array  # noqa: E731
+    check(
+        tmp_path, "DecoderMaskedMultiHeadAttention", inputs, attributes, outputs=outputs, shown=written,
+        fixed=range(11), tolerance=1e-4,
+    )  # fmt: skip

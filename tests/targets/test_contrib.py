@@ -13,6 +13,8 @@ from onnx import compose, helper
 
 import xopt
 from tests.ir.contrib import DOMAIN, below, int32, int64, loaded, model_of, normal, positive
+from xopt.ir import canonicalize
+from xopt.runtime.reference import ReferenceSession
 
 U8, I8 = np.uint8, np.int8
 
@@ -124,6 +126,81 @@ INTEGERS: list[Case] = [
     ),
 ]
 
+EXPERTS: list[Any] = [normal(6, 32), normal(6, 4), normal(4, 32, 32), normal(4, 32), normal(4, 32, 16), normal(4, 32)]
+NUMBERS = [bytes_of(U8, 4, 32, 16), positive(4, 32) * one(0.02), None, bytes_of(U8, 4, 32, 8), positive(4, 32)]
+MORE: list[Case] = [
+    ("MoE", EXPERTS, {"k": 2, "activation_type": "swiglu", "swiglu_fusion": 1}, {"constants": range(2, 6)}),
+    (
+        "QMoE",
+        [*EXPERTS[:2], *NUMBERS],
+        {"k": 2, "activation_type": "swiglu", "swiglu_fusion": 1},
+        {"constants": (2, 3, 5, 6)},
+    ),
+    (
+        "GatherBlockQuantized",
+        [bytes_of(U8, 12, 32), below(12, 2, 3, dtype=np.int64), positive(12, 2)],
+        {"block_size": 32},
+        {"constants": (0, 2)},
+    ),
+    (
+        "MatMulBnb4",
+        [normal(3, 32), bytes_of(U8, 128), positive(16)],
+        {"N": 8, "K": 32, "block_size": 16, "quant_type": 1},
+        {"constants": (1, 2)},
+    ),
+    ("GatedRMSNorm", [normal(2, 3, 16), normal(4), normal(2, 3, 16)], {}, {}),
+    ("BranchwiseRMSNorm", [normal(2, 3, 4, 8), normal(4, 8)], {}, {}),
+    ("GatedAdd", [normal(2, 3, 8), normal(2, 3, 8), normal(2, 3, 1)], {}, {}),
+    ("ScaledSiLU", [normal(2, 3, 8)], {"alpha": 0.7}, {}),
+    ("UnfoldTensor", [normal(4, 7, 5)], {"size": 3, "dim": 1, "step": 2}, {"fixed": (0,)}),
+    ("CDist", [normal(5, 8), normal(3, 8)], {"metric": "euclidean"}, {"fixed": (0, 1)}),
+    (
+        "CropAndResize",
+        [normal(2, 3, 7, 6), np.float32([[0, 0, 1, 1], [-0.2, 0.3, 0.5, 1.3]]), below(2, 2), int32(3, 4)],
+        {},
+        {"constants": (3,), "fixed": (0, 1)},
+    ),
+    (
+        "DecoderMaskedMultiHeadAttention",
+        [normal(2, 1, 24), normal(2, 3, 7, 8), normal(2, 3, 7, 8)],
+        {"num_heads": 3},
+        {},
+    ),
+]
+ELSEWHERE = """
+    <ir_version: 8, opset_import: ["" : 20, "com.microsoft" : 1]>
+    g (float[2, 5, 6, 8] x, float[8] c, float[6, 3, 2, 4] w, float[3, 8] t, float[3, 5, 2] s, float[4, 16] table,
+       float[2, 5, 12] q, float[12] qb, float[1, 3, 5, 5] p, float[4, 8] u, float[8] d, float[1, 3, 1, 1] e)
+    => (float[a, b, f, h] y0, float[i, j, k, l] y1, float[m, n, o, r] y2, float[aa, ab, ac] y3, float[ad, ae] y4,
+        float[af, ag, ah] y5, float[ai, aj, ak, al] y6, float[am, an, ao, ap] y7)
+    <int64 rows = {6}, int64 columns = {9}>
+    {
+        y0 = com.microsoft.GroupNorm <groups: int = 4, activation: int = 1> (x, c, c)
+        y1 = com.microsoft.SkipGroupNorm <groups: int = 2, activation: int = 0> (x, c, c, x)
+        z = Slice (x, st, en, ax)
+        y2 = com.microsoft.NhwcConv <kernel_shape: ints = [3, 2]> (z, w)
+        y3 = com.microsoft.Rfft (t)
+        y4 = com.microsoft.Irfft <signal_ndim: int = 1> (s)
+        y5 = com.microsoft.ComplexMulConj (s, s)
+        y6 = com.microsoft.RelativePositionBias <max_distance: int = 20> (table, rows, columns)
+        y7 = com.microsoft.GatedRelativePositionBias <num_heads: int = 3> (q, qb, p, u, d, e)
+    }
+"""
+"""What onnxruntime has on other devices only."""
+
+
+@pytest.mark.slow
+def test_what_onnxruntime_has_elsewhere(tmp_path: Path) -> None:
+    """Compiled, against the standard operators that stand for it."""
+    text = ELSEWHERE.replace("{9}>", "{9}, int64[1] st = {0}, int64[1] en = {4}, int64[1] ax = {3}>")
+    model = loaded(onnx.parser.parse_model(text), tmp_path)
+    feeds = {value.name: normal(*value.shape) for value in model.graph.inputs if value.name and value.shape}
+    library = xopt.compile(model, output=tmp_path / "model.so", threads=1)
+    canonicalize(model)
+    want = ReferenceSession(model).run(feeds)
+    for name, array in xopt.Session.load(library).run(feeds).items():
+        np.testing.assert_allclose(array, want[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
 
 def together(cases: list[Case]) -> tuple[onnx.ModelProto, dict[str, np.ndarray], list[np.ndarray]]:
     """One model of all operators, its feeds, and its outputs in onnxruntime."""
@@ -140,7 +217,7 @@ def together(cases: list[Case]) -> tuple[onnx.ModelProto, dict[str, np.ndarray],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [FLOATS, ATTENTION, INTEGERS], ids=["floats", "attention", "integers"])
+@pytest.mark.parametrize("cases", [FLOATS, ATTENTION, INTEGERS, MORE], ids=["floats", "attention", "integers", "more"])
 def test_compiled(cases: list[Case], tmp_path: Path) -> None:
     proto, feeds, want = together(cases)
     library = xopt.compile(loaded(proto, tmp_path), output=tmp_path / "model.so", threads=1)

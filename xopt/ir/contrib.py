@@ -19,14 +19,28 @@ from xopt.ir.schema import Form
 DOMAIN = "com.microsoft"
 _CONV = "auto_pad='NOTSET' dilations:ints? group=1 kernel_shape:ints? pads:ints? strides:ints?"
 _FUSED_MATMUL = "alpha=1.0 transA=0 transB=0 transBatchA=0 transBatchB=0"
+_EXPERTS = (
+    "activation_alpha=1.0 activation_beta=0.0 activation_type='relu' k=1 normalize_routing_weights=0 swiglu_fusion=0"
+    " swiglu_limit:float? use_sparse_mixer=0"
+)
 
 OPERATORS: dict[str, str] = {
     "Attention": "input weights bias? mask_index? past? attention_bias? past_sequence_length? -> output present?"
     " | num_heads:int mask_filter_value=-10000.0 scale=0.0 unidirectional=0 qkv_hidden_sizes:ints? do_rotary=0"
     " rotary_embedding_dim=0 past_present_share_buffer=0",
     "BiasAdd": "X bias skip -> Y",
+    "BiasDropout": "data bias residual? ratio? training_mode? -> output mask? | seed:int?",
     "BiasGelu": "A B -> C",
+    "BiasSoftmax": "data bias -> output | axis=1 is_inner_broadcast:int",
     "BiasSplitGelu": "X bias -> Y",
+    "BranchwiseRMSNorm": "X scale? -> Y | num_branches=0 epsilon=1e-5",
+    "CDist": "A B -> C | metric='sqeuclidean'",
+    "ComplexMul": "A B -> C",
+    "ComplexMulConj": "A B -> C",
+    "CropAndResize": "X rois batch_indices crop_size -> Y | extrapolation_value=0.0 mode='bilinear'",
+    "DecoderMaskedMultiHeadAttention": "query key? value? mask_index? attention_bias? past_key? past_value?"
+    " past_sequence_length? beam_width? cache_indirection? bias? -> output present_key? present_value? qk?"
+    " | num_heads:int mask_filter_value=-10000.0 output_qk=0 past_present_share_buffer=0 scale=0.0",
     "DequantizeLinear": "x x_scale x_zero_point? -> y | axis:int?",
     "DynamicQuantizeMatMul": "A B b_scale b_zero_point? bias? -> Y",
     "EmbedLayerNormalization": "input_ids segment_ids? word_embedding position_embedding segment_embedding? gamma beta"
@@ -37,23 +51,40 @@ OPERATORS: dict[str, str] = {
     "FusedGemm": "A B C? -> Y | activation='' activation_alpha:float? activation_beta:float? activation_gamma:float?"
     " alpha=1.0 beta=1.0 transA=0 transB=0",
     "FusedMatMul": f"A B -> Y | {_FUSED_MATMUL}",
+    "FusedMatMulActivation": f"A B -> Y | activation:str! activation_alpha:float? activation_axis:int? "
+    f"activation_beta:float? activation_gamma:float? {_FUSED_MATMUL}",
+    "GatedAdd": "X Y gate -> output",
+    "GatedRMSNorm": "X scale gate -> Y | activation='silu' epsilon=1e-5",
+    "GatedRelativePositionBias": "query_layer query_bias rel_pos weight bias eco_a token_offset? -> output"
+    " | num_heads:int",
+    "GatherBlockQuantized": "data indices scales zero_points? -> output"
+    " | bits=4 block_size=128 quantize_axis=1 gather_axis=0",
     "GatherND": "data indices -> output",
     "Gelu": "X -> Y",
     "GemmFastGelu": "X W bias? -> Y",
     "GridSample": "X Grid -> Y | align_corners=0 mode='bilinear' padding_mode='zeros'",
+    "GroupNorm": "X gamma beta -> Y | activation:int channels_last=1 epsilon=1e-5 groups:int",
     "GroupQueryAttention": "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache?"
     " sin_cache? position_ids? attention_bias? head_sink? k_scale? v_scale? q_norm_weight? k_norm_weight?"
     " -> output present_key? present_value? output_qk?"
     " | num_heads:int kv_num_heads:int scale=0.0 softcap=0.0 local_window_size=-1 do_rotary=0 rotary_interleaved=0"
     " causal=1 smooth_softmax=-1 qk_output=0 qk_norm_epsilon=1e-6 sliding_window_cache=0 kv_cache_bit_width:int?"
     " k_quant_type='NONE' v_quant_type='NONE'",
+    "Irfft": "X -> Y | normalized=0 onesided=1 signal_ndim:int",
     "LayerNormalization": "X Scale B? -> Y Mean? InvStdDev? | axis=-1 epsilon=1e-5 stash_type=1",
+    "MatMulBnb4": "A B absmax -> Y | K:int N:int block_size:int quant_type:int training_mode=0 transB=1",
+    "MatMulInteger16": "A B -> Y",
     "MatMulIntegerToFloat": "A B a_scale b_scale a_zero_point? b_zero_point? bias? -> Y",
     "MatMulNBits": "A B scales zero_points? g_idx? bias? -> Y"
     " | K:int N:int bits=4 block_size:int accuracy_level=0 weight_prepacked=0",
+    "MoE": "input router_probs fc1_experts_weights fc1_experts_bias? fc2_experts_weights fc2_experts_bias?"
+    f" fc3_experts_weights? fc3_experts_bias? -> output | {_EXPERTS}",
+    "MulInteger": "A A_zero_point? B B_zero_point? -> C",
     "MultiHeadAttention": "query key? value? bias? key_padding_mask? attention_bias? past_key? past_value?"
     " past_sequence_length? cache_indirection? -> output present_key? present_value? qk?"
     " | num_heads:int mask_filter_value=-10000.0 scale=0.0 unidirectional=0",
+    "NhwcConv": f"X W B? -> Y | {_CONV}",
+    "NhwcFusedConv": f"X W B? Z? -> Y | activation='' activation_params:floats? {_CONV}",
     "NhwcMaxPool": "x -> y | auto_pad='NOTSET' ceil_mode=0 dilations:ints? kernel_shape:ints! pads:ints? strides:ints?",
     "Pad": "data pads value? -> output | mode='constant'",
     "QAttention": "input weight bias input_scale weight_scale mask_index? input_zero_point? weight_zero_point? past?"
@@ -79,17 +110,29 @@ OPERATORS: dict[str, str] = {
     "QLinearSigmoid": "X X_scale X_zero_point? Y_scale Y_zero_point? -> Y",
     "QLinearSoftmax": "X X_scale x_zero_point? y_scale y_zero_point -> Y | axis=-1 opset:int",
     "QLinearWhere": "condition X x_scale x_zero_point Y y_scale y_zero_point z_scale z_zero_point -> Z",
+    "QMoE": "input router_probs fc1_experts_weights fc1_scales? fc1_experts_bias? fc2_experts_weights fc2_scales?"
+    " fc2_experts_bias? fc3_experts_weights? fc3_scales? fc3_experts_bias? fc1_zero_points? fc2_zero_points?"
+    " fc3_zero_points? router_weights? fc1_global_scale? fc2_global_scale? fc1_act_scale? fc2_act_scale?"
+    " fc1_act_block_scale? fc2_act_block_scale? -> output | accuracy_level=0 block_size:int? expert_weight_bits=4"
+    " fc1_expert_weight_bits:int? fc2_expert_weight_bits:int? fc3_expert_weight_bits:int? quant_type='int'"
+    f" weights_prepacked=-1 {_EXPERTS}",
     "QuantizeLinear": "x y_scale y_zero_point? -> y | axis:int?",
     "QuickGelu": "X -> Y | alpha=1.702",
+    "Range": "start limit delta? -> Y",
+    "RelativePositionBias": "bias_table query_length key_length -> output | is_bidirectional=0 max_distance:int",
+    "Rfft": "X -> Y | normalized=0 onesided=1 signal_ndim=1",
     "RotaryEmbedding": "input position_ids cos_cache sin_cache -> output"
     " | interleaved=0 is_packed_batching=0 num_heads=0 rotary_embedding_dim=0 scale=1.0",
+    "ScaledSiLU": "X scale? -> Y | alpha=1.0",
     "SimplifiedLayerNormalization": "X scale -> Y inv_std_var? | axis=-1 epsilon=1e-5 stash_type=1",
+    "SkipGroupNorm": "X gamma beta skip bias? -> Y S? | activation:int channels_last=1 epsilon=1e-5 groups:int",
     "SkipLayerNormalization": "input skip gamma beta? bias? -> output mean? inv_std_var? input_skip_bias_sum?"
     " | epsilon=1e-12",
     "SkipSimplifiedLayerNormalization": "input skip gamma bias? -> output mean? inv_std_var? input_skip_bias_sum?"
     " | epsilon=1e-12",
     "TransposeMatMul": "A B -> Y | alpha=1.0 transA=0 transB=0",
     "Trilu": "X k? -> Y | upper=1",
+    "UnfoldTensor": "input -> output | dim=-1 size:int step=1",
     "Unique": "x -> y idx counts",
 }
 """By operator: inputs, outputs and attributes, each optional one marked by ``?`` (an input that repeats by ``*``).

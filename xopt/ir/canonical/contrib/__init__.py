@@ -22,7 +22,10 @@ from xopt.ir.edit import names_remembered, remove_dead, replace_uses
 from xopt.ir.shapes import infer_shapes
 
 Rule: TypeAlias = Callable[[Site], Sequence[ir.Value | None]]
-FAMILIES = ("activations", "attention", "blocks", "grouped", "norms", "products", "quantized", "rotary", "shapes")
+FAMILIES = (
+    "activations", "attention", "blocks", "experts", "grouped", "norms", "positions", "products", "quantized", "rotary",
+    "shapes", "spectrum",
+)  # fmt: skip
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:

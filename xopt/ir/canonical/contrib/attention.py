@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.contrib.activations import Results
@@ -29,7 +30,7 @@ def of_projection(site: Site, projected: ir.Value, width: int, sizes: Sequence[i
     operands = Operands(q, k, v, heads, heads, _halves(site, site.given("past")))
     bias = site.given("attention_bias") if "attention_bias" in site.form.inputs else None
     site.pass_over("rotary_embedding_dim", "past_sequence_length")
-    output, k, v = _attended(site, operands, site.given("mask_index"), bias)
+    output, k, v = _attended(site, operands, site.given("mask_index"), bias, bool(site.attr("unidirectional")))
     if not site.wants("present"):
         return [output]
     both = [site.op("Unsqueeze", apart(site, value, heads), site.ints(0)) for value in (k, v)]
@@ -52,7 +53,7 @@ def _halves(site: Site, both: ir.Value | None) -> tuple[ir.Value, ir.Value] | No
 
 
 def _attended(
-    site: Site, operands: Operands, mask: ir.Value | None, bias: ir.Value | None
+    site: Site, operands: Operands, mask: ir.Value | None, bias: ir.Value | None, causal: bool
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The output, and keys and values with the past ones."""
     past = operands.past[0] if operands.past is not None else None
@@ -61,7 +62,7 @@ def _attended(
     if mask is not None:
         added = scores.padding(mask, filler)
         bias = added if bias is None else site.op("Add", bias, added)
-    bias, causal = scores.mask(bias, bool(site.attr("unidirectional")))
+    bias, causal = scores.mask(bias, causal)
     output = attend(site, operands, bias, scale=site.attr("scale"), causal=causal)
     return output, operands.k, operands.v
 
@@ -73,14 +74,55 @@ def _multi_head(site: Site) -> Results:
     cached = site.rank(k) == 4
     if (bias := site.given("bias")) is not None:
         q, k, v = _biased(site, bias, q, k, v, cached)
-    past = site.given("past_key"), site.given("past_value")
-    if (past[0] is None) != (past[1] is None):
+    operands = Operands(q, k, v, heads, heads, _past(site))
+    causal = bool(site.attr("unidirectional"))
+    output, k, v = _attended(site, operands, site.given("key_padding_mask"), site.given("attention_bias"), causal)
+    return [output, *_present(site, k, v, heads)]
+
+
+def _past(site: Site) -> tuple[ir.Value, ir.Value] | None:
+    """Keys and values that go before."""
+    keys, values = site.given("past_key"), site.given("past_value")
+    if (keys is None) != (values is None):
         raise site.refused("past_key and past_value do not go together")
-    joined = (past[0], past[1]) if past[0] is not None and past[1] is not None else None
-    operands = Operands(q, k, v, heads, heads, joined)
-    output, k, v = _attended(site, operands, site.given("key_padding_mask"), site.given("attention_bias"))
+    return (keys, values) if keys is not None and values is not None else None
+
+
+def _present(site: Site, k: ir.Value, v: ir.Value, heads: int) -> list[ir.Value | None]:
+    """Keys and values with the past ones, where they are wanted."""
     shown = [site.wants(name) for name in ("present_key", "present_value")]
-    return [output, *(apart(site, value, heads) if wanted else None for value, wanted in zip((k, v), shown))]
+    return [apart(site, value, heads) if wanted else None for value, wanted in zip((k, v), shown)]
+
+
+def _decoder_masked(site: Site) -> Results:
+    """One query for each sample; keys and values of one token, or those of another sequence as they were cached."""
+    site.only(output_qk=0)
+    heads, bias = head_count(site, "num_heads"), site.given("bias")
+    q, k, v = (site.value(name) for name in ("query", "key", "value"))
+    cached = site.rank(k) == 4
+    if bias is not None:
+        q, k, v = _biased(site, bias, q, k, v, cached)
+    buffers, filled = _past(site), None
+    if site.attr("past_present_share_buffer") and not cached:
+        filled = site.op("Reshape", site.cast(site.value("past_sequence_length"), ir.DataType.INT64), site.ints(1))
+    past = buffers if filled is None or buffers is None else _used(site, buffers, filled)
+    operands = Operands(q, k, v, heads, heads, past)
+    output, k, v = _attended(site, operands, site.given("mask_index"), site.given("attention_bias"), False)
+    if filled is not None and buffers is not None:
+        k, v = (_filled(site, old, new) for old, new in zip(buffers, (k, v)))
+    return [output, *_present(site, k, v, heads)]
+
+
+def _used(site: Site, buffers: tuple[ir.Value, ir.Value], filled: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first places of buffers [B,N,L,H]."""
+    keys, values = (site.op("Slice", one, site.ints(0), filled, site.ints(2)) for one in buffers)
+    return keys, values
+
+
+def _filled(site: Site, buffer: ir.Value, used: ir.Value) -> ir.Value:
+    """A buffer [B,N,L,H] whose first places are others."""
+    rest = site.op("Slice", buffer, site.length(used, 2), site.ints(np.iinfo(np.int64).max), site.ints(2))
+    return site.op("Concat", used, rest, axis=2)
 
 
 def _unpacked(site: Site) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -111,4 +153,8 @@ def _biased(
     return first, second, third
 
 
-RULES = {"Attention": _attention, "MultiHeadAttention": _multi_head}
+RULES = {
+    "Attention": _attention,
+    "DecoderMaskedMultiHeadAttention": _decoder_masked,
+    "MultiHeadAttention": _multi_head,
+}

@@ -30,7 +30,7 @@ def _matmul(site: Site) -> Results:
     packed = site.constant(site.value("B"), "B")
     if packed.dtype != np.uint8 or packed.size != columns * blocks * block * bits // 8:
         raise site.refused(f"its weight has {packed.size} bytes")
-    integers = _unpacked(packed.reshape(columns, -1), bits)[:, :rows].T
+    integers = unpacked(packed.reshape(columns, -1), bits)[:, :rows].T
     scale = _shaped(site, site.constant(scales, "scales"), (columns, blocks)).T
     zeros = _zeros(site, bits, columns, blocks)
     groups = site.given("g_idx")
@@ -44,7 +44,7 @@ def _matmul(site: Site) -> Results:
     return [site.plus(site.op("MatMul", x, weight), site.given("bias"))]
 
 
-def _unpacked(packed: Array, bits: int) -> Array:
+def unpacked(packed: Array, bits: int) -> Array:
     """Numbers of few bits out of rows of bytes, the low bits first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8).reshape(len(packed), -1)
@@ -64,7 +64,7 @@ def _zeros(site: Site, bits: int, columns: int, blocks: int) -> Array:
     array = site.constant(given, "zero_points")
     if array.dtype == np.uint8:
         width = -(-blocks * bits // 8)
-        return _unpacked(_shaped(site, array, (columns, width)), bits)[:, :blocks].T
+        return unpacked(_shaped(site, array, (columns, width)), bits)[:, :blocks].T
     return _shaped(site, array, (columns, blocks)).T
 
 
@@ -101,4 +101,65 @@ def _as_numbers(site: Site, integers: Array, scale: Array, zeros: Array, group: 
     return site.array("weight", wide.astype(scale.dtype))
 
 
-RULES = {"MatMulNBits": _matmul}
+def _gather(site: Site) -> Results:
+    """Rows of a table whose numbers are scaled in blocks."""
+    data, scales, given = site.value("data"), site.value("scales"), site.given("zero_points")
+    rank, block = site.rank(data), int(site.attr("block_size"))
+    axis, rows = int(site.attr("quantize_axis")) % rank, int(site.attr("gather_axis")) % rank
+    zeros = given
+    if site.dtype(data) == ir.DataType.UINT8:
+        data, zeros = _bytes(site, data, scales, given, axis)
+    elif site.dtype(data) not in (ir.DataType.INT4, ir.DataType.UINT4):
+        raise site.refused(f"its table is of {site.dtype(data).name.lower()}")
+    else:
+        site.pass_over("bits")
+    form: Attributes = {"dtype": scales.dtype, "shape": data.shape}
+    table = site.op("DequantizeLinear", data, scales, zeros, axis=axis, block_size=block, **form)
+    return [site.op("Gather", table, site.value("indices"), axis=rows)]
+
+
+def _bytes(
+    site: Site, data: ir.Value, scales: ir.Value, given: ir.Value | None, axis: int
+) -> tuple[ir.Value, ir.Value]:
+    """Numbers that are packed along the last axis, and their zero points: the middle where none are given."""
+    bits, rank = int(site.attr("bits")), site.rank(data)
+    if bits not in (2, 4, 8) or (bits < 8 and axis != rank - 1):
+        raise site.refused(f"{bits} bits in blocks along axis {axis} of {rank}")
+    packed, shape = site.constant(data, "data"), site.constant(scales, "scales").shape
+    numbers = unpacked(packed.reshape(-1, packed.shape[-1]), bits).reshape(*packed.shape[:-1], -1)
+    zeros = np.full(shape, 1 << (bits - 1), np.uint8)
+    if given is not None:
+        array = site.constant(given, "zero_points")
+        wide = unpacked(array.reshape(-1, array.shape[-1]), bits).reshape(*array.shape[:-1], -1)
+        zeros = wide[..., : shape[-1]].reshape(shape)
+    return site.array("table", _tensor(numbers, bits)), site.array("zero_points", _tensor(zeros, bits))
+
+
+_FP4 = np.asarray([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
+_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+_LEVELS = {0: np.concatenate([_FP4, -_FP4]), 1: np.asarray(_NF4, np.float32)}
+"""What 4 bits stand for, in parts of the largest number of a block: bitsandbytes' FP4 (0) and NF4 (1)."""
+
+
+def _of_levels(site: Site) -> Results:
+    """A weight [N,K] whose numbers are places in a table, the high bits first, scaled in blocks of the flat matrix."""
+    site.only(training_mode=0)
+    rows, columns, block, kind = (int(site.attr(name)) for name in ("N", "K", "block_size", "quant_type"))
+    if kind not in _LEVELS or block < 1 or rows < 1 or columns < 1:
+        raise site.refused(f"quant_type {kind} in blocks of {block} of a matrix [{rows}, {columns}]")
+    packed, most = site.constant(site.value("B"), "B").reshape(-1), site.constant(site.value("absmax"), "absmax")
+    size = rows * columns
+    if packed.size != -(-size // 2) or most.size != -(-size // block) or packed.dtype != np.uint8:
+        raise site.refused(f"its weight has {packed.size} bytes and {most.size} scales")
+    places = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[:size]
+    scale = np.repeat(most.reshape(-1).astype(np.float32), block)[:size]
+    weight = (_LEVELS[kind][places] * scale).reshape(rows, columns).astype(most.dtype)
+    matrix = site.array("weight", np.ascontiguousarray(weight.T) if site.attr("transB") else weight)
+    return [site.op("MatMul", site.value("A"), matrix)]
+
+
+RULES = {"GatherBlockQuantized": _gather, "MatMulBnb4": _of_levels, "MatMulNBits": _matmul}

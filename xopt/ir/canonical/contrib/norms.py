@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from xopt.ir import edit
 from xopt.ir.canonical.contrib.activations import Results
+from xopt.ir.canonical.contrib.products import channels_last, channels_second
 from xopt.ir.canonical.contrib.site import Attributes, Site
 
 
@@ -90,10 +92,73 @@ def _shown(site: Site, ids: ir.Value) -> ir.Value:
     return count if mask is not None else site.op("Mul", count, site.number(0, count))
 
 
+def _group_norm(site: Site) -> Results:
+    x = site.value("X")
+    rank, last = site.rank(x), bool(site.attr("channels_last"))
+    norm = _grouped(site, channels_second(site, x, rank) if last else x)
+    return [channels_last(site, norm, rank) if last else norm]
+
+
+def _grouped(site: Site, x: ir.Value) -> ir.Value:
+    """The norm of groups of channels [N, C, D...], activated."""
+    attributes: Attributes = {"num_groups": int(site.attr("groups")), "epsilon": float(site.attr("epsilon"))}
+    gamma, beta = (site.cast(site.value(name), site.dtype(x)) for name in ("gamma", "beta"))
+    norm = site.op("GroupNormalization", x, gamma, beta, **attributes)
+    kind = int(site.attr("activation"))
+    if kind not in (0, 1):
+        raise site.refused(f"activation is {kind}")
+    return site.op("Swish", norm) if kind else norm
+
+
+def _skip_group_norm(site: Site) -> Results:
+    """The norm of a sum, and the sum; what is added may be the same for all places [N, C]."""
+    site.only(channels_last=1)
+    skip = site.value("skip")
+    if site.rank(skip) == 2:
+        skip = site.op("Unsqueeze", skip, site.ints(1, 2))
+    total = site.plus(site.plus(site.value("X"), site.given("bias")), skip)
+    rank = site.rank(total)
+    return [channels_last(site, _grouped(site, channels_second(site, total, rank)), rank), total]
+
+
+def _gated_rms_norm(site: Site) -> Results:
+    """The norm of each head, times an activated gate."""
+    x, scale, gate = site.value("X"), site.value("scale"), site.value("gate")
+    epsilon, kind = float(site.attr("epsilon")), str(site.attr("activation"))
+    if kind not in ("silu", "swish", "sigmoid"):
+        raise site.refused(f"activation is {kind!r}")
+    norm = _rms_by_parts(site, x, scale, site.size(scale, -1), epsilon)
+    return [site.op("Mul", norm, site.op("Sigmoid" if kind == "sigmoid" else "Swish", gate))]
+
+
+def _rms_by_parts(site: Site, x: ir.Value, scale: ir.Value, size: int, epsilon: float) -> ir.Value:
+    """The norm of parts of the last axis that are ``size`` long."""
+    parts = site.op("Reshape", x, site.ints(*[0] * (site.rank(x) - 1), -1, size))
+    norm = site.op("RMSNormalization", parts, scale, axis=-1, epsilon=epsilon)
+    return site.op("Reshape", norm, site.op("Shape", x))
+
+
+def _branchwise_rms_norm(site: Site) -> Results:
+    """The norm of each branch; one scale for all, or one each."""
+    x, scale, branches = site.value("X"), site.given("scale"), int(site.attr("num_branches"))
+    size = site.size(x, -1) // max(branches, 1)
+    ones = site.array("ones", np.ones(size, site.dtype(x).numpy()))
+    epsilon = float(site.attr("epsilon"))
+    own = scale is not None and (site.rank(scale) > 1 or site.size(scale, 0) != size)
+    norm = _rms_by_parts(site, x, ones if scale is None or own else scale, size, epsilon)
+    if scale is None or not own:
+        return [norm]
+    return [site.op("Mul", norm, site.op("Reshape", scale, site.ints(*((-1,) if branches else (-1, size)))))]
+
+
 RULES = {
+    "BranchwiseRMSNorm": _branchwise_rms_norm,
     "EmbedLayerNormalization": _embed_layer_norm,
+    "GatedRMSNorm": _gated_rms_norm,
+    "GroupNorm": _group_norm,
     "LayerNormalization": _layer_norm,
     "SimplifiedLayerNormalization": _rms_norm,
+    "SkipGroupNorm": _skip_group_norm,
     "SkipLayerNormalization": _skip_layer_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
 }

@@ -13,11 +13,24 @@ CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
 def _fused_matmul(site: Site) -> Results:
+    return [_turned_product(site)]
+
+
+def _turned_product(site: Site) -> ir.Value:
     """Matrices may be transposed, and their first axis may stand before the others or behind them."""
     operands = [
         _turned(site, site.value(name), site.attr(f"trans{name}"), site.attr(f"transBatch{name}")) for name in "AB"
     ]
-    return [_scaled(site, site.op("MatMul", *operands))]
+    return _scaled(site, site.op("MatMul", *operands))
+
+
+def _activated_matmul(site: Site) -> Results:
+    return [_activated(site, _turned_product(site), _given_parameters(site, ("alpha", "beta", "gamma", "axis")))]
+
+
+def _given_parameters(site: Site, names: Sequence[str]) -> Attributes:
+    given = {name: site.attr(f"activation_{name}") for name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _transpose_matmul(site: Site) -> Results:
@@ -47,8 +60,7 @@ def _scaled(site: Site, product: ir.Value) -> ir.Value:
 def _fused_gemm(site: Site) -> Results:
     attributes = {name: site.attr(name) for name in ("alpha", "beta", "transA", "transB")}
     product = site.op("Gemm", site.value("A"), site.value("B"), site.given("C"), **attributes)
-    given = {name: site.attr(f"activation_{name}") for name in ("alpha", "beta", "gamma")}
-    return [_activated(site, product, {name: value for name, value in given.items() if value is not None})]
+    return [_activated(site, product, _given_parameters(site, ("alpha", "beta", "gamma")))]
 
 
 def _gemm_fast_gelu(site: Site) -> Results:
@@ -59,12 +71,35 @@ def _gemm_fast_gelu(site: Site) -> Results:
 def _fused_conv(site: Site) -> Results:
     """A convolution, a tensor added to it, an activation."""
     inputs = [site.value("X"), site.value("W"), site.given("B")]
-    total = site.plus(site.op("Conv", *inputs, **conv_attributes(site)), site.given("Z"))
+    return [_convolved(site, site.op("Conv", *inputs, **conv_attributes(site)))]
+
+
+def _nhwc_fused_conv(site: Site) -> Results:
+    """The same with channels last, in all but the weight."""
+    return [_convolved(site, _with_channels_last(site, site.value("W")))]
+
+
+def _nhwc_conv(site: Site) -> Results:
+    """A convolution with channels last, also in the weight [M, D..., C / group], as onnxruntime's tool writes it."""
+    weight, rank = site.value("W"), site.rank(site.value("X"))
+    return [_with_channels_last(site, channels_second(site, weight, rank))]
+
+
+def _with_channels_last(site: Site, weight: ir.Value) -> ir.Value:
+    x = site.value("X")
+    rank = site.rank(x)
+    inputs = [channels_second(site, x, rank), weight, site.given("B")]
+    return channels_last(site, site.op("Conv", *inputs, **conv_attributes(site)), rank)
+
+
+def _convolved(site: Site, result: ir.Value) -> ir.Value:
+    """The result of a convolution with a tensor added to it and an activation."""
+    total = site.plus(result, site.given("Z"))
     params = site.attr("activation_params") or ()
     names = _PARAMETERS.get(site.attr("activation"), ())
     if len(params) != len(names):
         raise site.refused(f"{len(params)} activation_params of {site.attr('activation')!r}")
-    return [_activated(site, total, dict(zip(names, params)))]
+    return _activated(site, total, dict(zip(names, params)))
 
 
 def conv_attributes(site: Site) -> Attributes:
@@ -79,6 +114,8 @@ _PARAMETERS: dict[str, Sequence[str]] = {
     "LeakyRelu": ("alpha",),
 }
 _ACTIVATIONS = {
+    "Gelu": "",
+    "Softmax": "axis",
     "Clip": "min max",
     "Elu": "alpha",
     "HardSigmoid": "alpha beta",
@@ -120,6 +157,9 @@ RULES = {
     "FusedConv": _fused_conv,
     "FusedGemm": _fused_gemm,
     "FusedMatMul": _fused_matmul,
+    "FusedMatMulActivation": _activated_matmul,
     "GemmFastGelu": _gemm_fast_gelu,
+    "NhwcConv": _nhwc_conv,
+    "NhwcFusedConv": _nhwc_fused_conv,
     "TransposeMatMul": _transpose_matmul,
 }

@@ -239,10 +239,26 @@ def _table(site: Site, name: str, given: str) -> ir.Value | None:
     return dequantized(site, x, site.value(f"{name}_scale"), site.given(f"{name}_zero_point"))
 
 
+def _wide_product(site: Site) -> Results:
+    return [site.op("MatMul", *(site.cast(site.value(name), ir.DataType.INT32) for name in "AB"))]
+
+
+def _integer_multiplication(site: Site) -> Results:
+    return [site.op("Mul", *(_above_zero(site, name) for name in "AB"))]
+
+
+def _above_zero(site: Site, name: str) -> ir.Value:
+    """An operand int32, without its zero point."""
+    x, zero = site.cast(site.value(name), ir.DataType.INT32), site.given(f"{name}_zero_point")
+    return x if zero is None else site.op("Sub", x, site.cast(zero, ir.DataType.INT32))
+
+
 RULES = {
     "DequantizeLinear": _dequantize,
     "DynamicQuantizeMatMul": _dynamic_matmul,
+    "MatMulInteger16": _wide_product,
     "MatMulIntegerToFloat": _matmul_to_float,
+    "MulInteger": _integer_multiplication,
     "NhwcMaxPool": _max_pool,
     "QAttention": _attention,
     "QEmbedLayerNormalization": _embed_layer_norm,
