@@ -11,7 +11,7 @@ from tvm import relax, te, tirx
 from xopt.kernels import suppression
 from xopt.kernels.emit import i64
 from xopt.runtime.device import CPU
-from xopt.targets.ops.bounds import check_indices, inside, valid
+from xopt.targets.ops.bounds import check_indices, inside, refuse_rows, valid
 from xopt.targets.ops.call import Call, Emitter
 from xopt.targets.ops.layout import strided
 from xopt.targets.ops.parameters import sizes, vector
@@ -54,8 +54,6 @@ def _roi_align(call: Call) -> Value | None:
     if call.attr("mode", "avg") != "max":
         return None
     samples = int(call.attr("sampling_ratio", 0))
-    if samples < 1:
-        raise call.unsupported("a maximum over as many samples as a region has elements")
     transform = str(call.attr("coordinate_transformation_mode", "half_pixel"))
     if transform not in ("half_pixel", "output_half_pixel"):
         raise call.unsupported(f"there is no transformation {transform!r}")
@@ -65,23 +63,90 @@ def _roi_align(call: Call) -> Value | None:
     check_indices(call, 2, [shape[0]])
     result = [int(call.attr(name, 1)) for name in ("output_height", "output_width")]
     scale, shift = float(call.attr("spatial_scale", 1.0)), 0.5 if transform == "half_pixel" else 0.0
-    taps = [te.reduce_axis((i64(0), i64(samples)), f"sample{axis}") for axis in range(2)]
+    most = [i64(samples) if samples > 0 else i64(d) // n + 1 for d, n in zip(shape[2:], result)]
+    taps = [te.reduce_axis((i64(0), count), f"sample{axis}") for axis, count in enumerate(most)]
     dtype = str(call.x(0).ty.dtype)
 
-    def coordinate(rois: Any, region: Any, part: Any, axis: int) -> Any:
+    def extent(start: Any, end: Any) -> Any:
+        return end - start if shift else tirx.max(end - start, tirx.const(1, dtype))
+
+    def count(step: Any) -> Any:
+        return tirx.const(samples, dtype) if samples > 0 else tirx.ceil(step)
+
+    def too_large(row: list[Any]) -> Any:
+        steps = [extent(row[1 - axis] * scale, row[3 - axis] * scale) / n for axis, n in enumerate(result)]
+        fits = [tirx.ceil(step) <= one.astype(dtype) for step, one in zip(steps, most)]
+        return tirx.Not(tirx.And(*fits))
+
+    if samples < 1:
+        refuse_rows(call, 1, 4, too_large, "a region is larger than the image")
+
+    def coordinate(rois: Any, region: Any, part: Any, axis: int) -> tuple[Any, Any]:
         start, end = (rois(region, i64(1 - axis + 2 * side)) * scale - shift for side in range(2))
-        extent = end - start if shift else tirx.max(end - start, tirx.const(1, dtype))
-        step = extent / result[axis]
-        return start + part.astype(dtype) * step + (taps[axis].astype(dtype) + 0.5) * step / samples
+        step = extent(start, end) / result[axis]
+        place = start + part.astype(dtype) * step + (taps[axis].astype(dtype) + 0.5) * step / count(step)
+        return place, taps[axis].astype(dtype) < count(step)
 
     def element(x: Any, rois: Any, images: Any, region: Any, channel: Any, *parts: Any) -> Any:
-        at = [coordinate(rois, region, part, axis) for axis, part in enumerate(parts)]
+        at, taken = zip(*(coordinate(rois, region, part, axis) for axis, part in enumerate(parts)))
         image = valid(images(region), shape[0])
-        corners = _weighted_corners(lambda *where: x(image, channel, *where), at, shape[2:], dtype)
-        return te.max(reduce(tirx.max, corners), axis=taps)
+        corners = _weighted_corners(lambda *where: x(image, channel, *where), [*at], shape[2:], dtype)
+        return te.max(tirx.Select(tirx.And(*taken), reduce(tirx.max, corners), tirx.min_value(dtype)), axis=taps)
 
-    operands = [call.x(0), call.x(1), call.x(2)]
-    return call.lowering.compute("regions", [regions[0], shape[1], *result], element, *operands)
+    def without_samples(y: Any, rois: Any, region: Any, *rest: Any) -> Any:
+        steps = [
+            extent(*(rois(region, i64(1 - axis + 2 * side)) * scale - shift for side in range(2))) for axis in range(2)
+        ]
+        found = tirx.And(*(step > tirx.const(0, dtype) for step in steps))
+        return tirx.Select(found, y(region, *rest), tirx.const(0, dtype))
+
+    operands, size = [call.x(0), call.x(1), call.x(2)], [regions[0], shape[1], *result]
+    largest = call.lowering.compute("regions", size, element, *operands)
+    return largest if samples > 0 else call.lowering.compute("filled", size, without_samples, largest, call.x(1))
+
+
+def _max_roi_pool(call: Call) -> Value:
+    """The largest element in each part of a region [image, x1, y1, x2, y2]; 0 where there is none."""
+    shape, regions = call.shape(0), call.shape(1)
+    result, scale = [int(size) for size in call.attr("pooled_shape")], float(call.attr("spatial_scale", 1.0))
+    if len(shape) != 4 or len(regions) != 2 or len(result) != 2 or min(result) < 1:
+        raise call.unsupported("it is not over two axes of images and a list of regions")
+    call.require(call.dims.same(regions[1], 5), "its regions are not five numbers each")
+    dtype = str(call.x(0).ty.dtype)
+    zero, half = tirx.const(0, dtype), tirx.const(0.5, dtype)
+    images = i64(shape[0]).astype(dtype)
+    refuse_rows(call, 1, 5, lambda row: tirx.Not(tirx.And(row[0] >= zero, row[0] < images)), "an image is outside")
+    places = [te.reduce_axis((i64(0), i64(size)), f"place{axis}") for axis, size in enumerate(shape[2:])]
+
+    def corner(rois: Any, region: Any, place: int) -> Any:
+        number = rois(region, i64(place)) * scale
+        return tirx.Select(number < zero, tirx.ceil(number - half), tirx.floor(number + half))
+
+    def bounds(rois: Any, region: Any, part: Any, axis: int) -> tuple[Any, Any]:
+        """Ends of a part, within the image."""
+        first, last = corner(rois, region, 2 - axis), corner(rois, region, 4 - axis)
+        step = tirx.max(last - first + 1, tirx.const(1, dtype)) / result[axis]
+        most = i64(shape[2 + axis]).astype(dtype)
+        ends = (tirx.floor(part.astype(dtype) * step), tirx.ceil((part.astype(dtype) + 1) * step))
+        low, high = (tirx.max(tirx.min(first + end, most), zero) for end in ends)
+        return low, high
+
+    def element(x: Any, rois: Any, region: Any, channel: Any, *parts: Any) -> Any:
+        taken = []
+        for axis, (part, place) in enumerate(zip(parts, places)):
+            low, high = bounds(rois, region, part, axis)
+            taken.append(tirx.And(place.astype(dtype) >= low, place.astype(dtype) < high))
+        image = inside(rois(region, i64(0)).astype("int64"), shape[0])
+        return te.max(tirx.Select(tirx.And(*taken), x(image, channel, *places), tirx.min_value(dtype)), axis=places)
+
+    def filled(y: Any, rois: Any, region: Any, channel: Any, *parts: Any) -> Any:
+        ends = [bounds(rois, region, part, axis) for axis, part in enumerate(parts)]
+        found = tirx.And(*(low < high for low, high in ends))
+        return tirx.Select(found, y(region, channel, *parts), zero)
+
+    size = [regions[0], shape[1], *result]
+    largest = call.lowering.compute("regions", size, element, call.x(0), call.x(1))
+    return call.lowering.compute("filled", size, filled, largest, call.x(1))
 
 
 def _weighted_corners(read: Any, at: list[Any], dims: list[Dim], dtype: str) -> list[Any]:
@@ -124,6 +189,7 @@ def _non_max_suppression(call: Call) -> Value:
 
 
 OPS: dict[str, Emitter] = {
-    "AffineGrid": _affine_grid, "RoiAlign": _roi_align, "NonMaxSuppression": _non_max_suppression,
+    "AffineGrid": _affine_grid, "MaxRoiPool": _max_roi_pool, "RoiAlign": _roi_align,
+    "NonMaxSuppression": _non_max_suppression,
 }  # fmt: skip
 """Emitters by operator type; None from one means: use TVM's converter."""

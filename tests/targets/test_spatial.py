@@ -120,12 +120,30 @@ def test_grids(corners: int, size: tuple[int, ...]) -> None:
     check(model, {"t": floats(size[0], rank, rank + 1), "s": np.array(size)})
 
 
-def test_largest_of_regions() -> None:
-    form = 'mode: string = "max", output_height: int = 3, output_width: int = 2, sampling_ratio: int = 2'
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_largest_of_regions(ratio: int) -> None:
+    """Of as many samples as are asked for, or as a region has elements."""
+    form = f'mode: string = "max", output_height: int = 3, output_width: int = 2, sampling_ratio: int = {ratio}'
     model = model_of("float[2, 3, 8, 8] x, float[r, 4] b, int64[r] i", f"y = RoiAlign <{form}> (x, b, i)", opset=16)
     corner = RANDOM.uniform(-1, 5, (4, 2))
     boxes = np.concatenate([corner, corner + RANDOM.uniform(0, 5, (4, 2))], 1).astype(np.float32)
     check(model, {"x": floats(2, 3, 8, 8), "b": boxes, "i": np.array([0, 1, 1, 0])})
+
+
+def test_regions_larger_than_the_image_are_refused() -> None:
+    form = 'mode: string = "max", output_height: int = 3, output_width: int = 2'
+    model = model_of("float[1, 3, 8, 8] x, float[r, 4] b, int64[r] i", f"y = RoiAlign <{form}> (x, b, i)", opset=16)
+    feeds = {"x": floats(1, 3, 8, 8), "b": np.float32([[0, 0, 8, 90]]), "i": np.array([0])}
+    refused(model, feeds, "larger than the image")
+
+
+def test_largest_elements_of_regions() -> None:
+    """Regions in and around an image, and parts that hold nothing of it."""
+    body = "y = MaxRoiPool <pooled_shape: ints = [3, 2], spatial_scale: float = 0.5> (x, b)"
+    model = model_of("float[2, 3, 8, 7] x, float[r, 5] b", body, opset=16)
+    boxes = np.float32([[0, 0, 0, 13, 15], [1, 3, 5, 4, 6], [1, -6, -9, 5, 40], [0, 20, 30, 29, 31], [1, 9, 9, 2, 3]])
+    check(model, {"x": floats(2, 3, 8, 7), "b": boxes}, theirs=onnxruntime(model))
+    refused(model, {"x": floats(2, 3, 8, 7), "b": np.float32([[2, 0, 0, 3, 3]])}, "outside")
 
 
 @pytest.mark.parametrize("centred", [0, 1])
