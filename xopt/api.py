@@ -107,6 +107,7 @@ def plan(
         fallback: as for :func:`compile`.
     """
     from xopt import targets
+    from xopt.ir import sized
     from xopt.runtime.threads import count
     from xopt.search import job
 
@@ -116,7 +117,7 @@ def plan(
         raise InputError("E-OPTION", f"max_drop={max_drop!r} is no loss", cure="give a number from 0 on, such as 0.01")
     threads = count(threads)
     path = Path(model) if isinstance(model, (str, Path)) else None
-    graph = _graph(model)
+    graph = sized(_graph(model))
     machine = targets.configured(target, database, threads, precision, fallback)
     listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
     size = job.evaluation_batch(graph, batch)
@@ -220,6 +221,7 @@ def compile(
         VerificationError: E-VERIFY, the compiled model does not compute what the model does; no file is written.
     """
     from xopt import targets
+    from xopt.ir import bind_dims
     from xopt.runtime.threads import count
     from xopt.runtime.trio import check
 
@@ -230,17 +232,17 @@ def compile(
     library = path if path.suffix == ".so" else path / "model.so"
     with output_errors(library):
         check(library)
-    original = _graph(model)
+    original = bind_dims(_graph(model), dims) if dims else _graph(model)
 
     def check_library(made: Path) -> None:
         from xopt.search.proof import check_artifact
 
-        verified(check_artifact(made, original, graph, machine, dims))
+        verified(check_artifact(made, original, graph, machine))
 
     graph = _exactly(original)
     if not verify:
-        return targets.compile(graph, machine, library, dims=dims)
-    return targets.compile(graph, machine, library, dims=dims, check=check_library)
+        return targets.compile(graph, machine, library)
+    return targets.compile(graph, machine, library, check=check_library)
 
 
 def tune(

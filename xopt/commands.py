@@ -413,8 +413,10 @@ def _dims(pairs: tuple[str, ...]) -> dict[str, int]:
 def _samples(model: ir.Model, data: str | None, seed: int, dims: Mapping[str, int]) -> Dataset:
     """The user's data as the model takes them, or random ones."""
     from xopt.data.dataset import Dataset
+    from xopt.ir import sized
     from xopt.search.job import evaluation_batch
 
+    model = sized(model)
     if data is not None:
         return Dataset.of(data).matched(model)
     return Dataset.random(model, 4 * evaluation_batch(model, 1), seed, dims)

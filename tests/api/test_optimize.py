@@ -15,6 +15,7 @@ import yaml
 
 import xopt
 from tests.ir import builders
+from tests.ir.net import Net
 from xopt import api
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError, VerificationError
@@ -202,6 +203,19 @@ def test_defaults_search_only_with_data_and_a_budget() -> None:
     searched = api.plan(model(), data=data, max_drop=0.01)
     assert [one.name for one in searched.passes] == ["prune-heads", "merge-tokens"]
     assert searched.optional
+
+
+def test_an_axis_that_is_fixed_further_on_is_respected() -> None:
+    net = Net("later")
+    x = net.op("Relu", net.input("x", ["batch", "length", 6]))
+    net.output(net.op("Reshape", x, net.ints(4, 5, 6)), "y")
+    halves = net.build()
+    halves.graph.inputs[0].shape = ir.Shape(["batch", 5, 6])
+    job = api.plan(halves, batch=1)
+    assert {array.shape for array in job.feeds.values()} == {(4, 5, 6)}
+    assert len(job.calibration) % 4 == 0
+    result = api.optimize(halves, peers=(), threads=1)
+    assert result.report["agreement"]["samples"] == len(job.evaluation)
 
 
 def test_a_fixed_batch_is_respected() -> None:

@@ -138,3 +138,15 @@ def test_the_command_says_what_was_found(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(ops.OPERATORS, ("", "Sin"), cosine)
     wrong = run()
     assert isinstance(wrong.exception, (VerificationError, InputError))
+
+
+def test_random_inputs_have_sizes_that_fit_together(tmp_path: Path) -> None:
+    net = Net("joined")
+    x, past, mask = (
+        net.input("x", ["batch", "n", 4]),
+        net.input("past", ["b", "p", 4]),
+        net.input("mask", ["batch", "t"]),
+    )
+    whole = net.op("Concat", past, x, axis=1)
+    net.output(net.op("Add", whole, net.op("Unsqueeze", mask, net.ints(2))), "y")
+    assert compiled(net.build(), tmp_path)["compared"]

@@ -119,3 +119,23 @@ def test_lookalikes_stay(turned: str) -> None:
     body = f"{HALVES['slices']} n = Neg(b) {turned} u = Mul(x, cos) v = Mul(t, sin) y = Add(u, v)"
     model = check(build(body, *tables("halves")))
     assert not any(node.op_type == "RotaryEmbedding" for node in model.graph)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "c = Gather(cos, places) s = Gather(sin, places)",
+        "i = Unsqueeze(places, last) j = Tile(i, wide) c = GatherElements <axis: int = 0> (cos, j) "
+        "s = GatherElements <axis: int = 0> (sin, j)",
+    ],
+)
+def test_rows_of_repeated_tables_at_computed_positions(rows: str) -> None:
+    """Positions behind a past are computed: numbers that are no axes."""
+    positions = (
+        "first = Constant <value = int64 {0}> () up = Constant <value = int64 {1}> () "
+        "many = Constant <value = int64 {3}> () wide = Constant <value = int64[2] {1, 4}> () n = Size(x) few = Min(n, many) places = Range(first, few, up) "
+    )
+    turned = "a = Slice(x, zero, two, three) b = Slice(x, two, end, three) n2 = Neg(b)"
+    body = f"{positions} {rows} {turned} t = Concat {LAST} (n2, a) u = Mul(x, c) v = Mul(t, s) y = Add(v, u)"
+    model = check(build(body, *tables("halves")))
+    assert "RotaryEmbedding" in {node.op_type for node in model.graph}

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from xopt.ir.batch import BatchAxes
 
 LABELS = "labels"
+DEFAULT_DIM = 16
+"""Size of a symbolic axis in random data that the caller said nothing about (such as a sequence length)."""
 FAILURES = (Exception, SystemExit)
 """What a user's own function may end with, and must not end us with."""
 
@@ -221,14 +223,17 @@ class Dataset:
         return cls(found, given, name)
 
     @classmethod
-    def random(cls, model: ir.Model, count: int, seed: int, dims: Mapping[str, int] | None = None) -> Dataset:
+    def random(
+        cls, model: ir.Model, count: int, seed: int, dims: Mapping[str, int] | None = None, usual: int = DEFAULT_DIM
+    ) -> Dataset:
         """``count`` samples that ``model`` accepts: normal numbers, ids within the tables they index, masks of ones.
 
         Args:
             model: its inputs are read; a fixed first axis is taken for a fixed batch size, and disregarded.
             count: number of samples.
             seed: the same seed gives the same samples.
-            dims: sizes of symbolic axes other than the first; 16 where it says nothing.
+            dims: sizes of symbolic axes other than the first.
+            usual: size of those that neither it nor the graph tells, as what is joined must have equal sizes.
 
         Raises:
             InputError: ``E-DATA``: a model without inputs.
@@ -240,7 +245,7 @@ class Dataset:
             cure = "export it with the tensors that change as inputs"
             raise InputError("E-DATA", "the model has no inputs, it always computes the same", cure=cure)
         axes = batch_axes(model)
-        arrays = random_inputs(model, axes, count, seed, dims or {})
+        arrays = random_inputs(model, axes, count, seed, dims or {}, usual)
         return cls(arrays, None, f"random inputs, seed {seed}", True, axes)
 
 

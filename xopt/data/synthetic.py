@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xopt.data.dataset import DEFAULT_DIM
 from xopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
     from xopt.ir.batch import BatchAxes
     from xopt.runtime.manifest import TensorInfo
 
-DEFAULT_DIM = 16
-"""Size of a symbolic axis that the caller said nothing about (such as a sequence length)."""
-
 
 def random_inputs(
-    model: ir.Model, axes: BatchAxes, count: int, seed: int, dims: Mapping[str, int]
+    model: ir.Model, axes: BatchAxes, count: int, seed: int, dims: Mapping[str, int], usual: int
 ) -> dict[str, np.ndarray]:
     """One array for each input that must be fed, with ``count`` samples on its batch axis (:meth:`Dataset.random`)."""
     from xopt.data.vocabulary import table_rows
     from xopt.ir.batch import fed_inputs
+    from xopt.ir.canonical.relations import fitting_sizes
 
     generator = np.random.default_rng(seed)
     values = fed_inputs(model.graph)
+    along = {str(v.shape[axis]) for v in values if v.shape and (axis := axes.inputs[str(v.name)]) is not None}
+    dims = fitting_sizes(model.graph, dict.fromkeys(along, count) | dict(dims), usual)
     shapes = {}
     for value in values:
         name = str(value.name)
@@ -37,7 +38,7 @@ def random_inputs(
             raise InputError("E-DATA", what, where=f"input {name!r}", cure="give data")
         shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
         axis = axes.inputs[name]
-        shapes[name] = _sizes(shape if axis is None else [*shape[:axis], count, *shape[axis + 1 :]], dims)
+        shapes[name] = _sizes(shape if axis is None else [*shape[:axis], count, *shape[axis + 1 :]], dims, usual)
     longest = _longest(shapes)
     return {
         str(v.name): _random(str(v.name), v.dtype.numpy(), shapes[str(v.name)], table_rows(v), longest, generator)  # type: ignore[union-attr]
@@ -52,7 +53,8 @@ def random_feeds(inputs: Sequence[TensorInfo], batch: int, seed: int, dims: Mapp
     generator = np.random.default_rng(seed)
     named = {dim for info in inputs for dim in info.shape if isinstance(dim, str) and is_batch_name(dim)}
     symbols = named or {info.shape[0] for info in inputs if info.shape and isinstance(info.shape[0], str)}
-    shapes = {info.name: _sizes(info.shape, {**dict.fromkeys(symbols, batch), **dims}) for info in inputs}
+    sizes = {**dict.fromkeys(symbols, batch), **dims}
+    shapes = {info.name: _sizes(info.shape, sizes, DEFAULT_DIM) for info in inputs}
     longest = _longest(shapes)
     return {
         info.name: _random(
@@ -67,8 +69,8 @@ def random_feeds(inputs: Sequence[TensorInfo], batch: int, seed: int, dims: Mapp
     }
 
 
-def _sizes(shape: Sequence[int | str], dims: Mapping[str, int]) -> list[int]:
-    return [dim if isinstance(dim, int) else dims.get(dim, DEFAULT_DIM) for dim in shape]
+def _sizes(shape: Sequence[int | str], dims: Mapping[str, int], usual: int) -> list[int]:
+    return [dim if isinstance(dim, int) else dims.get(dim, usual) for dim in shape]
 
 
 def _longest(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xopt.ir.canonical import CanonicalizeReport, canonicalize
+    from xopt.ir.canonical import CanonicalizeReport, canonicalize, sized
     from xopt.ir.exporting import export
     from xopt.ir.io import load, save
     from xopt.ir.shapes import bind_dims, infer_shapes
@@ -23,6 +23,7 @@ _HOMES = {
     "infer_shapes": "shapes",
     "load": "io",
     "save": "io",
+    "sized": "canonical",
     "trace": "tracing",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "infer_shapes",
     "load",
     "save",
+    "sized",
     "trace",
 ]
 

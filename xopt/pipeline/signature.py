@@ -6,17 +6,26 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from xopt.ir import sized
+
 
 def signature_change(before: ir.Model, after: ir.Model, *, widened: bool = False) -> str | None:
     """What a caller of ``before`` would trip over in ``after``; None when there is nothing.
 
     Inputs that have a default (an initializer of the same name) may become constants: nobody has to feed them. An
-    output's axis may become better known, unless its size is one of an input's that stays open.
+    output's axis may become better known, unless its size is one of an input's that stays open; and one of an input
+    that only one size fits (see ``sized``) may be fixed.
 
     Args:
         before, after: the models.
         widened: axes of inputs that were fixed may be open.
     """
+    reason = _change(before, after, widened)
+    told = sized(before) if reason is not None else before
+    return reason if told is before else _change(told, after, widened)
+
+
+def _change(before: ir.Model, after: ir.Model, widened: bool) -> str | None:
     fed = [_fed_inputs(model) for model in (before, after)]
     outputs = list(before.graph.outputs), list(after.graph.outputs)
     for what, (old, new) in (("inputs", fed), ("outputs", outputs)):

@@ -108,9 +108,7 @@ def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
     return {"compared": True, "bound": rounding_bound(best.model), "outputs": _outputs(changes)}
 
 
-def check_artifact(
-    library: Path, model: ir.Model, compiled: ir.Model, target: Target, dims: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def check_artifact(library: Path, model: ir.Model, compiled: ir.Model, target: Target) -> dict[str, Any]:
     """Compare a compiled library with the graph that it was made of, on small random inputs of two sizes.
 
     Args:
@@ -118,7 +116,6 @@ def check_artifact(
         model: the graph as it was given, which onnxruntime runs.
         compiled: the same in canonical form, whose inputs say more of their sizes.
         target: what was compiled for.
-        dims: symbolic axes that were fixed.
 
     Returns:
         ``compared``, and how far each output is from onnxruntime's, or the ``reason`` why they were not compared: the
@@ -127,13 +124,11 @@ def check_artifact(
     Raises:
         VerificationError: E-VERIFY, they differ by more than rounding explains.
     """
-    from xopt.ir import bind_dims
     from xopt.runtime.reference import ReferenceSession
     from xopt.runtime.session import Session
 
     if not target.can_run():
         return {"compared": False, "reason": f"{target.name} does not run here"}
-    model, compiled = (bind_dims(one, dims) if dims else one for one in (model, compiled))
     try:
         portable, runner = ReferenceSession(model), Session.load(library, threads=2).run
         feeds = _small(compiled)
@@ -160,11 +155,10 @@ def _small(model: ir.Model) -> list[dict[str, np.ndarray]]:
     from xopt.data.dataset import Dataset
     from xopt.search.job import evaluation_batch, timed_feeds
 
-    free = [str(dim.value) for value in model.graph.inputs for dim in value.shape or () if not isinstance(dim, int)]
     found: list[dict[str, np.ndarray]] = []
     for samples, size in SIZES:
         batch = evaluation_batch(model, samples)
-        feeds = timed_feeds(Dataset.random(model, batch, samples, dict.fromkeys(free, size)), batch)
+        feeds = timed_feeds(Dataset.random(model, batch, samples, usual=size), batch)
         if not found or any(feeds[name].shape != array.shape for name, array in found[0].items()):
             found.append(feeds)
     return found

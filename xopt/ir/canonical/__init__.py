@@ -6,15 +6,16 @@ ones before it establish (constants are initializers, shapes are known, casts th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 import onnx_ir as ir
 
 from xopt.ir.canonical.foreign import rare_collection
 from xopt.ir.canonical.report import CanonicalizeReport, Refused
-from xopt.ir.shapes import infer_shapes
+from xopt.ir.shapes import infer_shapes, symbolic_dims
 
-__all__ = ["CanonicalizeReport", "Refused", "canonicalize"]
+__all__ = ["CanonicalizeReport", "Refused", "canonicalize", "sized"]
 
 STEPS = (
     "functions",
@@ -49,8 +50,33 @@ def canonicalize(model: ir.Model) -> CanonicalizeReport:
     """
     report = CanonicalizeReport()
     with rare_collection():
-        for step in STEPS:
-            import_module(f"xopt.ir.canonical.{step}").rewrite(model, report)
+        _run(STEPS, model, report)
         infer_shapes(model)
     report.attention = [node.name or "" for node in model.graph if node.op_type == "Attention" and not node.domain]
     return report
+
+
+def sized(model: ir.Model) -> ir.Model:
+    """The model, or a copy in which open axes of the inputs have the sizes and names that only its nodes tell: what
+    data must be like.
+
+    Raises:
+        InputError: as ``canonicalize``.
+    """
+    if not symbolic_dims(model):
+        return model
+    told, copy = model.clone(), model.clone()
+    with rare_collection():
+        _run(STEPS[: STEPS.index("fixed") + 1], told, CanonicalizeReport())
+    pairs = (pair for a, b in zip(copy.graph.inputs, told.graph.inputs) for pair in zip(a.shape or (), b.shape or ()))
+    sizes = {old.value: new for old, new in pairs if isinstance(old, ir.SymbolicDim) and old.value and old != new}
+    for value in (*copy.graph.inputs, *copy.graph.outputs):
+        if value.shape is not None:
+            dims = list(value.shape)
+            value.shape = ir.Shape([sizes.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in dims])
+    return copy if sizes else model
+
+
+def _run(steps: Sequence[str], model: ir.Model, report: CanonicalizeReport) -> None:
+    for step in steps:
+        import_module(f"xopt.ir.canonical.{step}").rewrite(model, report)

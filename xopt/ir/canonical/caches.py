@@ -111,7 +111,12 @@ class Caches:
             return self._repeats(source, interleaved)
         if node.op_type in ("Mul", "Div") and scalar(node.inputs[1]) is not None:
             return self._repeats(source, interleaved)
-        if node.op_type in ("Unsqueeze", "Squeeze", "Slice", "Expand", "Gather", "Reshape"):
+        if node.op_type == "GatherElements":  # every number by an index of its own, which repeat as they do
+            last = integer(node, "axis", 0) in (-1, (self.symbols.rank(value) or 0) - 1)
+            return not last and all(self._repeats(given, interleaved) for given in node.inputs)
+        if node.op_type in ("Expand", "Tile") and (self.symbols.dims(source) or (None,))[-1] == ONE:
+            return True
+        if node.op_type in ("Unsqueeze", "Squeeze", "Slice", "Expand", "Tile", "Gather", "Reshape"):
             return (self._keeps_last(node) and self._repeats(source, interleaved)) or self._is_repeat(node, interleaved)
         return self._is_repeat(node, interleaved)
 
@@ -120,14 +125,14 @@ class Caches:
         dims, result = self.symbols.dims(node.inputs[0]), self.symbols.dims(node.outputs[0])
         if dims is None or result is None or not dims or dims[-1] != result[-1] or dims[-1] == ONE:
             return False
-        try:
-            axes = axes_of(self.symbols, node) or []
-        except ValueError:
-            return False
-        rank = len(result) if node.op_type == "Unsqueeze" else len(dims)
-        moves_last = node.op_type in ("Unsqueeze", "Squeeze", "Slice") and (rank - 1 in axes or -1 in axes)
-        gathers_last = node.op_type == "Gather" and integer(node, "axis", 0) in (-1, len(dims) - 1)
-        return not moves_last and not gathers_last
+        if node.op_type in ("Unsqueeze", "Squeeze", "Slice"):
+            try:
+                axes = axes_of(self.symbols, node) or []
+            except ValueError:
+                return False
+            rank = len(result) if node.op_type == "Unsqueeze" else len(dims)
+            return rank - 1 not in axes and -1 not in axes
+        return node.op_type != "Gather" or integer(node, "axis", 0) not in (-1, len(dims) - 1)
 
     def _is_repeat(self, node: ir.Node, interleaved: bool) -> bool:
         """``concat(f, f)``, or ``stack(f, f, -1)`` or an expansion by 2, flattened."""

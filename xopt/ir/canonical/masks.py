@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, either, negated
 from xopt.ir.edit import constant, initializer, insert, producer, scalar
-from xopt.ir.poly import ONE, Poly
+from xopt.ir.poly import ONE, ZERO, Poly
 from xopt.ir.symbolic import Symbols
 
 LOWEST = -1e4
@@ -303,11 +303,19 @@ def _summands(term: Term) -> list[Term]:
 def _condition(reader: Reader, term: Term) -> Element | None:
     """The condition to attend that the term stands for; None when it is a bias (or not understood)."""
     element = reader.broadcast(term.value, POSITION)
-    if element is None:
-        return None
     if term.kind == "add":
-        return _as_condition(element, term.factor)
-    return element if term.kind == "keep" else negated(element)
+        return None if element is None else _as_condition(element, term.factor)
+    element = element or _as_it_lies(reader, term.value)
+    return element if element is None or term.kind == "keep" else negated(element)
+
+
+def _as_it_lies(reader: Reader, value: ir.Value) -> Element | None:
+    """A boolean whose sizes tell nothing: it is broadcast as it is."""
+    dims = reader.symbols.dims(value)
+    if dims is None or len(dims) > len(POSITION):
+        return None
+    places = POSITION[len(POSITION) - len(dims) :]
+    return Element("leaf", tensor=value, at=tuple(ZERO if dim == ONE else at for dim, at in zip(dims, places)))
 
 
 def _as_condition(element: Element, factor: float) -> Element | None:
