@@ -133,7 +133,8 @@ def test_rows_of_repeated_tables_at_computed_positions(rows: str) -> None:
     """Positions behind a past are computed: numbers that are no axes."""
     positions = (
         "first = Constant <value = int64 {0}> () up = Constant <value = int64 {1}> () "
-        "many = Constant <value = int64 {3}> () wide = Constant <value = int64[2] {1, 4}> () n = Size(x) few = Min(n, many) places = Range(first, few, up) "
+        "many = Constant <value = int64 {3}> () "
+        "wide = Constant <value = int64[2] {1, 4}> () n = Size(x) few = Min(n, many) places = Range(first, few, up) "
     )
     turned = "a = Slice(x, zero, two, three) b = Slice(x, two, end, three) n2 = Neg(b)"
     body = f"{positions} {rows} {turned} t = Concat {LAST} (n2, a) u = Mul(x, c) v = Mul(t, s) y = Add(v, u)"
