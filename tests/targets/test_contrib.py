@@ -167,6 +167,34 @@ MORE: list[Case] = [
         {},
     ),
 ]
+RATES = 1 / (1 + np.exp(-normal(2, 5, 2)))
+STREAMS: list[Case] = [
+    *(
+        (
+            "LinearAttention",
+            [normal(2, 5, 16), normal(2, 5, 8) * one(0.5), normal(2, 5, 12), *rest],
+            {"update_rule": rule, "q_num_heads": 4, "kv_num_heads": 2},
+            {"outputs": ("y", "state"), "fixed": range(6) if rest else ()},
+        )
+        for rule, rest in (
+            ("linear", []),
+            ("gated_delta", [normal(2, 2, 4, 6), -positive(2, 5, 2), RATES]),
+        )
+    ),
+    (
+        "CausalConvWithState",
+        [normal(2, 6, 5), normal(6, 1, 4), normal(6), normal(2, 6, 3)],
+        {"activation": "silu"},
+        {"outputs": ("y", "state"), "fixed": (1, 2, 3)},
+    ),
+    ("LinearAttentionGate", [normal(2, 5, 3), normal(3), normal(3)], {}, {}),
+    (
+        "MRotaryEmbedding",
+        [normal(2, 5, 32), below(9, 3, 2, 5, dtype=np.int64), normal(9, 8), normal(9, 8)],
+        {"mrope_section": [4, 2, 2], "mrope_layout": 1, "num_heads": 2},
+        {"constants": (2, 3), "fixed": (1,)},
+    ),
+]
 ELSEWHERE = """
     <ir_version: 8, opset_import: ["" : 20, "com.microsoft" : 1]>
     g (float[2, 5, 6, 8] x, float[8] c, float[6, 3, 2, 4] w, float[3, 8] t, float[3, 5, 2] s, float[4, 16] table,
@@ -217,7 +245,11 @@ def together(cases: list[Case]) -> tuple[onnx.ModelProto, dict[str, np.ndarray],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [FLOATS, ATTENTION, INTEGERS, MORE], ids=["floats", "attention", "integers", "more"])
+@pytest.mark.parametrize(
+    "cases",
+    [FLOATS, ATTENTION, INTEGERS, MORE, STREAMS],
+    ids=["floats", "attention", "integers", "more", "streams"],
+)
 def test_compiled(cases: list[Case], tmp_path: Path) -> None:
     proto, feeds, want = together(cases)
     library = xopt.compile(loaded(proto, tmp_path), output=tmp_path / "model.so", threads=1)

@@ -35,6 +35,8 @@ OPERATORS: dict[str, str] = {
     "BiasSplitGelu": "X bias -> Y",
     "BranchwiseRMSNorm": "X scale? -> Y | num_branches=0 epsilon=1e-5",
     "CDist": "A B -> C | metric='sqeuclidean'",
+    "CausalConvWithState": "input weight bias? past_state? -> output present_state"
+    " | activation='none' channels_last=0 dilation=1 ndim=1 state_window=0",
     "ComplexMul": "A B -> C",
     "ComplexMulConj": "A B -> C",
     "CropAndResize": "X rois batch_indices crop_size -> Y | extrapolation_value=0.0 mode='bilinear'",
@@ -42,6 +44,9 @@ OPERATORS: dict[str, str] = {
     " past_sequence_length? beam_width? cache_indirection? bias? -> output present_key? present_value? qk?"
     " | num_heads:int mask_filter_value=-10000.0 output_qk=0 past_present_share_buffer=0 scale=0.0",
     "DequantizeLinear": "x x_scale x_zero_point? -> y | axis:int?",
+    "DynamicQuantizeLSTM": "X W R B? sequence_lens? initial_h? initial_c? P? W_scale W_zero_point R_scale R_zero_point"
+    " -> Y? Y_h? Y_c? | activation_alpha:floats? activation_beta:floats? activations:strs? clip:float?"
+    " direction='forward' hidden_size:int? input_forget=0",
     "DynamicQuantizeMatMul": "A B b_scale b_zero_point? bias? -> Y",
     "EmbedLayerNormalization": "input_ids segment_ids? word_embedding position_embedding segment_embedding? gamma beta"
     " mask? position_ids? -> output mask_index? embedding_sum? | epsilon=1e-12 mask_index_type=0",
@@ -72,6 +77,11 @@ OPERATORS: dict[str, str] = {
     " k_quant_type='NONE' v_quant_type='NONE'",
     "Irfft": "X -> Y | normalized=0 onesided=1 signal_ndim:int",
     "LayerNormalization": "X Scale B? -> Y Mean? InvStdDev? | axis=-1 epsilon=1e-5 stash_type=1",
+    "LinearAttention": "query key value past_state? decay? beta? -> output present_state"
+    " | chunk_size=64 kv_num_heads:int q_num_heads:int scale=0.0 state_window=0 update_rule='gated_delta'",
+    "LinearAttentionGate": "a dt_bias decay_scale b? -> decay beta?",
+    "MRotaryEmbedding": "input position_ids cos_cache sin_cache -> output | interleaved=0 is_packed_batching=0"
+    " mrope_layout=0 mrope_section:ints! num_heads=0 rotary_embedding_dim=0 scale=1.0",
     "MatMulBnb4": "A B absmax -> Y | K:int N:int block_size:int quant_type:int training_mode=0 transB=1",
     "MatMulInteger16": "A B -> Y",
     "MatMulIntegerToFloat": "A B a_scale b_scale a_zero_point? b_zero_point? bias? -> Y",
@@ -143,7 +153,7 @@ default is that of onnxruntime's kernels where the schema has none.
 
 _TYPES = {
     "int": ir.AttributeType.INT, "float": ir.AttributeType.FLOAT, "str": ir.AttributeType.STRING,
-    "ints": ir.AttributeType.INTS, "floats": ir.AttributeType.FLOATS,
+    "ints": ir.AttributeType.INTS, "floats": ir.AttributeType.FLOATS, "strs": ir.AttributeType.STRINGS,
 }  # fmt: skip
 _ONNX_LATER = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 1 << 31}
 """Operators that onnxruntime files under ai.onnx already before the opset in which ONNX has them."""

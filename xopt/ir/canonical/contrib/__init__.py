@@ -24,7 +24,7 @@ from xopt.ir.shapes import infer_shapes
 Rule: TypeAlias = Callable[[Site], Sequence[ir.Value | None]]
 FAMILIES = (
     "activations", "attention", "blocks", "experts", "grouped", "norms", "positions", "products", "quantized", "rotary",
-    "shapes", "spectrum",
+    "shapes", "spectrum", "streams",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.contrib.activations import Results
-from xopt.ir.canonical.contrib.heads import Operands, Scores, apart, attend, with_past
+from xopt.ir.canonical.contrib.heads import Operands, Scores, apart, attend, head_count, with_past
 from xopt.ir.canonical.contrib.site import Site
 
 
@@ -35,14 +35,6 @@ def of_projection(site: Site, projected: ir.Value, width: int, sizes: Sequence[i
         return [output]
     both = [site.op("Unsqueeze", apart(site, value, heads), site.ints(0)) for value in (k, v)]
     return [output, site.op("Concat", *both, axis=0)]
-
-
-def head_count(site: Site, name: str) -> int:
-    """A number of heads, of which there is at least one."""
-    heads = int(site.attr(name))
-    if heads < 1:
-        raise site.refused(f"{name} is {heads}")
-    return heads
 
 
 def _halves(site: Site, both: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from xopt.ir.canonical.contrib.activations import Results
-from xopt.ir.canonical.contrib.attention import head_count
-from xopt.ir.canonical.contrib.heads import Operands, apart, attend
+from xopt.ir.canonical.contrib.heads import Operands, apart, attend, head_count
 from xopt.ir.canonical.contrib.norms import counted
 from xopt.ir.canonical.contrib.rotary import rotated
 from xopt.ir.canonical.contrib.site import Site

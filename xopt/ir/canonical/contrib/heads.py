@@ -31,6 +31,14 @@ class Operands:
     past: tuple[ir.Value, ir.Value] | None = None
 
 
+def head_count(site: Site, name: str) -> int:
+    """A number of heads, of which there is at least one."""
+    heads = int(site.attr(name))
+    if heads < 1:
+        raise site.refused(f"{name} is {heads}")
+    return heads
+
+
 def apart(site: Site, value: ir.Value, heads: int) -> ir.Value:
     """[B,S,N*H] as [B,N,S,H]; what has four axes stays as it is."""
     if site.rank(value) == 4:

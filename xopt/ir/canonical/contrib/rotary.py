@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.contrib.activations import Results
@@ -28,8 +31,35 @@ def _positions(site: Site, given: ir.Value, length: ir.Value) -> ir.Value:
     return site.op("Unsqueeze", site.op("Add", counted(site, length), given), site.ints(0))
 
 
+def _by_three_positions(site: Site) -> Results:
+    """Columns of the tables at the place in time, the row or the column of a token, of positions [3,B,S]."""
+    site.only(is_packed_batching=0, scale=1.0)
+    x, positions = site.value("input"), site.value("position_ids")
+    sections, layout = [int(size) for size in site.attr("mrope_section")], int(site.attr("mrope_layout"))
+    width = site.size(site.value("cos_cache"), -1)
+    if layout not in (0, 1) or len(sections) != 3 or min(sections) < 0 or sum(sections) != width:
+        raise site.refused(f"sections {sections} of {width} columns in layout {layout}")
+    columns, chosen = np.arange(width), np.repeat(np.arange(3), sections)
+    if layout:
+        chosen = sum(k * ((columns % 3 == k) & (columns < 3 * sections[k])) for k in (1, 2))
+    streams = [site.op("Gather", positions, site.index(k), axis=0) for k in range(3)]
+
+    def rows(table: ir.Value) -> ir.Value:
+        time, *others = (site.op("Gather", table, stream) for stream in streams)
+        for k, other in enumerate(others, 1):
+            time = site.op("Where", site.array("columns", chosen == k), other, time)
+        return time
+
+    return [_turned(site, x, rows, int(site.attr("num_heads")), bool(site.attr("interleaved")))]
+
+
 def rotated(site: Site, x: ir.Value, positions: ir.Value, heads: int, interleaved: bool) -> ir.Value:
     """``x`` [B,S,N*H] or [B,N,S,H] turned by the rows of ``cos_cache`` and ``sin_cache`` at ``positions`` [B|1,S]."""
+    return _turned(site, x, lambda table: site.op("Gather", table, positions), heads, interleaved)
+
+
+def _turned(site: Site, x: ir.Value, rows: Callable[[ir.Value], ir.Value], heads: int, interleaved: bool) -> ir.Value:
+    """``x`` turned by rows [B|1,S,width] of the tables."""
     tables = site.value("cos_cache"), site.value("sin_cache")
     width = 2 * site.size(tables[0], -1)
     attributes: Attributes = {"interleaved": int(interleaved)}
@@ -44,7 +74,7 @@ def rotated(site: Site, x: ir.Value, positions: ir.Value, heads: int, interleave
         partial = site.size(x, -1) != width
     if partial:
         attributes["rotary_embedding_dim"] = width
-    cos, sin = (site.op("Gather", table, positions) for table in tables)
+    cos, sin = (rows(table) for table in tables)
     return site.op("RotaryEmbedding", x, cos, sin, **attributes)
 
 
@@ -56,4 +86,4 @@ def _heads(site: Site, x: ir.Value, width: int, dim: int) -> int:
     return size // width
 
 
-RULES = {"RotaryEmbedding": _rotary}
+RULES = {"MRotaryEmbedding": _by_three_positions, "RotaryEmbedding": _rotary}
