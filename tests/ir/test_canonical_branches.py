@@ -68,3 +68,22 @@ def test_branches_in_branches_with_names_that_occur_twice() -> None:
     y, z = ReferenceSession(model).run({"x": x}).values()
     np.testing.assert_allclose(y, np.exp(x / 2), rtol=1e-6)
     np.testing.assert_array_equal(z, np.ones_like(x))
+
+
+@pytest.mark.parametrize("kept", ["c = Identity (y)", "c = Tanh (y)"])
+def test_the_branch_of_the_rank_that_a_reader_asks_for(kept: str) -> None:
+    """Only one of them can be joined with a matrix: the axis that is squeezed is 1."""
+    body = SQUEEZED + f"{kept} z = Concat <axis: int = 0> (other, c)"
+    model = model_of("(float[B, S, 8] x, float[3, 8] other) => (float[] z)", body)
+    want = onnxruntime.InferenceSession(to_bytes(model), providers=["CPUExecutionProvider"])
+    canonicalize(model)
+    assert "If" not in {node.op_type for node in model.graph}
+    assert [str(dim) for dim in model.graph.inputs[0].shape or ()] == ["B", "1", "8"]
+    feeds = {"x": np.ones((2, 1, 8), np.float32), "other": np.ones((3, 8), np.float32)}
+    np.testing.assert_array_equal(ReferenceSession(model).run(feeds)["z"], want.run(None, feeds)[0])
+
+
+def test_readers_of_any_rank_leave_both() -> None:
+    model = model_of("(float[B, S, 8] x) => (float[] z)", SQUEEZED + "z = Add (y, y)")
+    canonicalize(model)
+    assert "If" in {node.op_type for node in model.graph}

@@ -23,6 +23,7 @@ STEPS = (
     "contrib",
     "constants",
     "cleanup",
+    "branches",
     "fixed",
     "dimensions",
     "constants",

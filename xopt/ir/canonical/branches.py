@@ -2,7 +2,8 @@
 
     y = If(True) { then: z = Squeeze(x, 1) } { else: ... }     ->   y = Squeeze(x, 1)
 Exporters write an If for what a size decides (a squeeze of an axis that may be 1): it goes once the size is known, and
-what it held is seen by all later steps.
+what it held is seen by all later steps. Where the size is not known, what reads the result may tell: a Concat takes
+tensors of one rank, and only one branch may have it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.edit import constant, input_at, is_op, remove_dead, replace_uses, unique_name
+from xopt.ir.edit import constant, consumers, input_at, is_op, remove_dead, replace_uses, unique_name
+
+KEEPS = ("Identity", "Cast", "Relu", "Gelu", "Tanh", "Sigmoid", "Neg", "Softmax", "Dropout")
+"""What has the rank of its operand."""
 
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Put the branch of every If whose condition is a constant in its place, those inside of it as well."""
-    while decided := [node for node in model.graph.all_nodes() if _taken(node) is not None]:
+    while decided := [node for node in model.graph.all_nodes() if (_taken(node) or _fitting(node)) is not None]:
         for node in decided:
-            branch = _taken(node)
+            branch = _taken(node) or _fitting(node)
             if branch is not None and node.graph is not None:
                 _put_in_place(node, branch)
         report.rewrote("if", len(decided))
@@ -26,13 +30,52 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
 
 def _taken(node: ir.Node) -> ir.Graph | None:
     """The branch that an If takes whatever its inputs are; None where that is not known, or nothing reads it."""
-    condition = constant(input_at(node, 0)) if is_op(node, "If") else None
+    condition = constant(input_at(node, 0)) if _is_if(node) else None
     read = any(value.uses() or value.is_graph_output() for value in node.outputs)
     if condition is None or condition.size != 1 or not read or not isinstance(node.graph, ir.Graph):
         return None
     branch = node.attributes["then_branch" if condition.reshape(-1)[0] else "else_branch"].as_graph()
     inside = {value for inner in branch for value in inner.outputs}
     return branch if inside.issuperset(branch.outputs) else None
+
+
+def _is_if(node: ir.Node) -> bool:
+    return node.op_type == "If" and not node.domain
+
+
+def _fitting(node: ir.Node) -> ir.Graph | None:
+    """The branch of an If whose result alone has the rank that a reader asks for; None where both have, or neither."""
+    if not _is_if(node) or len(node.outputs) != 1 or not isinstance(node.graph, ir.Graph):
+        return None
+    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    made = all(branch.outputs[0].producer() in list(branch) for branch in branches)
+    ranks = [_rank(branch.outputs[0]) for branch in branches]
+    asked = _asked(node.outputs[0])
+    if not made or None in ranks or ranks[0] == ranks[1] or asked not in ranks:
+        return None
+    return branches[ranks.index(asked)]
+
+
+def _asked(value: ir.Value) -> int | None:
+    """The rank that a reader of ``value`` demands, also past what keeps it; None where none does."""
+    for reader in consumers(value):
+        if is_op(reader, *KEEPS):
+            found = _asked(reader.outputs[0])
+        elif is_op(reader, "Concat"):
+            found = next((rank for other in reader.inputs if other is not value and (rank := _rank(other))), None)
+        elif is_op(reader, "Transpose"):
+            found = len(reader.attributes["perm"].as_ints()) if "perm" in reader.attributes else None
+        elif is_op(reader, "Conv") and reader.inputs[0] is value:
+            found = _rank(reader.inputs[1])
+        else:
+            found = 2 if is_op(reader, "Gemm") and reader.inputs[0] is value else None
+        if found is not None:
+            return found
+    return None
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
 
 
 def _put_in_place(node: ir.Node, branch: ir.Graph) -> None:

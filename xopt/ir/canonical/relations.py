@@ -19,7 +19,7 @@ from xopt.ir.canonical.elements import Reader
 from xopt.ir.edit import input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
 from xopt.ir.schema import op_of
-from xopt.ir.shape_rules import BROADCASTING, Dims, integer, operands, split_sizes
+from xopt.ir.shape_rules import BROADCASTING, Dims, axes_of, integer, operands, split_sizes
 from xopt.ir.symbolic import Symbols
 
 
@@ -131,6 +131,11 @@ def _reshape(s: Symbols, node: ir.Node) -> Iterator[Relation]:
         yield Relation(product(dims), product(target))
 
 
+def _squeeze(s: Symbols, node: ir.Node) -> Iterator[Relation]:
+    dims = s.dims(node.inputs[0])
+    yield from (Relation(dims[axis], ONE) for axis in axes_of(s, node) or [] if dims is not None)
+
+
 def _split(s: Symbols, node: ir.Node) -> Iterator[Relation]:
     dims = s.dims(node.inputs[0])
     if dims is not None and ("split" in node.attributes or input_at(node, 1) is not None):
@@ -220,6 +225,7 @@ _CERTAIN: dict[str, Rule] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Reshape": _reshape,
+    "Squeeze": _squeeze,
     "Split": _split,
     "Conv": _conv,
     "Attention": _attention,
