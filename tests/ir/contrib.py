@@ -139,19 +139,33 @@ def check(
 
 
 def canonical(
-    op: str, inputs: Sequence[Array], attributes: Mapping[str, Any], folder: Path, kind: Any = np.float32
+    op: str,
+    inputs: Sequence[Array],
+    attributes: Mapping[str, Any],
+    folder: Path,
+    kind: Any = np.float32,
+    constants: Sequence[int] = (),
 ) -> Array:
-    """The output of an operator without a kernel for the CPU, by its standard operators."""
+    """The output of an operator without a kernel for the CPU, by its standard operators.
+
+    Args:
+        kind: type of the output.
+        constants: places of inputs that are initializers.
+    """
     names = [f"i{place}" for place in range(len(inputs))]
     node = helper.make_node(op, names, ["y"], domain=DOMAIN, **attributes)
     given = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        for name, array in zip(names, inputs)
+        for place, (name, array) in enumerate(zip(names, inputs))
+        if place not in constants
     ]
+    held = [onnx.numpy_helper.from_array(inputs[place], names[place]) for place in constants]
     y = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
-    graph = helper.make_graph([node], "one", given, [y])
+    graph = helper.make_graph([node], "one", given, [y], held)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
     model = loaded(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder)
     canonicalize(model)
-    result: Array = session(to_bytes(export(model))).run(None, dict(zip(names, inputs)))[0]
+    result: Array = session(to_bytes(export(model))).run(
+        None, {name: array for place, (name, array) in enumerate(zip(names, inputs)) if place not in constants}
+    )[0]
     return result

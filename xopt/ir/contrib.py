@@ -67,6 +67,7 @@ OPERATORS: dict[str, str] = {
     "GatherND": "data indices -> output",
     "Gelu": "X -> Y",
     "GemmFastGelu": "X W bias? -> Y",
+    "GemmaRotaryEmbedding": "emb q q_rot k k_rot -> output1 output2",
     "GridSample": "X Grid -> Y | align_corners=0 mode='bilinear' padding_mode='zeros'",
     "GroupNorm": "X gamma beta -> Y | activation:int channels_last=1 epsilon=1e-5 groups:int",
     "GroupQueryAttention": "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache?"
@@ -129,6 +130,7 @@ OPERATORS: dict[str, str] = {
     "QuantizeLinear": "x y_scale y_zero_point? -> y | axis:int?",
     "QuickGelu": "X -> Y | alpha=1.702",
     "Range": "start limit delta? -> Y",
+    "ReduceSumInteger": "data -> reduced | axes:ints! keepdims:int",
     "RelativePositionBias": "bias_table query_length key_length -> output | is_bidirectional=0 max_distance:int",
     "Rfft": "X -> Y | normalized=0 onesided=1 signal_ndim=1",
     "RotaryEmbedding": "input position_ids cos_cache sin_cache -> output"
@@ -140,6 +142,7 @@ OPERATORS: dict[str, str] = {
     " | epsilon=1e-12",
     "SkipSimplifiedLayerNormalization": "input skip gamma bias? -> output mean? inv_std_var? input_skip_bias_sum?"
     " | epsilon=1e-12",
+    "TorchEmbedding": "weight indices padding_idx? scale_grad_by_freq? -> Y",
     "TransposeMatMul": "A B -> Y | alpha=1.0 transA=0 transB=0",
     "Trilu": "X k? -> Y | upper=1",
     "UnfoldTensor": "input -> output | dim=-1 size:int step=1",

@@ -106,13 +106,17 @@ def _gather(site: Site) -> Results:
     data, scales, given = site.value("data"), site.value("scales"), site.given("zero_points")
     rank, block = site.rank(data), int(site.attr("block_size"))
     axis, rows = int(site.attr("quantize_axis")) % rank, int(site.attr("gather_axis")) % rank
-    zeros = given
+    zeros, extent = given, site.size(scales, axis)
+    if block < 1 or site.rank(scales) != rank:
+        raise site.refused(f"scales of rank {site.rank(scales)} in blocks of {block}")
     if site.dtype(data) == ir.DataType.UINT8:
         data, zeros = _bytes(site, data, scales, given, axis)
     elif site.dtype(data) not in (ir.DataType.INT4, ir.DataType.UINT4):
         raise site.refused(f"its table is of {site.dtype(data).name.lower()}")
     else:
         site.pass_over("bits")
+    if extent != -(-site.size(data, axis) // block):
+        raise site.refused(f"{extent} scales for {site.size(data, axis)} numbers in blocks of {block}")
     form: Attributes = {"dtype": scales.dtype, "shape": data.shape}
     table = site.op("DequantizeLinear", data, scales, zeros, axis=axis, block_size=block, **form)
     return [site.op("Gather", table, site.value("indices"), axis=rows)]
@@ -156,7 +160,7 @@ def _of_levels(site: Site) -> Results:
     if packed.size != -(-size // 2) or most.size != -(-size // block) or packed.dtype != np.uint8:
         raise site.refused(f"its weight has {packed.size} bytes and {most.size} scales")
     places = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[:size]
-    scale = np.repeat(most.reshape(-1).astype(np.float32), block)[:size]
+    scale = most.reshape(-1).astype(np.float32)[np.arange(size) // block]
     weight = (_LEVELS[kind][places] * scale).reshape(rows, columns).astype(most.dtype)
     matrix = site.array("weight", np.ascontiguousarray(weight.T) if site.attr("transB") else weight)
     return [site.op("MatMul", site.value("A"), matrix)]

@@ -142,7 +142,7 @@ def _branchwise_rms_norm(site: Site) -> Results:
     """The norm of each branch; one scale for all, or one each."""
     x, scale, branches = site.value("X"), site.given("scale"), int(site.attr("num_branches"))
     size = site.size(x, -1) // max(branches, 1)
-    ones = site.array("ones", np.ones(size, site.dtype(x).numpy()))
+    ones = site.array("ones", np.ones(site.few(size), site.dtype(x).numpy()))
     epsilon = float(site.attr("epsilon"))
     own = scale is not None and (site.rank(scale) > 1 or site.size(scale, 0) != size)
     norm = _rms_by_parts(site, x, ones if scale is None or own else scale, size, epsilon)

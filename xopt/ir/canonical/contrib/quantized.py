@@ -247,6 +247,11 @@ def _integer_multiplication(site: Site) -> Results:
     return [site.op("Mul", *(_above_zero(site, name) for name in "AB"))]
 
 
+def _wide_sum(site: Site) -> Results:
+    data = site.cast(site.value("data"), ir.DataType.INT32)
+    return [site.op("ReduceSum", data, site.ints(*site.attr("axes")), keepdims=int(site.attr("keepdims")))]
+
+
 def _above_zero(site: Site, name: str) -> ir.Value:
     """An operand int32, without its zero point."""
     x, zero = site.cast(site.value(name), ir.DataType.INT32), site.given(f"{name}_zero_point")
@@ -275,4 +280,5 @@ RULES = {
     "QLinearSoftmax": _softmax,
     "QLinearWhere": _where,
     "QuantizeLinear": _quantize,
+    "ReduceSumInteger": _wide_sum,
 }

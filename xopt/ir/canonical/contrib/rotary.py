@@ -39,7 +39,7 @@ def _by_three_positions(site: Site) -> Results:
     width = site.size(site.value("cos_cache"), -1)
     if layout not in (0, 1) or len(sections) != 3 or min(sections) < 0 or sum(sections) != width:
         raise site.refused(f"sections {sections} of {width} columns in layout {layout}")
-    columns, chosen = np.arange(width), np.repeat(np.arange(3), sections)
+    columns, chosen = np.arange(site.few(width)), np.repeat(np.arange(3), sections)
     if layout:
         chosen = sum(k * ((columns % 3 == k) & (columns < 3 * sections[k])) for k in (1, 2))
     streams = [site.op("Gather", positions, site.index(k), axis=0) for k in range(3)]
@@ -86,4 +86,15 @@ def _heads(site: Site, x: ir.Value, width: int, dim: int) -> int:
     return size // width
 
 
-RULES = {"MRotaryEmbedding": _by_three_positions, "RotaryEmbedding": _rotary}
+def _gemma(site: Site) -> Results:
+    """Queries and keys [B,N,S,H] of which turned copies are given, by angles [B,S,H]."""
+    q = site.value("q")
+    cos, sin = (
+        site.op("Unsqueeze", site.cast(site.op(name, site.value("emb")), site.dtype(q)), site.ints(1))
+        for name in ("Cos", "Sin")
+    )
+    pairs = ((q, site.value("q_rot")), (site.value("k"), site.value("k_rot")))
+    return [site.op("Add", site.op("Mul", x, cos), site.op("Mul", turned, sin)) for x, turned in pairs]
+
+
+RULES = {"GemmaRotaryEmbedding": _gemma, "MRotaryEmbedding": _by_three_positions, "RotaryEmbedding": _rotary}

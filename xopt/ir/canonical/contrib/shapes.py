@@ -52,6 +52,12 @@ def _grid_sample(site: Site) -> Results:
     return [site.op("GridSample", site.value("X"), site.value("Grid"), mode=_SAMPLING[mode], **attributes)]
 
 
+def _embedding(site: Site) -> Results:
+    """What the other inputs say is for training."""
+    site.pass_over("padding_idx", "scale_grad_by_freq")
+    return [site.op("Gather", site.value("weight"), site.value("indices"))]
+
+
 def _range(site: Site) -> Results:
     start, limit = (site.op("Reshape", site.value(name), site.ints()) for name in ("start", "limit"))
     step = site.given("delta")
@@ -68,6 +74,7 @@ def _unfold(site: Site) -> Results:
     extent = site.size(x, axis)
     if not 1 <= length <= extent or step < 1:
         raise site.refused(f"windows of {length} in steps of {step} on {extent} elements")
+    site.few(((extent - length) // step + 1) * length)
     places = np.arange(0, extent - length + 1, step)[:, None] + np.arange(length)
     windows = site.op("Gather", x, site.array("windows", places), axis=axis)
     order = [place for place in range(rank + 1) if place != axis + 1]
@@ -110,7 +117,7 @@ def _crop(site: Site) -> Results:
 
 def _places(site: Site, first: ir.Value, last: ir.Value, count: int, size: int, mode: str) -> tuple[ir.Value, ir.Value]:
     """Where ``count`` samples from ``first`` to ``last`` [R, 1] lie, from -1 to 1, and whether within the picture."""
-    steps = np.arange(count) / (count - 1) if count > 1 else np.asarray([0.5])
+    steps = np.arange(site.few(count)) / (count - 1) if count > 1 else np.asarray([0.5])
     share = site.array("steps", steps.astype(site.dtype(first).numpy()))
     most = site.number(size - 1, first)
     along = site.op("Add", first, site.op("Mul", site.op("Sub", last, first), share))
@@ -132,6 +139,7 @@ RULES = {
     "GridSample": _grid_sample,
     "Pad": _pad,
     "Range": _range,
+    "TorchEmbedding": _embedding,
     "Trilu": _trilu,
     "UnfoldTensor": _unfold,
     "Unique": _unique,

@@ -21,6 +21,9 @@ from xopt.ir.shape_rules import Dims
 Attributes: TypeAlias = dict[str, Any]
 """Of a node to be written, by name."""
 
+MOST_ELEMENTS = 1 << 24
+"""Of tables that are written for an operator that has none."""
+
 
 class Unknown(Exception):  # noqa: N818 - no error yet: more may be known after the next round
     """What a rule would have to know of an operand."""
@@ -144,6 +147,12 @@ class Site:
         if array is None:
             raise self.refused(f"input {name} is not a constant")
         return array
+
+    def few(self, count: int) -> int:
+        """How many elements a table has that a rule writes: what a file asks for is bounded."""
+        if count > MOST_ELEMENTS:
+            raise self.refused(f"it asks for a table of {count} elements")
+        return count
 
     # What is written
 
