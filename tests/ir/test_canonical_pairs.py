@@ -13,6 +13,7 @@ from tests.ir.test_canonical_attention import INPUTS, OUTPUT, WEIGHTS, attention
 from xopt.ir import canonicalize
 from xopt.ir.structure import explain
 from xopt.runtime.reference import ReferenceSession
+from xopt.targets.integer_attention import parts
 
 GRID = ", float sc = {0.05}, uint8 zp = {120}"
 
@@ -76,9 +77,13 @@ def attending(scores: str = "", weights: str = "") -> ir.Model:
     return model_of(f"({INPUTS}) => (float[B, L, 8] y) <{WEIGHTS}{FINE}>", body)
 
 
-def test_attention_of_quantized_operands() -> None:
+@pytest.mark.parametrize("middle", [120, 128])
+def test_attention_of_quantized_operands(middle: int) -> None:
     """Queries, keys, values and the result are rounded: the pairs stand where heads lie side by side."""
-    given = check(attending(), {"Attention": 1, "QuantizeLinear": 4, "DequantizeLinear": 4})
+    given = attending()
+    given.graph.initializers["zp"].const_value = ir.tensor(np.array(middle, np.uint8), name="zp")
+    check(given, {"Attention": 1, "QuantizeLinear": 4, "DequantizeLinear": 4})
+    assert parts(attention(given)) is None  # attention on integers would round its weights
     for operand in attention(given).inputs[:3]:
         assert operand is not None
         assert operand.producer().op_type == "DequantizeLinear"

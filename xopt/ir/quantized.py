@@ -71,11 +71,20 @@ def rounds_alike(node: ir.Node) -> bool:
     return walk.shape_of(edit.operand(node, 1)) in ((), (1,))
 
 
-def rounded_alike(site: ir.Node, node: ir.Node, value: ir.Value) -> ir.Value:
-    """What a node that rounds all elements alike makes of another ``value``, written before ``site``."""
+def rounded_alike(site: ir.Node, node: ir.Node, value: ir.Value, *, signed: bool = False) -> ir.Value:
+    """What a node that rounds all elements alike makes of another ``value``, written before ``site``.
+
+    Args:
+        signed: whether uint8 is to be int8, 128 less, which stands for the same numbers.
+    """
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    inputs = [value, *node.inputs[1:]]
-    return edit.insert(site, node.op_type, inputs, attributes, dtype=node.outputs[0].dtype, shape=value.shape)
+    inputs, dtype = [value, *node.inputs[1:]], node.outputs[0].dtype
+    zero = edit.constant(edit.input_at(node, 2))
+    if signed and zero is not None and zero.dtype == np.uint8:
+        assert isinstance(site.graph, ir.Graph)
+        inputs[2] = edit.initializer(site.graph, f"{site.name}/zero", (zero.astype(np.int16) - 128).astype(np.int8))
+        dtype = ir.DataType.INT8 if dtype == ir.DataType.UINT8 else dtype
+    return edit.insert(site, node.op_type, inputs, attributes, dtype=dtype, shape=value.shape)
 
 
 def weight_dequantizer(value: ir.Value | None) -> ir.Node | None:

@@ -204,7 +204,7 @@ def _per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth
     if not node.outputs:
         return False
     if rounds_alike(node):
-        return node.inputs[0] is not None
+        return found is None
     if is_op(node, "RotaryEmbedding"):
         in_heads = len(axes) == 4 and axes[2] == sequence and [digit.label for digit in axes[3]] == [depth]
         return in_heads or (found is not None and found.columns is None)
@@ -356,8 +356,8 @@ def _steps(site: ir.Node, value: ir.Value, operand: Operand, depth: str) -> ir.V
                 "rotary_embedding_dim": integer(node, "rotary_embedding_dim", 0),
             }
             value = insert(site, "RotaryEmbedding", [value, *node.inputs[1:]], attributes, shape=value.shape)
-        elif rounds_alike(node):
-            value = rounded_alike(site, node, value)
+        elif rounds_alike(node):  # signed: attention on uint8 rounds its weights, too, which nobody has asked for here
+            value = rounded_alike(site, node, value, signed=True)
         elif is_op(node, *ARITHMETIC) and (numbers := vector(step, operand.head, depth)) is not None:
             graph = site.graph
             assert isinstance(graph, ir.Graph)
