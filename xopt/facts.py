@@ -86,11 +86,11 @@ def differences(a: ir.Model, b: ir.Model, data: Dataset, dims: Mapping[str, int]
     The numbers of ``outputs`` come from running both on the data.
     """
     from xopt.ir.cost import cost
-    from xopt.pipeline.verify import compare, outputs_of
+    from xopt.pipeline.verify import attends, compare, outputs_of
 
     prices = [cost(model, dims) for model in (a, b)]
     counts = [op_counts(model) for model in (a, b)]
-    changes = compare(outputs_of(a, data, len(data)), outputs_of(b, data, len(data)))
+    changes = compare(outputs_of(a, data, len(data)), outputs_of(b, data, len(data)), attends=attends(a))
     return {
         "parameters": [int(price.parameters) for price in prices],
         "bytes": [int(price.bytes) for price in prices],

@@ -80,7 +80,7 @@ def _common(call: Call, before: set[str], one: list[Dim], other: list[Dim]) -> l
     """The shape of what is of one of two shapes: sizes that differ are decided while the model runs."""
     if len(one) != len(other):
         raise call.unsupported(
-            f"its branches give results of {len(one)} and {len(other)} dimensions (a size that decides is fixed by --dim)"
+            f"its branches give results of {len(one)} and {len(other)} dimensions (--dim fixes a size that decides)"
         )
     return [
         a if _visible(a, before) and call.dims.equal(a, b) else call.dims.decided("decided by a branch")

@@ -28,7 +28,7 @@ from xopt.pipeline.instruments import DumpIR, Progress, TimePasses
 from xopt.pipeline.manager import PassManager
 from xopt.pipeline.reproduce import Reproducer, rerun
 from xopt.pipeline.rounding import rounding_bound
-from xopt.pipeline.verify import VerifyEach, compare
+from xopt.pipeline.verify import VerifyEach, attends, compare
 
 
 def scale_weight(model: ir.Model, name: str, factor: float) -> None:
@@ -411,10 +411,18 @@ def _outputs() -> Iterator[tuple[np.ndarray, np.ndarray, str | None]]:
     yield one, np.array([1.0, -4.0001, np.inf, np.nan], np.float32), None
     yield one, np.array([1.0, -4.01, np.inf, np.nan], np.float32), "max abs difference 0.01"
     yield one, np.array([1.0, -4.0, -np.inf, np.nan], np.float32), "1 elements are no longer finite"
-    yield one, np.array([1.0, -4.0, np.inf, 0], np.float32), None  # an attention to nothing
+    yield one, np.array([1.0, -4.0, np.inf, 0], np.float32), "1 elements are no longer finite"
     yield one, one[:3], "float32[4] became float32[3]"
     yield one, one.astype(np.float64), "float32[4] became float64[4]"
     yield np.array([1, 2]), np.array([1, 3]), "max abs difference 1"
+
+
+def test_only_attention_makes_a_number_of_what_was_none() -> None:
+    """A row without keys is NaN by a softmax and 0 by ONNX's Attention; a number is never NaN afterwards."""
+    none, number = np.array([1, np.nan], np.float32), np.array([1, 0], np.float32)
+    assert attends(builders.vit())
+    assert compare([{"y": none}], [{"y": number}], attends=True)["y"].violation(1e-4) is None
+    assert compare([{"y": number}], [{"y": none}], attends=True)["y"].violation(1e-4) is not None
 
 
 @pytest.mark.parametrize(("before", "after", "says"), list(_outputs()))

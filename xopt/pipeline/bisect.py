@@ -18,7 +18,7 @@ from xopt.pipeline.context import PassContext
 from xopt.pipeline.manager import PassManager
 from xopt.pipeline.rounding import rounding_bound
 from xopt.pipeline.signature import signature_change
-from xopt.pipeline.verify import AT_THE_EDGES, compare, compare_edges, fidelity, observe
+from xopt.pipeline.verify import AT_THE_EDGES, attends, compare, compare_edges, fidelity, observe
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -139,13 +139,14 @@ def numeric_check(original: ir.Model, context: PassContext, *, exact: bool, mini
     """Check outputs against ``original``: to rounding when ``exact``, otherwise cosine of at least ``minimum``."""
     expected = observe(original, context.samples)
     tolerance, magnified = rounding_bound(original) if exact else None, expected.magnified(original)
+    may_attend = attends(original)
 
     def check(model: ir.Model) -> str | None:
         if (reason := signature_change(original, model)) is not None:
             return reason
         actual = expected.again(model)
-        changes = compare(expected.outputs, actual.outputs)
-        for where, found in (("", changes), (AT_THE_EDGES, compare_edges(expected, actual))):
+        changes = compare(expected.outputs, actual.outputs, attends=may_attend)
+        for where, found in (("", changes), (AT_THE_EDGES, compare_edges(expected, actual, attends=may_attend))):
             for name, change in found.items():
                 if (reason := change.violation(tolerance)) and not change.is_rounding(name, magnified):
                     return f"output {name!r}{where}: {reason}"

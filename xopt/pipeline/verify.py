@@ -70,13 +70,14 @@ class VerifyEach(Instrument):
             raise VerificationError(
                 "E-VERIFY", f"the model does not run after {name} ({_first_line(error)})"
             ) from error
-        changes = compare(self._known[1].outputs, actual.outputs)
+        may_attend = attends(before)
+        changes = compare(self._known[1].outputs, actual.outputs, attends=may_attend)
         step.notes["fidelity"] = {output: change.cosine for output, change in changes.items()}
         exact = step.pass_.effect is Effect.EXACT
         quantized = exact and _is_quantized(before)
         tolerance = rounding_bound(before) if exact and not quantized else None
         magnified = self._known[1].magnified(before)
-        for where, found in (("", changes), (AT_THE_EDGES, compare_edges(self._known[1], actual))):
+        for where, found in (("", changes), (AT_THE_EDGES, compare_edges(self._known[1], actual, attends=may_attend))):
             for output, change_ in found.items():
                 reason = change_.violation(tolerance, QUANTIZED_COSINE if quantized else None)
                 if reason and not change_.is_rounding(output, magnified):
@@ -132,14 +133,14 @@ def observe(model: ir.Model, samples: Dataset, count: int = SAMPLES) -> Observed
     return Observed(batches, outputs, edges, edge_outputs)
 
 
-def compare_edges(expected: Observed, actual: Observed) -> dict[str, Change]:
-    """Change of each floating output on inputs at the edges. (An argmax over equal numbers may be any of them.)"""
+def compare_edges(expected: Observed, actual: Observed, *, attends: bool = False) -> dict[str, Change]:
+    """As ``compare`` for each floating output on inputs at the edges. (An argmax over equal numbers may be any.)"""
     wanted, found = [], []
     for before, after in zip(expected.edge_outputs, actual.edge_outputs, strict=True):
         names = [name for name, array in before.items() if array.dtype.kind == "f" and name in after]
         wanted.append({name: before[name] for name in names})
         found.append({name: after[name] for name in names})
-    return compare(wanted, found)
+    return compare(wanted, found, attends=attends)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Change:
     """Largest magnitude before."""
     cosine: float
     newly_bad: int
-    """Elements that were finite and no longer are, or that were infinite; what was no number may become one."""
+    """Elements that were finite and no longer are, or the other way round."""
     mismatch: str
     """Why the two cannot be compared; empty when they can."""
 
@@ -186,14 +187,23 @@ class Change:
         )
 
 
-def compare(expected: Outputs, actual: Outputs) -> dict[str, Change]:
-    """Change of each output over all batches."""
+def attends(model: ir.Model) -> bool:
+    """Whether a row of ``model`` may attend to nothing: NaN by a softmax, 0 by ``Attention`` and by guarded kernels.
+
+    That is the only place where a number for what was none is no change; see ``compare``.
+    """
+    nodes = [*model.graph.all_nodes(), *(node for body in model.functions.values() for node in body)]
+    return any(node.op_type.endswith(("Softmax", "Attention")) for node in nodes)
+
+
+def compare(expected: Outputs, actual: Outputs, *, attends: bool = False) -> dict[str, Change]:
+    """Change of each output over all batches; where the model ``attends``, what was no number may become one."""
     names = list(dict.fromkeys(name for batch in (*expected, *actual) for name in batch))
-    return {name: _change([b.get(name) for b in expected], [b.get(name) for b in actual]) for name in names}
+    return {name: _change([b.get(name) for b in expected], [b.get(name) for b in actual], attends) for name in names}
 
 
-def _change(expected: list[np.ndarray | None], actual: list[np.ndarray | None]) -> Change:
-    tally = Tally()
+def _change(expected: list[np.ndarray | None], actual: list[np.ndarray | None], attends: bool) -> Change:
+    tally = Tally(attends=attends)
     for a, b in zip(expected, actual, strict=True):
         tally.add(a, b)
     return tally.change()
@@ -201,8 +211,13 @@ def _change(expected: list[np.ndarray | None], actual: list[np.ndarray | None]) 
 
 @dataclass
 class Tally:
-    """The change of one output, batch by batch."""
+    """The change of one output, batch by batch.
 
+    Attributes:
+        attends: see ``compare``.
+    """
+
+    attends: bool = False
     largest: float = 0.0
     scale: float = 0.0
     newly_bad: int = 0
@@ -225,7 +240,7 @@ class Tally:
             return
         x, y = (np.ravel(array).astype(np.float64) for array in (before, after))
         finite = np.isfinite(x) & np.isfinite(y)
-        same = finite | (x == y) | np.isnan(x)  # an attention to nothing: runtimes and versions of ONNX differ
+        same = finite | (x == y) | (np.isnan(x) & (np.isnan(y) | self.attends))
         x, y = x[finite], y[finite]
         self.largest = max(self.largest, float(np.abs(x - y).max(initial=0.0)))
         self.scale = max(self.scale, float(np.abs(x).max(initial=0.0)))

@@ -21,7 +21,7 @@ import numpy as np
 from xopt.errors import InputError, VerificationError
 from xopt.measure.peers import onnxruntime_runner
 from xopt.pipeline.rounding import Magnified, rounding_bound
-from xopt.pipeline.verify import Change, Tally, compare, least_cosine
+from xopt.pipeline.verify import Change, Tally, attends, compare, least_cosine
 from xopt.search.steps import ROUNDING
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def agree(best: Candidate, lab: Lab, job: Job) -> Agreement:
     from xopt.runtime.reference import ReferenceSession
 
     assert best.runner is not None
-    both = _Both(ReferenceSession(best.model, job.threads), best.runner, {})
+    both = _Both(ReferenceSession(best.model, job.threads), best.runner, {}, attends(best.model))
     quality = lab.evaluator.evaluate(both, lab.progress)
     bound, cosine = bounds(best.model, job.target.precision)
     changes = {name: tally.change() for name, tally in both.tallies.items()}
 
     def differences(noisy: ir.Model) -> dict[str, float]:
-        moved = _Both(both.portable, ReferenceSession(noisy, job.threads).run, {})
+        moved = _Both(both.portable, ReferenceSession(noisy, job.threads).run, {}, both.attends)
         lab.evaluator.evaluate(moved, lab.progress)
         return {name: tally.change().relative for name, tally in moved.tallies.items()}
 
@@ -99,7 +99,7 @@ def prove(path: Path, best: Candidate, job: Job) -> dict[str, Any]:
         finite = all(np.isfinite(array).all() for array in plain.values() if array.dtype.kind == "f")
         reason = f"{job.target.name} does not run here" if best.artifact is not None else "there is none"
         return {"compared": False, "reason": reason, "finite": bool(finite)}
-    changes = compare([dict(plain)], [dict(best.runner(job.feeds))])
+    changes = compare([dict(plain)], [dict(best.runner(job.feeds))], attends=attends(best.model))
 
     def again(noisy: ir.Model) -> Mapping[str, Change]:
         return compare([dict(plain)], [dict(ReferenceSession(noisy, job.threads).run(job.feeds))])
@@ -136,7 +136,7 @@ def check_artifact(library: Path, model: ir.Model, compiled: ir.Model, target: T
         found = [dict(runner(one)) for one in feeds]
     except InputError as error:
         return {"compared": False, "reason": error.what}
-    changes = compare(expected, found)
+    changes = compare(expected, found, attends=attends(model))
 
     def again(noisy: ir.Model) -> Mapping[str, Change]:
         session = ReferenceSession(noisy)
@@ -215,12 +215,13 @@ class _Both:
     portable: Any
     runner: Runner
     tallies: dict[str, Tally]
+    attends: bool
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         expected: dict[str, np.ndarray] = dict(self.portable.run(feeds))
         actual = dict(self.runner(feeds))
         for name in dict.fromkeys([*expected, *actual]):
-            self.tallies.setdefault(name, Tally()).add(expected.get(name), actual.get(name))
+            self.tallies.setdefault(name, Tally(attends=self.attends)).add(expected.get(name), actual.get(name))
         return expected
 
 

@@ -68,7 +68,7 @@ def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
     """Labelled axes of a softmax's input.
 
     Raises:
-        NotAttentionError: unknown rank, or not over the last axis.
+        NotAttentionError: unknown rank, or not over the last axis; no product of queries and keys.
     """
     dims = symbols.dims(softmax.inputs[0])
     if dims is None or len(dims) < 3:
