@@ -10,6 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass
 
+from xopt.ir.canonical.opset import NEWEST_IR
 from xopt.ir.contrib import give_back
 from xopt.ir.edit import remove_dead
 from xopt.ir.expand import Expander
@@ -29,6 +30,7 @@ def export(model: ir.Model, *, inline: bool = False) -> ir.Model:
             written nor known from its shapes.
     """
     plain = model.clone()
+    plain.ir_version = min(plain.ir_version, NEWEST_IR)  # runtimes refuse a file format newer than they are
     if inline:
         InlinePass()(plain)
     infer_shapes(plain)

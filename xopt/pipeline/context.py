@@ -39,15 +39,15 @@ class PassContext:
     """Called with (stage, done, total)."""
 
     def fill_in_samples(self, model: ir.Model) -> None:
-        """Make random calibration data for the inputs of ``model`` where the caller gave none."""
-        if self.calibration is None:
+        """Make random calibration data for the inputs of ``model``, if it has any, where the caller gave none."""
+        if self.calibration is None and model.graph.inputs:
             from xopt.data.dataset import Dataset
 
             self.calibration = Dataset.random(model, RANDOM_SAMPLES, self.seed)
 
     @property
     def samples(self) -> Dataset:
-        """The calibration data; it is there whenever a pass runs under the manager."""
+        """The calibration data; it is there whenever a pass runs under the manager on a model with inputs."""
         if self.calibration is None:
             raise InternalError("E-DATA", "a pass asked for calibration data before there were any")
         return self.calibration

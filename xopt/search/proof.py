@@ -151,10 +151,12 @@ SIZES = ((1, 16), (2, 24))
 
 
 def _small(model: ir.Model) -> list[dict[str, np.ndarray]]:
-    """Random inputs of each size that the model takes; InputError E-DATA where it takes none."""
+    """Random inputs of each size that the model takes; InputError E-DATA where it takes none of these."""
     from xopt.data.dataset import Dataset
     from xopt.search.job import evaluation_batch, timed_feeds
 
+    if not model.graph.inputs:
+        return [{}]
     found: list[dict[str, np.ndarray]] = []
     for samples, size in SIZES:
         batch = evaluation_batch(model, samples)
