@@ -58,7 +58,9 @@ def _extreme(function: Callable[[relax.Expr, relax.Expr], relax.Expr]) -> Emitte
 
 def _equal(call: Call) -> Value:
     x = call.x()
-    if call.input(0) is call.input(1) and not is_integer(x) and str(x.ty.dtype) != "bool":
+    if str(x.ty.dtype) == "bool":  # LLVM compares booleans as floats, which fails on a constant one
+        return _binary(lambda a, b: relax.op.equal(*(relax.op.astype(one, "int8") for one in (a, b))))(call)
+    if call.input(0) is call.input(1) and not is_integer(x):
         return _negated(call, call.emit(relax.op.isnan(x)))  # TVM takes everything for equal to itself
     return _binary(relax.op.equal)(call)
 

@@ -66,6 +66,23 @@ def test_stays(something: str, left: list[str]) -> None:
     assert form(check(model_of(SIGNATURE, f"r = Abs(x) {something} y = Tanh(a)"))) == ["Abs", *left, "Tanh"]
 
 
+@pytest.mark.parametrize("places", ["{0}", "{-1}"])
+def test_whole_rows_at_constant_places_are_gathered(places: str) -> None:
+    body = f"i = Constant <value: tensor = int64[1, 1] {places}> () a = Relu(x) y = GatherND(a, i)"
+    assert form(check(model_of("(float[B, 3, 4] x) => (float[1, 3, 4] y)", body))) == ["Relu", "Gather"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "i = Constant <value: tensor = int64[1, 2] {0, 2}> () a = Relu(x) y = GatherND(a, i)",
+        "i = Constant <value: tensor = int64[2, 1] {2, 0}> () a = Relu(x) y = GatherND <batch_dims: int = 1> (a, i)",
+    ],
+)
+def test_other_places_are_not(body: str) -> None:
+    assert form(check(model_of("(float[2, 3, 4] x) => (float[p, 4] y)", body))) == ["Relu", "GatherND"]
+
+
 def test_transposes_merge() -> None:
     body = "a = Transpose <perm: ints = [2, 0, 1]> (x) b = Relu(a) c = Transpose <perm: ints = [0, 2, 1]> (b) "
     body += "d = Transpose <perm: ints = [1, 2, 0]> (c) y = Tanh(d)"

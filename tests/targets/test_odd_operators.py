@@ -93,6 +93,8 @@ EQUAL = [
        "Less (x, z)", "Cast <to: int = 9> (x)")),
     of(BOTH, "l = Less (x, z) y = Not (l)", NAN), of(BOTH, "e = Equal (x, z) y = Not (e)", NAN),
     of(BOTH, "e = Equal (x, x) y = Not (e)", NAN), of(BOTH, "l = Less (x, z) n = Not (l) y = Where (n, x, z)", NAN),
+    *(of(BOTH, f"l = Less (x, z) g = Less (z, x) t = Constant <value: tensor = bool {{{truth}}}> () {body}", NAN)
+      for truth in (0, 1) for body in ("y = Equal (l, t)", "y = Equal (t, l)", "e = Equal (l, g) y = Equal (e, t)")),
     of("float[2, 3, 4] x, float[4] z", "y = LayerNormalization <axis: int = 1> (x, z)",
        {"x": floats(2, 3, 4), "z": floats(4)}),
     of("float[2, a] x, float[b] z", "y = PRelu (x, z)", {"x": floats(2, 3), "z": floats(3)}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import logging
 import tempfile
@@ -61,17 +62,12 @@ def _export(module: torch.nn.Module, feeds: tuple[torch.Tensor, ...], entry: Ent
         return
     shapes = None
     if way.dynamic:
-        dims = {name: torch.export.Dim(name, max=way.longest) for axes in entry.axes for name in axes.values()}
-        shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in entry.axes)
-        if len(shapes) > 0 and _is_variadic(module):
-            shapes = (shapes,)
+        sizes = {name: feed.shape[axis] for axes, feed in zip(entry.axes, feeds) for axis, name in axes.items()}
+        dims = {name: torch.export.Dim(name, max=max(way.longest, 2 * size)) for name, size in sizes.items()}
+        axes_of = [{axis: dims[name] for axis, name in axes.items()} for axes in entry.axes]
+        shapes = tuple(inspect.signature(module.forward).bind(*axes_of).arguments.values())  # *args are one of them
     program = torch.onnx.export(module, feeds, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     program.save(str(path), external_data=False)
-
-
-def _is_variadic(module: torch.nn.Module) -> bool:
-    code = module.forward.__func__.__code__
-    return bool(code.co_flags & 0x04)
 
 
 def load(data: bytes) -> ir.Model:

@@ -16,7 +16,9 @@ from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import (
     attribute,
     constant,
+    initializer,
     input_at,
+    insert,
     operand,
     producer,
     remove_dead,
@@ -156,6 +158,16 @@ def _expand(node: ir.Node) -> bool:
     return source.shape is not None and _certainly_equal(source.shape, result.shape) and _bypass(node)
 
 
+def _rows(node: ir.Node) -> bool:
+    """GatherND of whole rows at constant places, which is Gather; exporters write ``x[:, [-2]]`` so."""
+    places = constant(input_at(node, 1))
+    if places is None or node.graph is None or places.shape[-1:] != (1,) or attribute(node, "batch_dims", 0):
+        return False
+    shape = node.outputs[0].shape
+    rows = initializer(node.graph, f"{node.name}/rows", places[..., 0])
+    return replace(node.outputs[0], insert(node, "Gather", [operand(node, 0), rows], {"axis": 0}, shape=shape))
+
+
 def _concat(node: ir.Node) -> bool:
     return len(node.inputs) == 1 and _bypass(node)
 
@@ -180,6 +192,7 @@ _CLEANUPS: tuple[tuple[tuple[str, ...], Callable[[ir.Node], bool], str], ...] = 
     (("Transpose",), _transpose, "merge-transpose"),
     (("Expand",), _expand, "remove-expand"),
     (("Concat",), _concat, "remove-concat"),
+    (("GatherND",), _rows, "gather-rows"),
     (("Slice",), _slice, "remove-slice"),
     (("Reshape", "Squeeze", "Unsqueeze"), _reshape, "merge-reshape"),
 )
