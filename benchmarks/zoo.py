@@ -24,7 +24,7 @@ from typing import Any
 from tests.zoo import measuring
 from tests.zoo.entry import Entry
 from tests.zoo.exporting import Way, exported
-from tests.zoo.ways import MODELS, two_ways
+from tests.zoo.ways import MODELS, expected, two_ways
 
 SECONDS = 300
 """For one model by one exporter."""
@@ -37,11 +37,12 @@ def measure(entry: Entry, way: Way, passes: Iterable[str]) -> dict[str, Any]:
     data = exported(entry, way)
     model, report = measuring.canonical(entry, way)
     attentions, ffns = measuring.counts(model)
-    expect = entry.expect
+    expect = expected(entry, way)
     row: dict[str, Any] = {
         "attentions": [expect.count, attentions],
         "ffns": [expect.count if expect.ffns is None else expect.ffns, ffns],
         "named": sorted(measuring.named(model, report)),
+        "expected": sorted(expect.named),
     }
     try:
         row |= _compiled(entry, way, data, model)

@@ -55,6 +55,20 @@ def test_what_is_right_is_written_and_said(tmp_path: Path) -> None:
     assert (tmp_path / "model.so").is_file()
 
 
+def test_a_file_format_newer_than_onnxruntime_is_compared(tmp_path: Path) -> None:
+    model = sine()
+    model.ir_version = 99
+    assert compiled(model, tmp_path)["compared"] is True
+
+
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    net = Net("constant")
+    net.output(net.op("Exp", net.constant("c", np.float32([[0, 1]]))), "y")
+    assert compiled(net.build(), tmp_path)["compared"] is True
+    found = xopt.Session.load(tmp_path / "model.so").run({})["y"]
+    np.testing.assert_allclose(found, np.exp(np.float32([[0, 1]])), rtol=1e-6)
+
+
 @pytest.mark.parametrize("emitter", [cosine, right_for_one])
 def test_what_is_wrong_is_not_written(
     emitter: Callable[[ops.Call], relax.Var], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

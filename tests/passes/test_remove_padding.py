@@ -11,6 +11,7 @@ import openvino
 import pytest
 
 from tests.ir import builders
+from tests.ir.net import Net
 from xopt import targets
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError
@@ -135,6 +136,22 @@ def test_models_without_padding_are_refused(model, reason: str | None) -> None:
     report = RemovePadding().run(graph, PassContext())
     assert report.rewritten == 0 and ir.to_proto(graph).SerializeToString() == before
     assert all(refusal.reason == reason for refusal in report.refused) if reason else report.refused
+
+
+def test_a_mask_of_more_keys_than_an_input_has_positions_is_not_its_padding() -> None:
+    """Keys of an image beside those of a text, say: the text's mask with ones behind it."""
+    net = Net("towers")
+    mask, pixels = net.input("mask", ["batch", "seq"], ir.DataType.INT64), net.input("x", ["batch", "all", 8])
+    ones = net.op("Expand", net.constant("one", np.int64(1)), net.op("Concat", *_batch_and_four(net, mask), axis=0))
+    shown = net.op("Cast", net.op("Concat", mask, ones, axis=1), to=ir.DataType.BOOL)
+    bias = net.op("Unsqueeze", shown, net.ints(1, 2))
+    net.output(net.op("Attention", pixels, pixels, pixels, bias, q_num_heads=2, kv_num_heads=2), "y")
+    model = net.build()
+    assert RemovePadding().run(model, PassContext()).rewritten == 0
+
+
+def _batch_and_four(net: Net, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    return net.op("Shape", mask, start=0, end=1), net.ints(4)
 
 
 def test_no_attention() -> None:

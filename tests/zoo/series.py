@@ -68,7 +68,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("past_values",),
         lambda batch, seq: (normal(batch, 16, 3),),
         (BATCH,),
-        Expect(0, 4),
+        Expect(0, 4, named=("no-residual",)),
         torchscript="none",
         d_model=16,
         num_layers=2,

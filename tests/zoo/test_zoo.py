@@ -19,7 +19,7 @@ from xopt.runtime.reference import ReferenceSession
 from .entry import Entry, Expect
 from .exporting import Way, exported
 from .measuring import canonical, counts, difference, feeds_of, named, onnxruntime_of, sizes
-from .ways import ENTRIES, all_ways, default_ways
+from .ways import ENTRIES, all_ways, default_ways, expected
 
 TOLERANCE = 5e-6
 """Of the largest output: two blocks of float32 sums over <= 64 terms, in another order, differ by some 10 ulp
@@ -50,7 +50,7 @@ def test_found_and_equal_in_every_export(entry: Entry, way: Way) -> None:
 def _check(entry: Entry, way: Way) -> None:
     original = onnxruntime_of(exported(entry, way))
     model, report = canonical(entry, way)
-    _check_kind(model, report, entry.expect)
+    _check_kind(model, report, expected(entry, way))
     session = ReferenceSession(model, threads=1)
     for batch, seq in sizes(entry, way):
         feeds = feeds_of(entry, model, batch, seq)

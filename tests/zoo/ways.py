@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from . import (
     dense,
@@ -23,7 +25,7 @@ from . import (
     towers,
     vision,
 )
-from .entry import Entry
+from .entry import Entry, Expect
 from .exporting import Way
 
 PICTURES: tuple[Entry, ...] = (
@@ -46,6 +48,20 @@ NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 
 NOT_BY_DYNAMO: set[str] = set()
 """Models that torch.export does not take."""
+
+FIXED_BY_DYNAMO = {"sequencer"}
+"""Models whose axes torch.export makes numbers."""
+
+OTHERWISE_BY_DYNAMO: dict[str, dict[str, Any]] = {
+    "wav2vec2": {"named": ("attention-4d",)},
+    "hubert": {"named": ("attention-4d",)},
+    "wavlm": {
+        "heads": 1,
+        "named": ("no-projection-k", "no-projection-out", "no-projection-q", "no-projection-v", "no-residual"),
+    },
+    "wav2vec2conformer": {"count": 0, "named": ("batch-sizes",)},
+}
+"""What is expected of a model by that exporter: it writes sizes behind convolutions as quotients of the input's."""
 
 DYNAMO_BY_DEFAULT = {
     "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved",
@@ -92,7 +108,14 @@ def two_ways(entry: Entry) -> Iterator[Way]:
         yield Way("torchscript", 17, entry.attentions[0], entry.torchscript == "dynamic")
     attentions = _dynamo_attentions(entry)
     if attentions and entry.name not in NOT_BY_DYNAMO:
-        yield Way("dynamo", 20, attentions[0], True)
+        yield Way("dynamo", 20, attentions[0], entry.name not in FIXED_BY_DYNAMO)
+
+
+def expected(entry: Entry, way: Way) -> Expect:
+    """What an export of a model must show."""
+    return (
+        replace(entry.expect, **OTHERWISE_BY_DYNAMO.get(entry.name, {})) if way.exporter == "dynamo" else entry.expect
+    )
 
 
 def _dynamo_attentions(entry: Entry) -> list[str]:
