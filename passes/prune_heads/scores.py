@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
+from xopt.errors import InputError
 from xopt.ir.dependency import Member
 from xopt.ir.fx import run_with_values
 from xopt.passes.prune_heads.sites import Site
@@ -63,6 +64,9 @@ def gate_gradients(
     Args:
         outputs: names of the model's outputs.
         ridge: penalty of the regression on the other units; None to gate the whole unit (nothing compensates).
+
+    Raises:
+        InputError: ``E-OPTION``: no output changes smoothly with a unit (all are ids or what was rounded).
     """
     residuals = None if ridge is None else _residual_maps(gm, data, sites, ridge)
     generator = torch.Generator().manual_seed(seed)
@@ -75,6 +79,12 @@ def gate_gradients(
             gated = [(x - mean) @ matrix for x, (mean, matrix) in zip(gated, residuals)]
         for _ in range(PROJECTIONS):
             loss = sum((_project(output, batch, generator) for output in results), torch.zeros(()))
+            if not loss.requires_grad:
+                what, cure = (
+                    "no output has gradients, which the score is made of",
+                    'choose score="optin" or "magnitude"',
+                )
+                raise InputError("E-OPTION", what, cure=cure)
             gradients = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
             for part, site, x, gradient in zip(rows, sites, gated, gradients):
                 part.append(_per_sample(site, x, gradient, batch))

@@ -14,6 +14,7 @@ from xopt.data.dataset import Dataset
 from xopt.errors import InputError
 from xopt.ir.cost import cost
 from xopt.ir.fx import run_with_values, to_fx
+from xopt.ir.shapes import infer_shapes
 from xopt.ir.structure import transformer_blocks
 from xopt.passes import PruneHeads
 from xopt.passes.prune_heads import work
@@ -277,3 +278,17 @@ def test_refusals() -> None:
     assert report.rewritten == 0
     assert len(report.refused) == 1
     assert fingerprint(read) == before
+
+
+def test_outputs_without_gradients_ask_for_another_score() -> None:
+    model = builders.vit(layers=1)
+    chosen = ir.node("ArgMax", [model.graph.outputs[0]], attributes={"axis": -1})
+    chosen.outputs[0].name, chosen.outputs[0].dtype = "chosen", ir.DataType.INT64
+    model.graph.append(chosen)
+    model.graph.outputs[:] = [chosen.outputs[0]]
+    infer_shapes(model)
+    before = fingerprint(model)
+    with pytest.raises(InputError, match=r"no output has gradients.*optin"):
+        run(model, keep=0.5)
+    assert fingerprint(model) == before
+    assert run(model, keep=0.5, score="magnitude").rewritten
