@@ -26,7 +26,7 @@ from tests.zoo.entry import Entry
 from tests.zoo.exporting import Way, exported
 from tests.zoo.ways import MODELS, expected, two_ways
 
-SECONDS = 300
+SECONDS = 600
 """For one model by one exporter."""
 COMPARED = 4
 """Numbers of samples and lengths at most that outputs are compared at."""

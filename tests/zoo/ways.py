@@ -60,8 +60,13 @@ OTHERWISE_BY_DYNAMO: dict[str, dict[str, Any]] = {
         "named": ("no-projection-k", "no-projection-out", "no-projection-q", "no-projection-v", "no-residual"),
     },
     "wav2vec2conformer": {"count": 0, "named": ("batch-sizes",)},
+    "lsh": {"count": 0, "ffns": 2, "named": ("batch-sizes",)},
+    "prob_sparse": {"count": 0, "ffns": 2, "named": ("batch-sizes",)},
+    "swin2sr": {"count": 2, "named": ("no-projection-k", "no-projection-q")},
 }
-"""What is expected of a model by that exporter: it writes sizes behind convolutions as quotients of the input's."""
+"""What is expected of a model by that exporter, where it differs: sizes behind convolutions, and of chosen tokens, are
+written as arithmetic on the input's, which hides that they are equal; masks of shifted windows are constants.
+"""
 
 DYNAMO_BY_DEFAULT = {
     "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved",
