@@ -83,6 +83,24 @@ def test_the_branch_of_the_rank_that_a_reader_asks_for(kept: str) -> None:
     np.testing.assert_array_equal(ReferenceSession(model).run(feeds)["z"], want.run(None, feeds)[0])
 
 
+def test_a_reader_behind_very_many_nodes() -> None:
+    chain = "".join(f"c{place + 1} = Tanh (c{place}) " for place in range(2000))
+    body = SQUEEZED + f"c0 = Tanh (y) {chain} z = Concat <axis: int = 0> (other, c2000)"
+    model = model_of("(float[B, S, 8] x, float[3, 8] other) => (float[] z)", body)
+    canonicalize(model)
+    assert "If" not in {node.op_type for node in model.graph}
+
+
+def test_a_reader_that_may_not_run_asks_for_nothing() -> None:
+    body = SQUEEZED + (
+        "z = If (flag) <then_branch = joins () => (float[] j) { j = Concat <axis: int = 0> (other, y) }, "
+        "else_branch = keeps () => (float[] k) { k = Identity (y) }>"
+    )
+    model = model_of("(float[B, S, 8] x, float[3, 8] other, bool flag) => (float[] z)", body)
+    canonicalize(model)
+    assert [node.op_type for node in model.graph].count("If") == 2
+
+
 def test_readers_of_any_rank_leave_both() -> None:
     model = model_of("(float[B, S, 8] x) => (float[] z)", SQUEEZED + "z = Add (y, y)")
     canonicalize(model)

@@ -48,30 +48,38 @@ def _fitting(node: ir.Node) -> ir.Graph | None:
     if not _is_if(node) or len(node.outputs) != 1 or not isinstance(node.graph, ir.Graph):
         return None
     branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    made = all(branch.outputs[0].producer() in list(branch) for branch in branches)
-    ranks = [_rank(branch.outputs[0]) for branch in branches]
-    asked = _asked(node.outputs[0])
-    if not made or None in ranks or ranks[0] == ranks[1] or asked not in ranks:
+    if not all(len(branch.outputs) == 1 and branch.outputs[0].producer() in list(branch) for branch in branches):
+        return None
+    ranks, asked = [_rank(branch.outputs[0]) for branch in branches], _asked(node.outputs[0])
+    if None in ranks or ranks[0] == ranks[1] or asked not in ranks:
         return None
     return branches[ranks.index(asked)]
 
 
 def _asked(value: ir.Value) -> int | None:
     """The rank that a reader of ``value`` demands, also past what keeps it; None where none does."""
-    for reader in consumers(value):
-        if is_op(reader, *KEEPS):
-            found = _asked(reader.outputs[0])
-        elif is_op(reader, "Concat"):
-            found = next((rank for other in reader.inputs if other is not value and (rank := _rank(other))), None)
-        elif is_op(reader, "Transpose"):
-            found = len(reader.attributes["perm"].as_ints()) if "perm" in reader.attributes else None
-        elif is_op(reader, "Conv") and reader.inputs[0] is value:
-            found = _rank(reader.inputs[1])
-        else:
-            found = 2 if is_op(reader, "Gemm") and reader.inputs[0] is value else None
-        if found is not None:
-            return found
+    pending = [value]
+    while pending:
+        read = pending.pop()
+        for reader in consumers(read):
+            if reader.graph is not value.graph:
+                continue  # inside a branch or loop that may not run
+            if is_op(reader, *KEEPS):
+                pending.append(reader.outputs[0])
+            elif (rank := _demanded(reader, read)) is not None:
+                return rank
     return None
+
+
+def _demanded(reader: ir.Node, value: ir.Value) -> int | None:
+    """The rank that one reader of ``value`` takes alone."""
+    if is_op(reader, "Concat"):
+        return next((rank for other in reader.inputs if other is not value and (rank := _rank(other))), None)
+    if is_op(reader, "Transpose"):
+        return len(reader.attributes["perm"].as_ints()) if "perm" in reader.attributes else None
+    if is_op(reader, "Conv") and reader.inputs[0] is value:
+        return _rank(reader.inputs[1])
+    return 2 if is_op(reader, "Gemm") and reader.inputs[0] is value else None
 
 
 def _rank(value: ir.Value | None) -> int | None:
