@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import (
+    choices,
     dense,
     diffusion,
     experts,
@@ -18,6 +19,7 @@ from . import (
     series,
     spans,
     speech,
+    states,
     stories260k,
     streams,
     text,
@@ -30,12 +32,12 @@ from .exporting import Way
 
 PICTURES: tuple[Entry, ...] = (
     *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *spans.ENTRIES, *diffusion.ENTRIES,
-    *dense.ENTRIES,
+    *dense.ENTRIES, *states.ENTRIES,
 )  # fmt: skip
 """Models of images and videos."""
 SEQUENCES: tuple[Entry, ...] = (
     *text.ENTRIES, *generation.ENTRIES, *towers.ENTRIES, *experts.ENTRIES, *speech.ENTRIES, *streams.ENTRIES,
-    *series.ENTRIES,
+    *series.ENTRIES, *choices.ENTRIES,
 )  # fmt: skip
 """Models of text, speech, series and items."""
 IN_TWO_WAYS: tuple[Entry, ...] = (*SEQUENCES, *PICTURES)
@@ -46,7 +48,9 @@ ENTRIES: tuple[Entry, ...] = (*MODELS, *own.ENTRIES)
 NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 """Models whose masked sdpa torch's dynamo exporter cannot decompose (torch 2.13)."""
 
-NOT_BY_DYNAMO: set[str] = set()
+NOT_BY_DYNAMO: set[str] = {
+    "looped", "looped_as_asked", "until_still", "early_exit", "layer_gates", "one_of_three",
+}  # fmt: skip
 """Models that torch.export does not take."""
 
 FIXED_BY_DYNAMO = {"sequencer"}
