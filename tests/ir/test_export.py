@@ -59,6 +59,13 @@ def write(model: ir.Model, folder: Path) -> Path:
     return path
 
 
+def _padded(random: np.random.Generator, hidden: float) -> np.ndarray:
+    """Numbers for keys, some of them hidden; of the first sample the first two keys, of the last all."""
+    mask = np.where(random.random((2, 1, 5, 7)) < 0.7, random.standard_normal((2, 1, 5, 7)), hidden).astype(np.float32)
+    mask[0, ..., :2], mask[1, 0, 3] = hidden, hidden
+    return mask
+
+
 MASKS = {
     "none": None,
     "padding": lambda r: r.random((2, 1, 1, 7)) < 0.6,
@@ -66,6 +73,8 @@ MASKS = {
     "heads": lambda r: r.random((2, 4, 5, 7)) < 0.5,
     "bias": lambda r: r.standard_normal((1, 4, 5, 7)).astype(np.float32),
     "float": lambda r: np.where((r.random((5, 7)) < 0.5) | (np.arange(7) == 0), 0, -1e9).astype(np.float32),
+    "infinite": lambda r: _padded(r, -np.inf),
+    "lowest": lambda r: _padded(r, float(np.finfo(np.float32).min)),
 }
 
 

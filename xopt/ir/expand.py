@@ -307,6 +307,11 @@ class Expander:
             return None, None
         boolean = mask is not None and mask.dtype == ir.DataType.BOOL
         triangle = self._triangle(node) if causal else None
+        grouped = repeat > 1
+        if mask is not None and not boolean and _may_hide(mask, _lowest(dtype) if causal else -np.inf):
+            both = self._hiding(node, mask, triangle, dtype)
+            added, seen = (self._grouped(node, part, groups, repeat) if grouped else part for part in both)
+            return added, seen
         allowed = mask if boolean else None
         if triangle is not None:
             allowed = self._both(node, "And", allowed, triangle)
@@ -314,28 +319,53 @@ class Expander:
         if mask is not None and not boolean:
             bias = self._both(node, "Add", bias, mask)
         visible = self._visible(node, allowed, dtype) if boolean and allowed is not None else None
-        grouped = repeat > 1
         return (
             self._grouped(node, bias, groups, repeat) if grouped and bias is not None else bias,
             self._grouped(node, visible, groups, repeat) if grouped and visible is not None else visible,
         )
 
+    def _hiding(
+        self, node: ir.Node, mask: ir.Value, triangle: ir.Value | None, dtype: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """The same of a mask of numbers that may hide keys by infinity, or weigh less than what ``_additive`` hides by:
+        what is hidden is infinitely low, and a row in which all is gets zeros instead, and counts for nothing.
+        """
+        zero, hidden = (self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, -np.inf))
+
+        def build() -> ir.Value:
+            assert triangle is not None
+            return edit.insert(node, "Where", [triangle, mask, hidden], dtype=dtype, shape=_broadcast(triangle, mask))
+
+        bias = mask if triangle is None else self._once(("hiding", mask, triangle), build)
+        row = [*bias.shape[:-1], 1] if bias.shape is not None else None
+        most = self._once(
+            ("most", bias),
+            lambda: edit.insert(node, "ReduceMax", [bias, self._ints(node, -1)], {"keepdims": 1}, shape=row),
+        )
+        seen = self._once(
+            ("seen", bias),
+            lambda: edit.insert(node, "Greater", [most, hidden], dtype=ir.DataType.BOOL, shape=row),
+        )
+        finite = self._once(
+            ("finite", bias), lambda: edit.insert(node, "Where", [seen, bias, zero], dtype=dtype, shape=bias.shape)
+        )
+        visible = self._once(
+            ("visible", bias, dtype),
+            lambda: edit.insert(node, "Cast", [seen], {"to": int(dtype)}, dtype=dtype, shape=row),
+        )
+        return finite, visible
+
     def _both(self, node: ir.Node, op_type: str, a: ir.Value | None, b: ir.Value) -> ir.Value:
         """``b``, or elementwise ``a op b``, with its shape as far as the operands tell."""
         if a is None:
             return b
-        shape = None
-        if a.shape is not None and b.shape is not None:
-            pairs = list(zip_longest(reversed(list(a.shape)), reversed(list(b.shape)), fillvalue=1))
-            shape = [y if x == 1 else x for x, y in reversed(pairs)]
-        return self._once((op_type, a, b), lambda: edit.insert(node, op_type, [a, b], shape=shape))
+        return self._once((op_type, a, b), lambda: edit.insert(node, op_type, [a, b], shape=_broadcast(a, b)))
 
     def _additive(self, node: ir.Node, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:
         """0 where attended; elsewhere what wins over any score and yet leaves a row that is all masked finite."""
-        lowest = -6e4 if dtype == ir.DataType.FLOAT16 else -1e30
 
         def build() -> ir.Value:
-            numbers = [self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, lowest)]
+            numbers = [self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, _lowest(dtype))]
             return edit.insert(node, "Where", [allowed, *numbers], dtype=dtype, shape=allowed.shape)
 
         return self._once(("additive", allowed, dtype), build)
@@ -409,3 +439,39 @@ class Expander:
 
 def _is_integer(value: ir.Value | None) -> bool:
     return value is not None and value.dtype is not None and value.dtype.is_integer()
+
+
+def _lowest(dtype: ir.DataType) -> float:
+    """What hides a key by number: it wins over any score."""
+    return -6e4 if dtype == ir.DataType.FLOAT16 else -1e30
+
+
+def _may_hide(mask: ir.Value, below: float) -> bool:
+    """Whether a mask of numbers may have some that are not above ``below``: those of a caller, or constants."""
+    pending, seen = [mask], {mask}
+    while pending:
+        value = pending.pop()
+        node, array = value.producer(), edit.constant(value)
+        if array is not None:
+            if array.dtype.kind == "f" and array.size and float(array.min()) <= below:
+                return True
+        elif node is None:
+            return True
+        else:
+            parts = {"Where": node.inputs[1:], "Add": node.inputs}.get(node.op_type, ())
+            for part in parts or (node.inputs[:1] if node.op_type in _MOVING else ()):
+                if part is not None and part not in seen:
+                    seen.add(part)
+                    pending.append(part)
+    return False
+
+
+_MOVING = ("Cast", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def _broadcast(a: ir.Value, b: ir.Value) -> list[int | ir.SymbolicDim] | None:
+    """The shape of two operands together, as far as they tell."""
+    if a.shape is None or b.shape is None:
+        return None
+    pairs = list(zip_longest(reversed(list(a.shape)), reversed(list(b.shape)), fillvalue=1))
+    return [y if x == 1 else x for x, y in reversed(pairs)]
