@@ -123,6 +123,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     right = sum(row.get("compiled") == "right" for row in rows)
     models = {row["model"] for row in rows}
     worst = max((max(row["errors"]) for row in compared), default=0.0)
+    done = {(row["model"], row["exporter"]) for row in rows}
+    exports = ((entry.name, way.exporter) for entry in MODELS for way in two_ways(entry))
+    open_ = [f"{name} ({exporter})" for name, exporter in exports if (name, exporter) not in done]
     verdicts = Counter(verdict[0] for row in rows for verdict in row.get("passes", {}).values())
     lines = [
         "# The zoo",
@@ -132,12 +135,16 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         "[raw file](benchmarks/zoo.json). *Found* counts attention blocks and feed-forward networks that are",
         "recognized, beside how many are expected. *Error* is the largest difference of the compiled model from",
         "onnxruntime on the export, as a share of the largest output (or of 1), over all outputs and four inputs of",
-        "other batches and lengths (one, where the export fixes them).",
+        "other batches and lengths (one, where the export fixes them). Each row is an export's last run, which may",
+        "be of an earlier commit.",
         "",
         f"Found as expected: {found} of {len(rows)}. Compiled and equal to {measuring.COMPILED:g}: {right} of",
         f"{len(rows)} (largest difference {worst:.1e}). What passes did: "
         + ", ".join(f"{n} times {word}" for word, n in verdicts.most_common())
         + ".",
+        "",
+        f"Without a row (not measured at all, or not since what failed was mended): {len(open_)} exports"
+        + (f", {', '.join(open_)}." if open_ else "."),
         "",
         "| model | exporter | attentions found / expected | FFNs found / expected | in no block, because | error |",
         "|---|---|---|---|---|---|",
