@@ -194,7 +194,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(
     """By the entry of the compiled function, where axes that must be equal have become one, or by the operator."""
     ours = compiled(parsed(inputs, body))
     for given in feeds:
-        with pytest.raises((ValueError, RuntimeError), match="xopt refuses|match_cast error"):
+        with pytest.raises((ValueError, RuntimeError), match=r"xopt refuses|match_cast error"):
             ours(given)
 
 
