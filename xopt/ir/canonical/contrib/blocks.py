@@ -45,9 +45,9 @@ def _matmul(site: Site) -> Results:
 
 
 def unpacked(packed: Array, bits: int) -> Array:
-    """Numbers of few bits out of rows of bytes, the low bits first."""
+    """Numbers of few bits out of bytes along the last axis, the low bits first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8).reshape(len(packed), -1)
+    return ((packed[..., None] >> shifts) & ((1 << bits) - 1)).astype(np.uint8).reshape(*packed.shape[:-1], -1)
 
 
 def _shaped(site: Site, array: Array, shape: tuple[int, int]) -> Array:
@@ -70,16 +70,15 @@ def _zeros(site: Site, bits: int, columns: int, blocks: int) -> Array:
 
 def _in_blocks(site: Site, integers: Array, scale: Array, zeros: Array, bits: int, block: int) -> ir.Value:
     """The weight [K, N] as a DequantizeLinear of integers."""
-    operands = [
-        site.array(stem, _tensor(array, bits)) for stem, array in (("weight", integers), ("zero_points", zeros))
-    ]
+    operands = [site.array(stem, stored(array, bits)) for stem, array in (("weight", integers), ("zero_points", zeros))]
     scales = site.array("scales", np.ascontiguousarray(scale))
     inputs = (operands[0], scales, operands[1])
     form: Attributes = {"dtype": scales.dtype, "shape": integers.shape}
     return site.op("DequantizeLinear", *inputs, axis=0, block_size=block, **form)
 
 
-def _tensor(array: Array, bits: int) -> ir.TensorProtocol:
+def stored(array: Array, bits: int) -> ir.TensorProtocol:
+    """Numbers in the type that ONNX has for as many bits, or in their own."""
     if bits != 4:
         return ir.tensor(np.ascontiguousarray(array))
     return ir.Tensor(np.ascontiguousarray(array).astype(ir.DataType.UINT4.numpy()), dtype=ir.DataType.UINT4)
@@ -130,13 +129,10 @@ def _bytes(
     if bits not in (2, 4, 8) or (bits < 8 and axis != rank - 1):
         raise site.refused(f"{bits} bits in blocks along axis {axis} of {rank}")
     packed, shape = site.constant(data, "data"), site.constant(scales, "scales").shape
-    numbers = unpacked(packed.reshape(-1, packed.shape[-1]), bits).reshape(*packed.shape[:-1], -1)
     zeros = np.full(shape, 1 << (bits - 1), np.uint8)
     if given is not None:
-        array = site.constant(given, "zero_points")
-        wide = unpacked(array.reshape(-1, array.shape[-1]), bits).reshape(*array.shape[:-1], -1)
-        zeros = wide[..., : shape[-1]].reshape(shape)
-    return site.array("table", _tensor(numbers, bits)), site.array("zero_points", _tensor(zeros, bits))
+        zeros = unpacked(site.constant(given, "zero_points"), bits)[..., : shape[-1]].reshape(shape)
+    return site.array("table", stored(unpacked(packed, bits), bits)), site.array("zero_points", stored(zeros, bits))
 
 
 _FP4 = np.asarray([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)

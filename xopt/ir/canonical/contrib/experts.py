@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from xopt.ir import edit
 from xopt.ir.canonical.contrib.activations import Results
-from xopt.ir.canonical.contrib.blocks import Array, unpacked
+from xopt.ir.canonical.contrib.blocks import Array, stored, unpacked
 from xopt.ir.canonical.contrib.site import Attributes, Site
 
 Weight = Callable[[str], ir.Value | None]
@@ -146,7 +146,7 @@ def _dequantized(site: Site, name: str) -> ir.Value | None:
     packed, scale = site.constant(given, name), site.constant(scales, f"{name}_scales")
     if bits not in (2, 4, 8) or packed.ndim != 3 or packed.dtype != np.uint8 or scale.ndim not in (2, 3):
         raise site.refused(f"{name} of {bits} bits is not [experts, outputs, bytes]")
-    integers = _numbers(packed, bits)
+    integers = unpacked(packed, bits)
     scale = scale.reshape(*integers.shape[:2], -1)
     size = integers.shape[2] // scale.shape[2]
     if size * scale.shape[2] != integers.shape[2]:
@@ -154,31 +154,20 @@ def _dequantized(site: Site, name: str) -> ir.Value | None:
     zero = np.full(scale.shape, 1 << (bits - 1), np.uint8)
     if zeros is not None:
         zero = _zeros(site.constant(zeros, f"{name}_zero_points"), bits, scale.shape)
-    operands = (_stored(site, integers, bits), _stored(site, scale, None), _stored(site, zero, bits))
+    by_input = [array.transpose(0, 2, 1) for array in (integers, scale, zero)]
+    tensors = (stored(by_input[0], bits), np.ascontiguousarray(by_input[1]), stored(by_input[2], bits))
+    operands = [site.array("experts", tensor) for tensor in tensors]
     attributes: Attributes = {"axis": 1, "block_size": size}
     shape = (len(integers), integers.shape[2], integers.shape[1])
     weight = site.op("DequantizeLinear", *operands, dtype=operands[1].dtype, shape=shape, **attributes)
     return site.cast(weight, site.dtype(site.value("input")))
 
 
-def _numbers(packed: Array, bits: int) -> Array:
-    """The last axis of bytes as numbers of few bits."""
-    return unpacked(packed.reshape(-1, packed.shape[-1]), bits).reshape(*packed.shape[:-1], -1)
-
-
 def _zeros(given: Array, bits: int, shape: Any) -> Array:
     """Zero points [E,N,blocks]; those of columns are packed along N, and rows fill whole bytes."""
-    numbers = _numbers(given, bits)
+    numbers = unpacked(given, bits)
     kept = numbers[:, : shape[1]] if given.ndim == 2 else numbers[..., : shape[2]]
     return kept.reshape(shape)
-
-
-def _stored(site: Site, array: Array, bits: int | None) -> ir.Value:
-    """[E,N,K] as a constant [E,K,N]."""
-    turned = np.ascontiguousarray(array.transpose(0, 2, 1))
-    if bits != 4:
-        return site.array("experts", turned)
-    return site.array("experts", ir.Tensor(turned.astype(ir.DataType.UINT4.numpy()), dtype=ir.DataType.UINT4))
 
 
 RULES = {"MoE": _moe, "QMoE": _quantized}
