@@ -19,18 +19,25 @@ KEEPS = ("Identity", "Cast", "Relu", "Gelu", "Tanh", "Sigmoid", "Neg", "Softmax"
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Put the branch of every If whose condition is a constant in its place, those inside of it as well."""
-    while decided := [node for node in model.graph.all_nodes() if (_taken(node) or _fitting(node)) is not None]:
+    while decided := [node for node in model.graph.all_nodes() if _chosen(node) is not None]:
         for node in decided:
-            branch = _taken(node) or _fitting(node)
+            branch = _chosen(node)
             if branch is not None and node.graph is not None:
                 _put_in_place(node, branch)
         report.rewrote("if", len(decided))
     remove_dead(model)
 
 
+def _chosen(node: ir.Node) -> ir.Graph | None:
+    """The branch that an If certainly takes; None for other nodes, and where that is not known."""
+    if node.op_type != "If" or node.domain:
+        return None
+    return _taken(node) or _fitting(node)
+
+
 def _taken(node: ir.Node) -> ir.Graph | None:
-    """The branch that an If takes whatever its inputs are; None where that is not known, or nothing reads it."""
-    condition = constant(input_at(node, 0)) if _is_if(node) else None
+    """The branch of an If whose condition is a constant; None where it is not, or nothing reads the result."""
+    condition = constant(input_at(node, 0))
     read = any(value.uses() or value.is_graph_output() for value in node.outputs)
     if condition is None or condition.size != 1 or not read or not isinstance(node.graph, ir.Graph):
         return None
@@ -39,13 +46,9 @@ def _taken(node: ir.Node) -> ir.Graph | None:
     return branch if inside.issuperset(branch.outputs) else None
 
 
-def _is_if(node: ir.Node) -> bool:
-    return node.op_type == "If" and not node.domain
-
-
 def _fitting(node: ir.Node) -> ir.Graph | None:
     """The branch of an If whose result alone has the rank that a reader asks for; None where both have, or neither."""
-    if not _is_if(node) or len(node.outputs) != 1 or not isinstance(node.graph, ir.Graph):
+    if len(node.outputs) != 1 or not isinstance(node.graph, ir.Graph):
         return None
     branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
     if not all(len(branch.outputs) == 1 and branch.outputs[0].producer() in list(branch) for branch in branches):
