@@ -6,7 +6,7 @@ Notation: B batch, S queries, T keys, H query heads, G key-value heads, R = H / 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -303,25 +303,22 @@ class Expander:
         """What is added to the scores, and per row 1 where anything is attended (None: every row attends something)."""
         mask, causal = input_at(node, 3), bool(attribute(node, "is_causal", 0))
         dtype = operand(node, 0).dtype or ir.DataType.FLOAT
-        if mask is None and not causal:
-            return None, None
-        boolean = mask is not None and mask.dtype == ir.DataType.BOOL
         triangle = self._triangle(node) if causal else None
-        grouped = repeat > 1
-        if mask is not None and not boolean and _may_hide(mask, _lowest(dtype) if causal else -np.inf):
-            both = self._hiding(node, mask, triangle, dtype)
-            added, seen = (self._grouped(node, part, groups, repeat) if grouped else part for part in both)
-            return added, seen
-        allowed = mask if boolean else None
-        if triangle is not None:
-            allowed = self._both(node, "And", allowed, triangle)
-        bias = None if allowed is None else self._additive(node, allowed, dtype)
-        if mask is not None and not boolean:
-            bias = self._both(node, "Add", bias, mask)
-        visible = self._visible(node, allowed, dtype) if boolean and allowed is not None else None
+        bias: ir.Value | None = None
+        visible: ir.Value | None = None
+        if mask is None or mask.dtype == ir.DataType.BOOL:
+            allowed = mask if triangle is None else self._both(node, "And", mask, triangle)
+            bias = None if allowed is None else self._additive(node, allowed, dtype)
+            visible = None if mask is None or allowed is None else self._visible(node, allowed, dtype)
+        elif _may_hide(mask, _lowest(dtype) if causal else -np.inf):
+            bias, visible = self._hiding(node, mask, triangle, dtype)
+        else:
+            bias = mask if triangle is None else self._both(node, "Add", self._additive(node, triangle, dtype), mask)
+        if repeat <= 1:
+            return bias, visible
         return (
-            self._grouped(node, bias, groups, repeat) if grouped and bias is not None else bias,
-            self._grouped(node, visible, groups, repeat) if grouped and visible is not None else visible,
+            None if bias is None else self._grouped(node, bias, groups, repeat),
+            None if visible is None else self._grouped(node, visible, groups, repeat),
         )
 
     def _hiding(
@@ -331,35 +328,33 @@ class Expander:
         what is hidden is infinitely low, and a row in which all is gets zeros instead, and counts for nothing.
         """
         zero, hidden = (self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, -np.inf))
-
-        def build() -> ir.Value:
-            assert triangle is not None
-            return edit.insert(node, "Where", [triangle, mask, hidden], dtype=dtype, shape=_broadcast(triangle, mask))
-
-        bias = mask if triangle is None else self._once(("hiding", mask, triangle), build)
+        bias = mask
+        if triangle is not None:
+            bias = self._shared_op(node, "Where", [triangle, mask, hidden], _broadcast(triangle, mask), dtype)
         row = [*bias.shape[:-1], 1] if bias.shape is not None else None
-        most = self._once(
-            ("most", bias),
-            lambda: edit.insert(node, "ReduceMax", [bias, self._ints(node, -1)], {"keepdims": 1}, shape=row),
-        )
-        seen = self._once(
-            ("seen", bias),
-            lambda: edit.insert(node, "Greater", [most, hidden], dtype=ir.DataType.BOOL, shape=row),
-        )
-        finite = self._once(
-            ("finite", bias), lambda: edit.insert(node, "Where", [seen, bias, zero], dtype=dtype, shape=bias.shape)
-        )
-        visible = self._once(
-            ("visible", bias, dtype),
-            lambda: edit.insert(node, "Cast", [seen], {"to": int(dtype)}, dtype=dtype, shape=row),
-        )
-        return finite, visible
+        most = self._shared_op(node, "ReduceMax", [bias, self._ints(node, -1)], row, dtype, keepdims=1)
+        seen = self._shared_op(node, "Greater", [most, hidden], row, ir.DataType.BOOL)
+        finite = self._shared_op(node, "Where", [seen, bias, zero], bias.shape, dtype)
+        return finite, self._shared_op(node, "Cast", [seen], row, dtype, to=int(dtype))
+
+    def _shared_op(
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        shape: Iterable[int | ir.SymbolicDim] | None,
+        dtype: ir.DataType | None = None,
+        **attributes: AttributeValue,
+    ) -> ir.Value:
+        """A node that all layers with the same inputs share."""
+        key = (op_type, *inputs, dtype, *attributes.items())
+        return self._once(key, lambda: edit.insert(node, op_type, inputs, attributes, dtype=dtype, shape=shape))
 
     def _both(self, node: ir.Node, op_type: str, a: ir.Value | None, b: ir.Value) -> ir.Value:
         """``b``, or elementwise ``a op b``, with its shape as far as the operands tell."""
         if a is None:
             return b
-        return self._once((op_type, a, b), lambda: edit.insert(node, op_type, [a, b], shape=_broadcast(a, b)))
+        return self._shared_op(node, op_type, [a, b], _broadcast(a, b))
 
     def _additive(self, node: ir.Node, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:
         """0 where attended; elsewhere what wins over any score and yet leaves a row that is all masked finite."""
@@ -441,6 +436,9 @@ def _is_integer(value: ir.Value | None) -> bool:
     return value is not None and value.dtype is not None and value.dtype.is_integer()
 
 
+_MOVING = ("Cast", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+
+
 def _lowest(dtype: ir.DataType) -> float:
     """What hides a key by number: it wins over any score."""
     return -6e4 if dtype == ir.DataType.FLOAT16 else -1e30
@@ -464,9 +462,6 @@ def _may_hide(mask: ir.Value, below: float) -> bool:
                     seen.add(part)
                     pending.append(part)
     return False
-
-
-_MOVING = ("Cast", "Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def _broadcast(a: ir.Value, b: ir.Value) -> list[int | ir.SymbolicDim] | None:
