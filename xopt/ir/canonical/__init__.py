@@ -66,16 +66,19 @@ def sized(model: ir.Model) -> ir.Model:
     """
     if not symbolic_dims(model):
         return model
-    told, copy = model.clone(), model.clone()
+    told = model.clone()
     with rare_collection():
         _run(STEPS[: STEPS.index("fixed") + 1], told, CanonicalizeReport())
-    pairs = (pair for a, b in zip(copy.graph.inputs, told.graph.inputs) for pair in zip(a.shape or (), b.shape or ()))
+    pairs = (pair for a, b in zip(model.graph.inputs, told.graph.inputs) for pair in zip(a.shape or (), b.shape or ()))
     sizes = {old.value: new for old, new in pairs if isinstance(old, ir.SymbolicDim) and old.value and old != new}
+    if not sizes:
+        return model
+    copy = model.clone()
     for value in (*copy.graph.inputs, *copy.graph.outputs):
         if value.shape is not None:
             dims = list(value.shape)
             value.shape = ir.Shape([sizes.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in dims])
-    return copy if sizes else model
+    return copy
 
 
 def _run(steps: Sequence[str], model: ir.Model, report: CanonicalizeReport) -> None:
