@@ -74,17 +74,14 @@ def gate_gradients(
     for done, batch in enumerate(data):
         progress("fisher", done, len(data))
         values, results = _forward(gm, batch, sites, outputs)
+        if not any(output.requires_grad for output in results):
+            what = "no output has gradients, which the score is made of"
+            raise InputError("E-OPTION", what, cure='choose score="optin" or "magnitude"')
         gated = [value.detach().float() for value in values]
         if residuals is not None:
             gated = [(x - mean) @ matrix for x, (mean, matrix) in zip(gated, residuals)]
         for _ in range(PROJECTIONS):
             loss = sum((_project(output, batch, generator) for output in results), torch.zeros(()))
-            if not loss.requires_grad:
-                what, cure = (
-                    "no output has gradients, which the score is made of",
-                    'choose score="optin" or "magnitude"',
-                )
-                raise InputError("E-OPTION", what, cure=cure)
             gradients = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
             for part, site, x, gradient in zip(rows, sites, gated, gradients):
                 part.append(_per_sample(site, x, gradient, batch))
