@@ -30,6 +30,7 @@ from xopt.targets import checks
 from xopt.targets.emitting import Emitting, Value, in_memory
 from xopt.targets.formats import dequantized, plan_formats
 from xopt.targets.integer_attention import parts, stored_formats
+from xopt.targets.islands import merge_islands
 from xopt.targets.refusals import function_scope, refusing, uncompiled
 from xopt.targets.segments import segment
 from xopt.targets.symbolic import (
@@ -253,6 +254,7 @@ def _prepared(model: ir.Model, target: Target) -> ir.Model:
     if InlinePass(criteria=lambda f: not has_kernel(target, f.domain, f.name))(model).modified:
         infer_shapes(model)  # the types of what the bodies compute
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    merge_islands(model)
     widen(model)
     return model
 

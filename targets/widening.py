@@ -11,7 +11,7 @@ for accelerators keep them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -48,15 +48,14 @@ def storage(dtype: ir.DataType) -> str:
 def widen(model: ir.Model) -> None:
     """Carry all narrow values of a canonical model in wider types, in place. Inputs and outputs stay what they are."""
     given = list(model.graph.inputs)
-    values = [value for graph in model.graphs() for value in _values(graph)]
-    kinds = {value: value.dtype for value in values if value.dtype is not None and value.dtype in CARRIERS}
+    kinds = {value: value.dtype for value in values_of(model) if value.dtype is not None and value.dtype in CARRIERS}
     if not kinds:
         return
     for node in list(model.graph.all_nodes()):
         _adapt(node, kinds)
     for value, kind in kinds.items():
         if value not in given:
-            _retype(value, kind)
+            retype(value, CARRIERS[kind])
     for value in given:
         if value in kinds:
             _unpack_input(model.graph, value)
@@ -65,15 +64,18 @@ def widen(model: ir.Model) -> None:
             model.graph.outputs[place] = _packed(model.graph, value, kinds[value])
 
 
-def _values(graph: ir.Graph) -> Iterable[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
+def values_of(model: ir.Model) -> Iterable[ir.Value]:
+    """All values of a model's graphs, those inside nodes among them."""
+    for graph in model.graphs():
+        yield from graph.inputs
+        yield from graph.initializers.values()
+        for node in graph:
+            yield from node.outputs
 
 
-def _retype(value: ir.Value, kind: ir.DataType) -> None:
-    carrier, tensor = CARRIERS[kind], value.const_value
+def retype(value: ir.Value, carrier: ir.DataType) -> None:
+    """Make ``value`` one of a type that holds its numbers; constants are converted when they are read."""
+    tensor = value.const_value
     value.type = ir.TensorType(carrier)  # a clone shares its types with the model that it is of
     if tensor is not None:
         value.const_value = ir.LazyTensor(
@@ -82,6 +84,19 @@ def _retype(value: ir.Value, kind: ir.DataType) -> None:
             shape=ir.Shape(tensor.shape.numpy()),
             name=value.name,
         )
+
+
+def write_types(node: ir.Node, narrow: Collection[ir.DataType]) -> None:
+    """Name in a node's attributes the carriers of types, and hold constants in them."""
+    for name in _NAMING:
+        found = node.attributes.get(name)
+        if found is not None and found.value in {int(kind) for kind in narrow}:
+            node.attributes[name] = ir.AttrInt64(name, int(CARRIERS[ir.DataType(found.value)]))
+    for name, found in list(node.attributes.items()):
+        if found.type == ir.AttributeType.TENSOR and found.value.dtype in narrow:
+            carrier = CARRIERS[found.value.dtype]
+            array = np.asarray(found.value.numpy().astype(carrier.numpy()))
+            node.attributes[name] = ir.AttrTensor(name, ir.Tensor(array, dtype=carrier))
 
 
 def _adapt(node: ir.Node, kinds: dict[ir.Value, ir.DataType]) -> None:
@@ -95,15 +110,7 @@ def _adapt(node: ir.Node, kinds: dict[ir.Value, ir.DataType]) -> None:
     elif node.op_type == "QuantizeLinear" and narrow is not None:
         node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(narrow))
     else:
-        for name in _NAMING:
-            found = node.attributes.get(name)
-            if found is not None and found.value in {int(kind) for kind in CARRIERS}:
-                node.attributes[name] = ir.AttrInt64(name, int(CARRIERS[ir.DataType(found.value)]))
-    for name, found in list(node.attributes.items()):
-        if found.type == ir.AttributeType.TENSOR and found.value.dtype in CARRIERS:
-            carrier = CARRIERS[found.value.dtype]
-            array = np.asarray(found.value.numpy().astype(carrier.numpy()))
-            node.attributes[name] = ir.AttrTensor(name, ir.Tensor(array, dtype=carrier))
+        write_types(node, CARRIERS)
 
 
 def _cast(node: ir.Node, source: ir.DataType | None, narrow: ir.DataType | None) -> None:
@@ -167,9 +174,19 @@ def _unpack_input(graph: ir.Graph, value: ir.Value) -> None:
 
 def _packed(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> ir.Value:
     """The output as it is stored, under the name that callers know."""
-    node = ir.Node(DOMAIN, "Pack", [value], [ir.AttrInt64("type", int(kind))], num_outputs=1)
+    node = ir.Node(DOMAIN, "Pack", [_unrounded(value, kind)], [ir.AttrInt64("type", int(kind))], num_outputs=1)
     stored = node.outputs[0]
     stored.name, value.name = value.name, f"{value.name}/carried"
     stored.shape, stored.dtype = value.shape, kind
     graph.append(node)
     return stored
+
+
+def _unrounded(value: ir.Value, kind: ir.DataType) -> ir.Value:
+    """What ``value`` is before it is rounded as ``Pack`` rounds: of the types that are computed with, by a Cast."""
+    node = value.producer()
+    if kind not in INEXACT or node is None or (node.domain, node.op_type) != (DOMAIN, "Round"):
+        return value
+    source = node.inputs[0]
+    same = source is not None and source.dtype == CARRIERS[kind] and source.graph is value.graph
+    return source if same and source is not None and node.attributes["type"].value == int(kind) else value

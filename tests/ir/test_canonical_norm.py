@@ -112,12 +112,15 @@ def test_unknown_width_without_scale_is_refused() -> None:
     assert Counter(node.op_type for node in model.graph)["Div"] == 1
 
 
-def test_float16_with_casts() -> None:
-    """T5 in half precision: the norm works in float32, scale and result are float16."""
+@pytest.mark.parametrize("working", [1, 11])
+def test_float16_with_casts(working: int) -> None:
+    """T5 in half precision works in float32, the exporter of TorchScript in double; scale and result are float16."""
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 20]> g (float16[B, 4] x) => (float16[B, 4] y) <float eps = {0.000001}, '
-        "float two = {2.0}, int64[1] last = {-1}> { f = Cast <to: int = 1> (x) q = Pow(f, two) v = ReduceMean(q, last) "
-        "u = Add(v, eps) r = Sqrt(u) n = Div(f, r) h = Cast <to: int = 10> (n) y = Mul(scale, h) }"
+        '<ir_version: 10, opset_import: ["" : 20]> g (float16[B, 4] x) => (float16[B, 4] y) <KIND eps = {0.000001}, '
+        "KIND two = {2.0}, int64[1] last = {-1}> { f = Cast <to: int = TO> (x) q = Pow(f, two) v = ReduceMean(q, last) "
+        "u = Add(v, eps) r = Sqrt(u) n = Div(f, r) h = Cast <to: int = 10> (n) y = Mul(scale, h) }".replace(
+            "KIND", {1: "float", 11: "double"}[working]
+        ).replace("TO", str(working))
     )
     scale = np.array([1.5, 0.5, -1.0, 2.0], np.float16)
     model.graph.initializer.append(onnx.numpy_helper.from_array(scale, "scale"))

@@ -3,7 +3,8 @@
     d = x - mean(x);  y = d / sqrt(mean(d * d) + eps) * scale + bias        ->  LayerNormalization(x, scale, bias)
     y = x * rsqrt(mean(x * x) + eps) * scale                                ->  RMSNormalization(x, scale)
 over the last axis; with Pow or Mul for the square, Div, Reciprocal, Pow(-0.5) or Mul for the division, the operands in
-any order, a missing scale or bias, and casts to float32 and back around the middle (that is what stash_type means).
+any order, a missing scale or bias, and casts to float32 and back around the middle (that is what stash_type means), or
+to double from half precision, as the exporter of TorchScript casts.
 Nodes that are already there get their axis and epsilon written in one way.
 Refuses  "norm-width-unknown": no scale, and the width of x is not static, so that no scale of ones can be made.
 """
@@ -159,18 +160,21 @@ def _square_of(value: ir.Value) -> ir.Value | None:
 
 
 def _uncast(value: ir.Value) -> ir.Value:
-    """``value`` before casts to wider floating-point types (double apart, which is no norm's working type)."""
+    """``value`` before casts to wider floating-point types.
+
+    Double is a norm's working type for half precision alone, whose digits float32 has to spare.
+    """
     node = producer(value, "Cast")
-    while (
-        node is not None and _is_float(operand(node, 0)) and value.dtype in (ir.DataType.FLOAT, operand(node, 0).dtype)
-    ):
+    while node is not None and _widens(operand(node, 0).dtype, value.dtype):
         value = operand(node, 0)
         node = producer(value, "Cast")
     return value
 
 
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+def _widens(source: ir.DataType | None, target: ir.DataType | None) -> bool:
+    if source in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return target in (source, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    return source == target == ir.DataType.FLOAT
 
 
 def _absorb_affine(node: ir.Node) -> bool:
