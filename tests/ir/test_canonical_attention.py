@@ -264,8 +264,17 @@ def test_keys_of_another_batch_are_no_attention() -> None:
     assert not report.attention
 
 
-def test_weights_that_are_read_stay() -> None:
+def test_weights_that_are_read_stay_beside_the_attention() -> None:
     model = build("", output="e = ReduceMax <keepdims: int = 1> (w) f = Add(o, e) " + OUTPUT.replace("(o)", "(f)"))
+    report = canonicalize(check(model))
+    assert len(report.attention) == 1
+    assert sum(node.op_type == "Softmax" for node in model.graph) == 1
+    assert not [refused for refused in report.refused if refused.what == "attention"]
+
+
+def test_weights_of_two_products_stay() -> None:
+    """Values of another kind are weighed with the same weights: to compute these twice would be no gain."""
+    model = build("", output="e = MatMul(w, o) f = Add(o, e) " + OUTPUT.replace("(o)", "(f)"))
     report = canonicalize(check(model))
     assert not report.attention
     assert [refused.reason for refused in report.refused if refused.what == "attention"] == ["weights-read-elsewhere"]

@@ -383,7 +383,7 @@ class RotaryInterleaved(Block):
 
 
 class WeightsRead(Block):
-    """The attention weights are an output of the block too: nothing may be fused."""
+    """The attention weights are read by something else too: they stay beside the attention."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (q @ k.transpose(-1, -2) / math.sqrt(DEPTH)).softmax(-1)
@@ -459,6 +459,6 @@ ENTRIES: tuple[Entry, ...] = (
     _entry(Windows, Expect(2, 4, mask="bias"), lambda batch, seq: (normal(batch, 8, WIDTH),), ({0: "batch"},)),
     _entry(Rotary, Expect(2, 4, causal=True, rotary=True)),
     _entry(RotaryInterleaved, Expect(2, 4, rotary=True)),
-    _entry(WeightsRead, Expect(0, 4, ffns=2, named=("weights-read-elsewhere",))),
+    _entry(WeightsRead, Expect(2, 4, named=("no-projection-out", "no-residual"))),
 )
 """One entry per form."""

@@ -35,6 +35,7 @@ STEPS = (
     "norm",
     "activation",
     "rotary",
+    "softmax",
     "attention",
     "cleanup",
     "linear",

@@ -13,7 +13,7 @@ Refuses  "weights-read-elsewhere", "no-product", "mask-inside-softcap", "head-la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -24,13 +24,9 @@ from xopt.ir.canonical.moving import move, move_result
 from xopt.ir.canonical.operands import DEPTH, KEY, QUERY, VALUE, Operand, assemble, placed, scaling, trace
 from xopt.ir.canonical.placing import in_four_axes
 from xopt.ir.canonical.report import CanonicalizeReport, NotAttentionError
-from xopt.ir.canonical.scores import (
-    PlacedTerm,
-    attention_scale,
-    read_scores,
-    read_values,
-    softmax_axes,
-)
+from xopt.ir.canonical.roles import roles
+from xopt.ir.canonical.scores import attention_scale, read_scores, read_values, softmax_axes
+from xopt.ir.canonical.terms import PlacedTerm
 from xopt.ir.edit import (
     attribute,
     constant,
@@ -104,11 +100,30 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
     for temperature in scores.temperatures:
         q = insert(weighted.node, "Mul", [q, temperature], shape=q.shape)
         symbols.learn(q)
-    return Site(
+    site = Site(
         weighted.node, q, scores.k, weighted.v, scores.q_axes, scores.k_axes, weighted.v_axes, axes,
         scores.scale, scores.softcap, False, scores.terms,
         weighted.node.outputs[0], weighted.axes, weighted.guarded,
     )  # fmt: skip
+    return _in_roles(symbols, site)
+
+
+def _in_roles(symbols: Symbols, site: Site) -> Site:
+    """The site with heads and sequence as the queries tell them, where they are not in the usual axes."""
+    (key,) = {row for row in site.axes if any(digit.label == KEY for digit in row)} or {()}
+    rows = tuple(row for row in site.axes if row is not key)
+    found = roles(symbols, site.q, site.q_axes, site.k_axes, rows)
+    if found is None:
+        return replace(site, axes=(*rows, key))
+    return replace(
+        site,
+        q_axes=found.named(site.q_axes),
+        k_axes=found.named(site.k_axes),
+        v_axes=found.named(site.v_axes),
+        axes=(*found.frame, key),
+        terms=[replace(term, axes=found.named(term.axes)) for term in site.terms],
+        output_axes=found.named(site.output_axes),
+    )
 
 
 def _of_attention(symbols: Symbols, masks: Masks, node: ir.Node) -> Site | None:
@@ -235,7 +250,13 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
     """
     frame: Axes = (lead, head, site.axes[-2], site.axes[-1])
     terms = [
-        Term(t.kind, in_four_axes(symbols, site.anchor, t.value, t.axes, frame), t.factor, t.finite) for t in site.terms
+        Term(
+            t.kind,
+            in_four_axes(symbols, site.anchor, _floored(symbols, site.anchor, t), t.axes, frame),
+            t.factor,
+            t.finite,
+        )
+        for t in site.terms
     ]
     mask = masks.build(site.anchor, terms, [product(digit.count for digit in row) for row in frame])
     if site.guarded and (mask.hides_rows or not (_finite(site.q) and _finite(site.k))):
@@ -244,6 +265,16 @@ def _mask(symbols: Symbols, masks: Masks, site: Site, lead: Axis, head: Axis) ->
     if dims and dims[-1] == ONE and site.axes[-1]:
         raise NotAttentionError("mask-of-queries")
     return mask
+
+
+def _floored(symbols: Symbols, site: ir.Node, term: PlacedTerm) -> ir.Value:
+    """The value of a term, nothing below its floor."""
+    graph = site.graph
+    assert isinstance(graph, ir.Graph)
+    if term.floor is None:
+        return term.value
+    dtype = (term.value.dtype or ir.DataType.FLOAT).numpy()
+    return symbols.learn(insert(site, "Max", [term.value, initializer(graph, "floor", np.asarray(term.floor, dtype))]))
 
 
 def _finite(value: ir.Value) -> bool:
@@ -329,7 +360,8 @@ def _scaled(site: ir.Node, value: ir.Value, factor: float) -> ir.Value:
 def _connect(symbols: Symbols, site: Site, y: ir.Value, lead: Axis, head: Axis) -> None:
     """Let the readers of the old output read ``y`` [B,S,H*d]."""
     value, axes = site.output, tuple(merged(row) for row in site.output_axes)
-    wanted = (lead, site.axes[-2], (*head, *axes[-1]))
+    inner = next((row for row in axes if any(digit.label == VALUE for digit in row)), ())
+    wanted = (lead, site.axes[-2], (*head, *inner))
     joined: tuple[ir.Value, Axes] | None = None
     rounding: list[ir.Node] = []
     while axes != wanted:
@@ -352,10 +384,15 @@ def _connect(symbols: Symbols, site: Site, y: ir.Value, lead: Axis, head: Axis) 
         replace_uses(value, y)
     elif joined is not None:
         replace_uses(*move_result(symbols, site.anchor, y, wanted, *joined))
-    elif len(site.axes) <= 4 and lead + head == tuple(digit for row in site.axes[:-2] for digit in row):
+    elif _is_plain(site) and lead + head == tuple(digit for row in site.axes[:-2] for digit in row):
         replace_uses(site.output, _four_again(symbols, site, y))
     else:
         replace_uses(site.output, move(symbols, site.anchor, y, wanted, site.output_axes))
+
+
+def _is_plain(site: Site) -> bool:
+    """Whether the result is [..., S, d] with the axes of the scores, at most four."""
+    return len(site.axes) <= 4 and site.output_axes[:-1] == site.axes[:-1]
 
 
 def _four_again(symbols: Symbols, site: Site, y: ir.Value) -> ir.Value:

@@ -303,7 +303,19 @@ def _sum(a: Element, b: Element, sign: int = 1) -> Element:
         return Element("index", position=left + right * sign)
     if b == FALSE:
         return a
+    if a.op == "number" and b.op in BOOLEAN:
+        return where(b, number(a.value + sign), a)
     return b if a == FALSE and sign == 1 else Element("add", (a, b if sign == 1 else _product(b, number(-1))))
+
+
+def _largest(a: Element, b: Element) -> Element | None:
+    if a.op == b.op == "number":
+        return number(max(a.value, b.value))
+    for one, other in ((a, b), (b, a)):
+        if other.op == "number" and one.op == "where":
+            x, y = (_largest(arg, other) for arg in one.args[1:])
+            return None if x is None or y is None else where(one.args[0], x, y)
+    return None
 
 
 def _product(a: Element, b: Element) -> Element:
@@ -377,6 +389,7 @@ _COMPUTED: dict[str, Callable[..., Element | None]] = {
     "Add": lambda node, a, b: _sum(a, b),
     "Sub": lambda node, a, b: _sum(a, b, -1),
     "Mul": lambda node, a, b: _product(a, b),
+    "Max": lambda node, a, *rest: _largest(a, *rest) if len(rest) == 1 else None,
     "Neg": lambda node, a: _product(a, number(-1)),
 }
 

@@ -2,7 +2,7 @@
 
     Gemm(x, W, b, transB=1)                        ->  Add(MatMul(x, W'), b)
     MatMul(x, Transpose(W))                        ->  MatMul(x, W')
-    Einsum("bqhd,bkhd->bhqk", q, k)                ->  MatMul(Transpose(q), Transpose(k))
+    Einsum("bqhd,bkhd->bhqk", q, k)                ->  MatMul(Transpose(q), Transpose(k))             (einsum)
     Reshape(Add(MatMul(Reshape(x, [-1, K]), W), b), [B, S, N])  ->  Add(MatMul(x, W), b)      (GPT-2's Conv1D)
 W' is W transposed now; where W is DequantizeLinear(V), its integers V are. Packed weights are cut now.
 Refuses  "gemm-dynamic": a Gemm whose second operand is computed and scaled.
@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir import quantized
+from xopt.ir.canonical.einsum import einsum
 from xopt.ir.canonical.report import CanonicalizeReport
 from xopt.ir.edit import (
     attribute,
@@ -27,7 +28,7 @@ from xopt.ir.edit import (
     replace,
     sweep,
 )
-from xopt.ir.shape_rules import einsum_terms, equal_parts
+from xopt.ir.shape_rules import equal_parts
 from xopt.ir.shapes import equal_by_count, infer_shapes
 
 
@@ -38,7 +39,7 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     report.rewrote("constant-part", sweep(model, ("Split", "Slice"), _constant_part))
     report.rewrote("gemm", sweep(model, ("Gemm",), lambda node: _gemm(node, transposed)))
     report.rewrote("transposed-weight", sweep(model, ("MatMul",), lambda node: _weight(node, transposed)))
-    report.rewrote("einsum", sweep(model, ("Einsum",), _einsum))
+    report.rewrote("einsum", sweep(model, ("Einsum",), einsum))
     report.rewrote("linear-reshape", sweep(model, ("Reshape",), _lift_reshape))
     remove_dead(model)
 
@@ -143,56 +144,6 @@ def _weight(node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> bool:
         return False
     node.replace_input_with(1, _transpose(node, weight, transposed))
     return True
-
-
-def _einsum(node: ir.Node) -> bool:
-    """A product over one letter, of batches that both have: ``bsk,kn->bsn``, ``bhid,bhjd->bhij``, ``bqhd,bkhd->bhqk``.
-
-    The order of the axes is made by Transpose.
-    """
-    found = einsum_terms(node)
-    if found is None or len(found[0]) != 2:
-        return False
-    (a, b), out = found
-    summed, batch = {*a} & {*b} - {*out}, {*a} & {*b} & {*out}
-    rows, columns = [x for x in a if x not in b], [x for x in b if x not in a]
-    if len(summed) != 1 or len(columns) != 1 or not {*rows, *columns} <= {*out}:
-        return False
-    if batch and len(rows) != 1:
-        return False
-    if any(dims is None for dims in (value.shape for value in node.inputs if value is not None)):
-        return False
-    if not _same_batch(node, a, b, batch):
-        return False
-    lead, inner = "".join(x for x in out if x in batch), summed.pop()
-    left = _turned(node, operand(node, 0), a, (lead if batch else "") + "".join(rows) + inner)
-    right = _turned(node, operand(node, 1), b, lead + inner + columns[0])
-    order = lead + "".join(rows) + columns[0]
-    shape = node.outputs[0].shape
-    dims = None if shape is None else [shape[out.index(letter)] for letter in order]
-    product = insert(node, "MatMul", [left, right], shape=dims)
-    return replace(node.outputs[0], _turned(node, product, order, out))
-
-
-def _same_batch(node: ir.Node, a: str, b: str, batch: set[str]) -> bool:
-    """Whether the summed axes are of one size: Einsum lets a size of 1 broadcast, MatMul does so for batches alone."""
-    shapes = [operand(node, index).shape for index in (0, 1)]
-    summed = [x for x in a if x in b and x not in batch]
-    if shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(a) or len(shapes[1]) != len(b):
-        return False
-    return all(shapes[0][a.index(x)] == shapes[1][b.index(x)] for x in summed)
-
-
-def _turned(node: ir.Node, value: ir.Value, letters: str, order: str) -> ir.Value:
-    """``value`` with its axes in another order: now when it is a constant."""
-    if letters == order:
-        return value
-    perm = [letters.index(letter) for letter in order]
-    array = constant(value)
-    if array is not None and isinstance(node.graph, ir.Graph):
-        return initializer(node.graph, f"{value.name}_t", array.transpose(perm))
-    shape = None if value.shape is None else [value.shape[place] for place in perm]
-    return insert(node, "Transpose", [value], {"perm": perm}, shape=shape)
 
 
 def _lift_reshape(node: ir.Node) -> bool:

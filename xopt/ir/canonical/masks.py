@@ -304,7 +304,7 @@ def _condition(reader: Reader, term: Term) -> Element | None:
     """The condition to attend that the term stands for; None when it is a bias (or not understood)."""
     element = reader.broadcast(term.value, POSITION)
     if term.kind == "add":
-        return None if element is None else _as_condition(element, term.factor)
+        return None if element is None else as_condition(element, term.factor)
     element = element or _as_it_lies(reader, term.value)
     return element if element is None or term.kind == "keep" else negated(element)
 
@@ -318,15 +318,16 @@ def _as_it_lies(reader: Reader, value: ir.Value) -> Element | None:
     return Element("leaf", tensor=value, at=tuple(ZERO if dim == ONE else at for dim, at in zip(dims, places)))
 
 
-def _as_condition(element: Element, factor: float) -> Element | None:
+def as_condition(element: Element, factor: float) -> Element | None:
+    """Where an element that is added to a score lets it be; None when it is more than that."""
     if element.op == "number":
         return TRUE if element.value == 0 else FALSE if element.value * factor <= LOWEST else None
     if element.op == "add":
-        a, b = (_as_condition(arg, factor) for arg in element.args)
+        a, b = (as_condition(arg, factor) for arg in element.args)
         return None if a is None or b is None else both(a, b)
     if element.op != "where":
         return None
-    condition, a, b = element.args[0], _as_condition(element.args[1], factor), _as_condition(element.args[2], factor)
+    condition, a, b = element.args[0], as_condition(element.args[1], factor), as_condition(element.args[2], factor)
     if a is None or b is None:
         return None
     return either(both(condition, a), both(negated(condition), b))
@@ -335,15 +336,13 @@ def _as_condition(element: Element, factor: float) -> Element | None:
 def _is_finite(reader: Reader, term: Term) -> bool:
     """Whether an additive term hides keys by a finite number."""
     element = reader.broadcast(term.value, POSITION) if term.kind == "add" else None
-    return element is not None and any(math.isfinite(x) and x * term.factor <= LOWEST for x in _numbers(element))
+    return element is not None and any(math.isfinite(x) and x * term.factor <= LOWEST for x in numbers(element))
 
 
 def _adds_finite_numbers(reader: Reader, term: Term) -> bool:
     """Whether every element of an additive term is known, and finite."""
     element = reader.broadcast(term.value, POSITION)
-    return (
-        element is not None and _is_choice(element) and all(math.isfinite(x * term.factor) for x in _numbers(element))
-    )
+    return element is not None and _is_choice(element) and all(math.isfinite(x * term.factor) for x in numbers(element))
 
 
 def _is_choice(element: Element) -> bool:
@@ -353,12 +352,12 @@ def _is_choice(element: Element) -> bool:
     return element.op == "number" or (element.op == "where" and all(_is_choice(part) for part in element.args[1:]))
 
 
-def _numbers(element: Element) -> list[float]:
+def numbers(element: Element) -> list[float]:
     """All numbers that a choice or a sum is made of."""
     if element.op == "number":
         return [element.value]
     parts = element.args[1:] if element.op == "where" else element.args if element.op == "add" else ()
-    return [number for part in parts for number in _numbers(part)]
+    return [number for part in parts for number in numbers(part)]
 
 
 def _sorted_out(conditions: Sequence[Element | None]) -> tuple[bool, Element]:

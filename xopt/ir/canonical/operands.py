@@ -88,7 +88,7 @@ def trace(symbols: Symbols, value: ir.Value, axes: Axes, sequence: Axis, depth: 
         factor = scaling(node) if commutes else None
         if factor is not None:
             value, scale = factor[0], scale * factor[1]
-        elif _per_head(symbols, node, axes, sequence, depth, found):
+        elif per_head(symbols, node, axes, sequence, depth, found):
             steps, value = (*steps, Step(node, axes)), node.inputs[0]  # type: ignore[assignment]
         else:
             return best
@@ -183,7 +183,7 @@ def _operand(
 ) -> Operand | None:
     """The operand with heads and depth in the ``last`` axis of ``value``."""
     inner = [digit for digit in last if digit.label == depth]
-    head = [digit for digit in last if digit.label not in (depth, "")]
+    head = _together([digit for digit in last if digit.label not in (depth, "")])
     others = {digit.label for digit in (*lead, *head)} & {depth, *(digit.label for digit in sequence)}
     if len(head) > 1 or len(inner) > 1 or others or not all(digit.whole for digit in lead):
         return None
@@ -199,7 +199,13 @@ def _operand(
     return Operand(value, total, chosen, heads, head_dim, lead, plain, steps, scale)
 
 
-def _per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth: str, found: Operand | None) -> bool:
+def _together(digits: Sequence[Digit]) -> Sequence[Digit]:
+    """Digits that are one number, as it: groups of heads may lie in any order."""
+    row = ordered(digits) if len(digits) > 1 else None
+    return digits if row is None else row
+
+
+def per_head(symbols: Symbols, node: ir.Node, axes: Axes, sequence: Axis, depth: str, found: Operand | None) -> bool:
     """Whether the node treats every head apart, so that it has a 3-D form."""
     if not node.outputs:
         return False

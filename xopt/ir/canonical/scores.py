@@ -7,32 +7,33 @@ between (3-D batches of heads, windows). Nothing here changes the graph.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import onnx_ir as ir
 
-from xopt.ir.canonical.layout import Axes, after, axis, before
-from xopt.ir.canonical.masks import LOWEST
+from xopt.ir.canonical.layout import Axes, Axis, after, axis, before
 from xopt.ir.canonical.operands import DEPTH, KEY, QUERY, VALUE, scaling
 from xopt.ir.canonical.report import NotAttentionError
+from xopt.ir.canonical.terms import (
+    BETWEEN,
+    ELEMENTWISE,
+    Floor,
+    PlacedTerm,
+    cut_out,
+    floor_of,
+    masked,
+    product_behind,
+    raised,
+)
 from xopt.ir.edit import attribute, constant, consumers, is_op, producer, scalar
 from xopt.ir.poly import ONE, product
 from xopt.ir.quantized import PAIR
 from xopt.ir.shape_rules import Dims, integer
 from xopt.ir.symbolic import Symbols
 
-
-@dataclass(frozen=True)
-class PlacedTerm:
-    """A mask on the scores where they had ``axes``; the rest as in ``masks.Term``."""
-
-    kind: str
-    value: ir.Value
-    factor: float
-    axes: Axes
-    finite: bool = False
+Factor: TypeAlias = tuple[ir.Value, Axes]
+"""A factor of a product, and its axes."""
 
 
 @dataclass
@@ -65,21 +66,23 @@ class Weighted:
 
 
 def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
-    """Labelled axes of a softmax's input.
+    """Labelled axes of a softmax's input; the one that it sums over is that of the keys.
 
     Raises:
-        NotAttentionError: unknown rank, or not over the last axis; no product of queries and keys.
+        NotAttentionError: unknown rank; no product of queries and keys.
     """
     dims = symbols.dims(softmax.inputs[0])
     if dims is None or len(dims) < 3:
-        raise NotAttentionError("rank" if _product(softmax.inputs[0], _BETWEEN) is not None else "no-product")
-    product = _product(softmax.inputs[0], _ELEMENTWISE)
+        raise NotAttentionError("rank" if product_behind(softmax.inputs[0], BETWEEN) is not None else "no-product")
+    product = product_behind(softmax.inputs[0], ELEMENTWISE)
     own = symbols.dims(product.outputs[0]) if product is not None else None
     if own is not None and len(own) == len(dims):  # a mask of fixed size would speak for the scores otherwise
         dims = own
-    if integer(softmax, "axis", -1) not in (-1, len(dims) - 1):
+    place = integer(softmax, "axis", -1) % len(dims)
+    if place != len(dims) - 1 and product_behind(softmax.inputs[0], BETWEEN) is None:
         raise NotAttentionError("softmax-axis")
-    labels = [*(f"batch{i}" for i in range(len(dims) - 2)), QUERY, KEY]
+    labels = [*(f"batch{i}" for i in range(len(dims) - 2)), QUERY]
+    labels.insert(place, KEY)
     return tuple(axis(label, dim) for label, dim in zip(labels, dims))
 
 
@@ -92,16 +95,17 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
     terms: list[PlacedTerm] = []
     temperatures: list[tuple[ir.Value, Axes]] = []
     factor, softcap = 1.0, 0.0
+    floor: Floor | None = None
     while True:
         node = value.producer()
         if node is None or node.domain != "":
             raise NotAttentionError("no-product")
         if is_op(node, "MatMul"):
-            q_axes, k_axes = _factors(symbols, node, axes)
-            if any(at[:-2] != axes[:-2] for _, at in temperatures):
+            (q, q_axes), (k, k_axes) = _factors(symbols, node, axes)
+            if (temperatures and q is not node.inputs[0]) or any(at[:-2] != axes[:-2] for _, at in temperatures):
                 raise NotAttentionError("temperature-layout")
             by = [value for value, _ in temperatures]
-            return Scores(node.inputs[0], node.inputs[1], q_axes, k_axes, factor, softcap, terms, by)  # type: ignore[arg-type]
+            return Scores(q, k, q_axes, k_axes, factor, softcap, terms, by)
         moved = before(symbols, value, axes)
         scaled = scaling(node)
         if moved is not None:
@@ -116,13 +120,17 @@ def read_scores(symbols: Symbols, value: ir.Value, axes: Axes) -> Scores:
         elif is_op(node, "Mul") and _is_temperature(symbols, node, axes):
             temperatures.append((node.inputs[1], axes))  # type: ignore[arg-type]
             value = node.inputs[0]  # type: ignore[assignment]
+        elif is_op(node, "Mul") and terms and (rest := cut_out(symbols, node, axes, terms[-1])) is not None:
+            value = rest
+        elif is_op(node, "Max", "Clip") and (lowest := floor_of(symbols, node, factor)) is not None:
+            value, floor = lowest
         elif is_op(node, "Add", "Sub", "Where"):
             if softcap or temperatures:
                 raise NotAttentionError("mask-inside-softcap" if softcap else "mask-under-temperature")
-            value, term = _masked(symbols, node, factor, axes)
-            terms.append(term)
+            value, term = masked(symbols, node, factor, axes)
+            terms += [] if term is None else [raised(term, floor, terms)]
         elif is_op(node, *PAIR):
-            raise NotAttentionError("scores-quantized" if _product(value, _BETWEEN) is not None else "no-product")
+            raise NotAttentionError("scores-quantized" if product_behind(value, BETWEEN) is not None else "no-product")
         else:
             raise NotAttentionError(f"scores-{node.op_type.lower()}")
 
@@ -135,64 +143,31 @@ def _is_temperature(symbols: Symbols, node: ir.Node, axes: Axes) -> bool:
     return len(dims) <= len(axes) and dims[-2:] == (ONE, ONE)
 
 
-def _masked(symbols: Symbols, node: ir.Node, factor: float, axes: Axes) -> tuple[ir.Value, PlacedTerm]:
-    """The scores under one mask, and the mask."""
-    if node.op_type == "Add":
-        for scores, mask in (node.inputs, node.inputs[::-1]):
-            if scores is not None and mask is not None and _product(scores, _BETWEEN) is not None:
-                _check_broadcast(symbols, mask, axes)
-                return scores, PlacedTerm("add", mask, factor, axes)
-        raise NotAttentionError("no-product")
-    if node.op_type == "Sub":
-        scores, mask = node.inputs
-        if scores is None or mask is None or _product(scores, _BETWEEN) is None:
-            raise NotAttentionError("no-product")
-        _check_broadcast(symbols, mask, axes)
-        return scores, PlacedTerm("add", mask, -factor, axes)
-    condition, chosen, other = node.inputs
-    assert condition is not None
-    _check_broadcast(symbols, condition, axes)
-    for fill, scores, kind in ((chosen, other, "drop"), (other, chosen, "keep")):
-        number = scalar(fill)
-        if number is not None and number * factor <= LOWEST and scores is not None:
-            return scores, PlacedTerm(kind, condition, 1.0, axes, math.isfinite(number))
-    raise NotAttentionError("where-without-fill")
+def _factors(symbols: Symbols, node: ir.Node, axes: Axes) -> tuple[Factor, Factor]:
+    """Queries and keys of the product whose result has ``axes``: the factor that has the axis of the keys is the keys.
 
-
-def _check_broadcast(symbols: Symbols, mask: ir.Value, axes: Axes) -> None:
-    dims = symbols.dims(mask)
-    if dims is None or len(dims) > len(axes):
-        raise NotAttentionError("mask-rank")
-
-
-_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Identity", "Tanh", "Where")
-_MOVING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", *PAIR)
-_BETWEEN = _ELEMENTWISE + _MOVING
-
-
-def _product(value: ir.Value | None, ops: tuple[str, ...], depth: int = 12) -> ir.Node | None:
-    """The product of two computed tensors that ``value`` is few steps of ``ops`` away from: what scores look like."""
-    node = value.producer() if value is not None else None
-    if node is None or depth == 0:
-        return None
-    if is_op(node, "MatMul"):
-        return node if all(operand is not None and operand.const_value is None for operand in node.inputs) else None
-    if not is_op(node, *ops):
-        return None
-    sources = node.inputs[:1] if node.op_type in _MOVING else node.inputs[node.op_type == "Where" :]
-    found = (_product(source, ops, depth - 1) for source in sources)
-    return next((product for product in found if product is not None), None)
-
-
-def _factors(symbols: Symbols, node: ir.Node, axes: Axes) -> tuple[Axes, Axes]:
-    """Layouts of the two factors of the product whose result has ``axes``."""
-    q, k = node.inputs
-    q_dims, k_dims = symbols.dims(q), symbols.dims(k)
-    if q_dims is None or k_dims is None or len(q_dims) != len(axes) or len(k_dims) != len(axes) or len(axes) < 3:
+    Raises:
+        NotAttentionError: unknown or other ranks; the axis of the keys is in both factors.
+    """
+    left, right = node.inputs
+    left_dims, right_dims = symbols.dims(left), symbols.dims(right)
+    if left is None or right is None or left_dims is None or right_dims is None:
         raise NotAttentionError("rank")
-    depth = axis(DEPTH, q_dims[-1])
-    q_axes = (*_present(axes[:-2], q_dims), axes[-2], depth)
-    return q_axes, (*_present(axes[:-2], k_dims), depth, axes[-1])
+    if len(left_dims) != len(axes) or len(right_dims) != len(axes) or len(axes) < 3:
+        raise NotAttentionError("rank")
+    depth = axis(DEPTH, left_dims[-1])
+    first = left, (*_present(axes[:-2], left_dims), axes[-2], depth)
+    second = right, (*_present(axes[:-2], right_dims), depth, axes[-1])
+    if _of_keys(axes[-1]) or not axes[-1]:
+        return first, second
+    if not _of_keys(axes[-2]):
+        raise NotAttentionError("head-layout")
+    return second, first
+
+
+def _of_keys(row: Axis) -> bool:
+    """Whether an axis is that of the keys."""
+    return {digit.label for digit in row} == {KEY}
 
 
 def _present(axes: Axes, dims: Dims) -> Axes:
@@ -213,29 +188,37 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
         NotAttentionError: the weights are read by anything else.
     """
     value, guarded = softmax.outputs[0], False
+    if not any(_weighs(node) for node in consumers(value)):
+        raise NotAttentionError("no-product")
     while True:
         node, value, guard = _reader(value)
         guarded = guarded or guard
-        if is_op(node, "MatMul") and node.inputs[0] is value:
+        if is_op(node, "MatMul"):
             break
         moved = after(symbols, node, axes)
         if moved is None:
             raise NotAttentionError("weights-quantized" if is_op(node, *PAIR) else f"weights-{node.op_type.lower()}")
         value, axes = node.outputs[0], moved
-    v = node.inputs[1]
+    first = node.inputs[0] is value
+    v = node.inputs[first]
     dims = symbols.dims(v)
     if v is None or dims is None or len(dims) != len(axes):
         raise NotAttentionError("rank")
-    depth = axis(VALUE, dims[-1])
-    v_axes = (*_present(axes[:-2], dims), axes[-1], depth)
-    return Weighted(v, v_axes, node, (*axes[:-1], depth), guarded)
+    query, key = axes[-2:] if first else (axes[-1], axes[-2])
+    if key and not _of_keys(key):
+        raise NotAttentionError("weights-matmul")
+    depth = axis(VALUE, dims[-1 if first else -2])
+    v_axes, y_axes = ((key, depth), (query, depth)) if first else ((depth, key), (depth, query))
+    return Weighted(v, (*_present(axes[:-2], dims), *v_axes), node, (*axes[:-2], *y_axes), guarded)
 
 
 def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value, bool]:
-    """The only reader of the weights, past a guard that replaces NaN by 0; what it reads; whether there is a guard."""
+    """The reader of the weights that leads to their product, past a guard that replaces NaN by 0; what it reads; if
+    there is a guard.
+
+    What else reads them, or hands them to the caller, keeps the softmax.
+    """
     readers = consumers(value)
-    if value.is_graph_output():
-        raise NotAttentionError("weights-read-elsewhere")
     checks = [node for node in readers if is_op(node, "IsNaN")]
     if checks:
         guards = {node for check in checks for node in consumers(check.outputs[0], "Where")}
@@ -243,12 +226,25 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value, bool]:
             guard = guards.pop()
             if scalar(guard.inputs[1]) == 0 and guard.inputs[2] is value and {*readers} <= {*checks, guard}:
                 return (*_reader(guard.outputs[0])[:2], True)
-    if len(readers) != 1:
-        raise NotAttentionError("weights-read-elsewhere")
-    return readers[0], value, False
+    ways = readers if len(readers) == 1 else [node for node in readers if _weighs(node)]
+    if len(ways) != 1:
+        raise NotAttentionError("weights-read-elsewhere" if ways else "no-product")
+    return ways[0], value, False
 
 
-Transform = Callable[[Symbols, ir.Node, Axes], Axes | None]
+def _weighs(node: ir.Node) -> bool:
+    """Whether a reader of weights is a product with something that is computed, or leads to one."""
+    seen, pending = {node}, [node]
+    while pending:
+        reader = pending.pop()
+        if is_op(reader, "MatMul"):
+            if all(factor is not None and factor.const_value is None for factor in reader.inputs):
+                return True
+        elif is_op(reader, *BETWEEN, "Dropout", "IsNaN", "Cast"):
+            following = {*consumers(reader.outputs[0])} - seen
+            seen |= following
+            pending += following
+    return False
 
 
 def attention_scale(node: ir.Node, head_dim: int) -> float:
