@@ -335,10 +335,15 @@ class Emitting(ABC):
             self._kernels[name] = self.builder.add_func(function.with_attr("xopt.kernel", True), name)
         return self._kernels[name]
 
-    def decide(self, sizes: relax.Expr, count: int) -> list[tirx.Var]:
-        """Dimensions that the data decide: the numbers of a run-time tensor int64 [count], none of them negative."""
-        dims = [self.dims.decided(f"decided by {self.node}") for _ in range(count)]
-        self.builder.match_cast(self.emit(relax.op.tensor_to_shape(sizes)), relax.ShapeType(dims))
+    def decide(self, sizes: relax.Expr, count: int, result: ir.Value | None = None) -> list[Dim]:
+        """Dimensions that the data decide: the numbers of a run-time tensor int64 [count], none of them negative.
+
+        Those that shape inference found for the ``result`` that has them are these numbers, which is checked.
+        """
+        told = [None] * count if result is None or result.shape is None else list(result.shape)
+        dims = [d if isinstance(d, int) else self.dims.decided(f"decided by {self.node}") for d in told]
+        shape = relax.ShapeType([tirx.const(d, "int64") if isinstance(d, int) else d for d in dims])
+        self.builder.match_cast(self.emit(relax.op.tensor_to_shape(sizes)), shape)
         return dims
 
     def check_now(self, condition: Any, otherwise: str) -> None:

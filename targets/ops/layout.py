@@ -122,15 +122,21 @@ def _same_but(call: Call, tensors: list[relax.Expr], axis: int) -> list[relax.Ex
     return result
 
 
+def _equal_parts(call: Call, size: Dim, count: int) -> list[Dim]:
+    """Sizes of the parts of a Split that names none: equal, but for the last."""
+    if isinstance(size, int):
+        return [max(part, 0) for part in equal_parts(size, count)]
+    part = call.dims.simplify(tirx.floordiv(size + (count - 1), count))
+    return [*[part] * (count - 1), call.dims.simplify(size - part * (count - 1))]
+
+
 def _split(call: Call) -> list[Value]:
     shape = call.shape()
     axis = call.axis(0, len(shape))
     sizes, count = call.ints(1, "split"), len(call.node.outputs)
     call.pass_over("num_outputs")
     if sizes is None:
-        if not isinstance(shape[axis], int):
-            raise call.unsupported("it splits a dynamic dimension into equal parts")
-        sizes = [max(size, 0) for size in equal_parts(shape[axis], count)]
+        sizes = _equal_parts(call, shape[axis], count)
     if len(sizes) != count:
         raise call.unsupported(f"it has {count} outputs and {len(sizes)} sizes")
     for size in sizes:

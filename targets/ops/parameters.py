@@ -233,7 +233,11 @@ def _reshape(call: Call) -> Value:
         free = tirx.floordiv(total, tirx.max(known, i64(1)))
         return [tirx.Select(w < 0, free, _clip(w, 0, LARGEST)) for w in wanted]
 
-    dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, vector(call, 1)), rank) if rank else []
+    dims = (
+        call.lowering.decide(numbers(call, "sizes", rank, sizes, vector(call, 1)), rank, call.node.outputs[0])
+        if rank
+        else []
+    )
     product = call.dims.product(dims)
     call.require(call.dims.same(product, call.dims.product(old)), "its result would have another number of elements")
     return call.emit(relax.op.reshape(call.x(), dims))
@@ -258,7 +262,7 @@ def _expand(call: Call) -> Value:
 
     refuse_rows(call, 1, count, unfit, "it does not broadcast")
     _refuse_large(call, 1, target)
-    dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, wanted), rank)
+    dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, wanted), rank, call.node.outputs[0])
 
     def element(x: Any, *index: Any) -> Any:
         inner = index[rank - len(given) :]
@@ -278,7 +282,7 @@ def _tile(call: Call) -> Value:
     _refuse_large(call, 1, target)
     repeats = vector(call, 1)
     sizes = numbers(call, "sizes", len(shape), lambda t: bounded(target(_read(t, len(shape)))), repeats)
-    dims = call.lowering.decide(sizes, len(shape))
+    dims = call.lowering.decide(sizes, len(shape), call.node.outputs[0])
 
     def element(x: Any, *index: Any) -> Any:
         return x(*[tirx.floormod(i, i64(d)) for i, d in zip(index, shape)])

@@ -1,4 +1,4 @@
-"""ONNX's backend tests, compiled and run: in scope they are right, but for a few that are refused as all others."""
+"""ONNX's backend tests, compiled and run: in scope they are right, the others are refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from . import suite
 
 RIGHT = frozenset({"gathernd", "gelu", "gru", "if_", "lstm", "nonzero", "qlinearmatmul", "softmax", "where"})
 """Groups that are always tested; more of them would take long."""
-REFUSED = frozenset({
-    "node/test_constant", "node/test_affine_grid_2d_expanded", "node/test_affine_grid_2d_align_corners_expanded",
-    "node/test_affine_grid_3d_align_corners_expanded",
-})  # fmt: skip
-"""Tests in scope that are refused: a model without inputs, and vectors of one number where ONNX wants a scalar."""
 
 
 def outcome(case: suite.Case) -> str:
@@ -48,11 +43,11 @@ def test_what_is_out_of_scope_is_refused_by_a_word(group: str, word: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", sorted(set(suite.groups()) - RIGHT))
-def test_right_or_refused(group: str) -> None:
+def test_right_or_out_of_scope(group: str) -> None:
     wrong = {
         case.name: ending
         for case, ending in _not_right(group).items()
-        if not (ending.startswith("refused: ") and (case.name in REFUSED or suite.out_of_scope(case)))
+        if not (ending.startswith("refused: ") and suite.out_of_scope(case))
     }
     assert not wrong
 

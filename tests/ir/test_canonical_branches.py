@@ -105,3 +105,32 @@ def test_readers_of_any_rank_leave_both() -> None:
     model = model_of("(float[B, S, 8] x) => (float[] z)", SQUEEZED + "z = Add (y, y)")
     canonicalize(model)
     assert "If" in {node.op_type for node in model.graph}
+
+
+ONE_OR_NONE = """
+    one = Constant <value = float {1}> ()
+    y = If (flag) <
+        then_branch = then () => (float[] s) { s = Neg (one) },
+        else_branch = otherwise () => (float[1] v) { v = Neg (w) }>
+"""
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_scalar_beside_a_vector_of_one_number_where_both_broadcast_alike(flag: bool) -> None:
+    model = model_of("(float[4] x, float[1] w, bool flag) => (float[4] z)", ONE_OR_NONE + "z = Mul (x, y)")
+    want = onnxruntime.InferenceSession(to_bytes(model), providers=["CPUExecutionProvider"])
+    canonicalize(model)
+    (choice,) = (node for node in model.graph if node.op_type == "If")
+    branches = [choice.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    assert [len(branch.outputs[0].shape or ()) for branch in branches] == [1, 1]
+    feeds = {"x": np.arange(4, dtype=np.float32), "w": np.array([3], np.float32), "flag": np.array(flag)}
+    np.testing.assert_array_equal(ReferenceSession(model).run(feeds)["z"], want.run(None, feeds)[0])
+
+
+@pytest.mark.parametrize("read", ["z = Identity (y)", "z = Neg (y)", "z = Mul (y, one)"])
+def test_a_scalar_that_can_be_told_from_a_vector_stays(read: str) -> None:
+    model = model_of("(float[4] x, float[1] w, bool flag) => (float[] z)", ONE_OR_NONE + read)
+    canonicalize(model)
+    (choice,) = (node for node in model.graph if node.op_type == "If")
+    ranks = {len(choice.attributes[name].as_graph().outputs[0].shape or ()) for name in ("then_branch", "else_branch")}
+    assert ranks == {0, 1}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from tests.ir.canonical import check, model_of
 from xopt.errors import InputError
 from xopt.ir import canonicalize
+from xopt.ir.io import to_bytes
+from xopt.runtime.reference import ReferenceSession
 
 SIGNATURE = (
     "(float[B, 3, 4] x) => (float[B, 3, 4] y) <float zero = {0.0}, float one = {1.0}, float[1, 1, 1, 1] ones = {1.0}, "
@@ -181,3 +184,19 @@ def test_a_cast_to_the_type_of_a_value_keeps_how_it_rounds() -> None:
     (node,) = model.graph
     assert (node.op_type, node.attributes["saturate"].value) == ("Cast", 0)
     assert node.attributes["to"].value == ir.DataType.FLOAT8E4M3FN
+
+
+def test_a_range_to_a_vector_of_one_number() -> None:
+    """ONNX asks for scalars, runtimes take both, and so do exporters."""
+    body = """
+        zero = Constant <value = int64 {0}> ()
+        one = Constant <value = int64[1] {1}> ()
+        size = Shape <start: int = 1, end: int = 2> (x)
+        y = Range (zero, size, one)
+    """
+    model = model_of("(float[B, S, 4] x) => (int64[N] y)", body)
+    want = onnxruntime.InferenceSession(to_bytes(model), providers=["CPUExecutionProvider"])
+    canonicalize(model)
+    x = np.ones((2, 5, 4), np.float32)
+    (got,) = ReferenceSession(model).run({"x": x}).values()
+    np.testing.assert_array_equal(got, want.run(None, {"x": x})[0])

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from tests.targets.running import built, node_model, reference
 from xopt import targets
+from xopt.ir.shapes import infer_shapes
 from xopt.targets.lowering import lower
 
 INT = ir.DataType.INT64
@@ -117,3 +119,30 @@ def test_what_cannot_be_ends_the_run(model: ir.Model, feed: dict[str, Any], mess
             arrays["x"] = np.zeros([int(dim) for dim in value.shape], np.float32)
     with pytest.raises(ValueError, match=message):
         compiled(model)(arrays)
+
+
+def test_sizes_of_the_data_that_shape_inference_tells() -> None:
+    """Only the first size of the result is open: what needs the others compiles."""
+    text = """<ir_version: 10, opset_import: ["": 20]>
+    g (float[2, 3] x, int64[1] n) => (float[N, 2, 1] y) {
+        rest = Constant <value = int64[2] {2, 3}> ()
+        shape = Concat <axis: int = 0> (n, rest)
+        repeated = Expand (x, shape)
+        parts = Constant <value = int64[3] {1, 1, 1}> ()
+        a, b, y = Split <axis: int = 2> (repeated, parts)
+    }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    infer_shapes(model)
+    functions = lower(model, targets.get("cpu")).module.functions.items()
+    (kernel,) = (function for name, function in functions if name.name_hint == "expand")
+    assert "_repeated, T.int64(2), T.int64(3))" in kernel.script()
+    check(model, {"x": X[0, :2, :3], "n": [3]}, {"x": X[0, :2, :3], "n": [1]})
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, (4, 5, 1)), (3, (3, 4, 8, 9))])
+def test_equal_parts_of_an_open_axis(count: int, sizes: tuple[int, ...]) -> None:
+    outputs = [f"y{place}" for place in range(count)]
+    named = ", ".join(f"float[N{place}, 2] y{place}" for place in range(count))
+    text = f"""<ir_version: 10, opset_import: ["": 20]>
+    g (float[S, 2] x) => ({named}) {{ {", ".join(outputs)} = Split <axis: int = 0, num_outputs: int = {count}> (x) }}"""
+    check(ir.from_proto(onnx.parser.parse_model(text)), *({"x": np.ones((n, 2)) * n} for n in sizes))

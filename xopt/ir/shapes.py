@@ -61,7 +61,22 @@ def without_weights(model: ir.Model) -> onnx.ModelProto:
             node.attributes["axes"] = ir.AttrInt64s("axes", [0, 2, 3])  # inference asks for what has a default
         if node.op_type == "STFT" and not node.domain and "onesided" not in node.attributes:
             node.attributes["onesided"] = ir.AttrInt64("onesided", 1)  # inference takes another default
+        if node.op_type == "Range" and not node.domain:
+            _take_scalars(node)
     return ir.to_proto(copy)
+
+
+def _take_scalars(node: ir.Node) -> None:
+    """Let a Range read computed operands as scalars: inference refuses vectors of one number, runtimes do not."""
+    for place, value in enumerate(node.inputs):
+        producer = None if value is None else value.producer()
+        if producer is not None and producer.op_type != "Constant":
+            shape = ir.node("Constant", [], {"value_ints": ir.AttrInt64s("value_ints", [])})
+            scalar = ir.node("Reshape", [value, shape.outputs[0]])
+            for made in (shape, scalar):
+                made.outputs[0].name = f"{node.outputs[0].name}/{place}/{made.op_type}"
+            node.prepend([shape, scalar])
+            node.replace_input_with(place, scalar.outputs[0])
 
 
 def clear_inferred(model: ir.Model) -> None:

@@ -4,14 +4,19 @@
 Exporters write an If for what a size decides (a squeeze of an axis that may be 1): it goes once the size is known, and
 what it held is seen by all later steps. Where the size is not known, what reads the result may tell: a Concat takes
 tensors of one rank, and only one branch may have it.
+
+Where one branch gives a scalar and the other a vector of one number, which every reader broadcasts to a larger rank
+anyway, the scalar becomes a vector: a value that is computed has one rank.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.report import CanonicalizeReport
-from xopt.ir.edit import constant, consumers, input_at, is_op, remove_dead, replace_uses, unique_name
+from xopt.ir.edit import constant, consumers, initializer, input_at, is_op, remove_dead, replace_uses, unique_name
+from xopt.ir.shape_rules import BROADCASTING
 
 KEEPS = ("Identity", "Cast", "Relu", "Gelu", "Tanh", "Sigmoid", "Neg", "Softmax", "Dropout")
 """What has the rank of its operand."""
@@ -25,6 +30,8 @@ def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
             if branch is not None and node.graph is not None:
                 _put_in_place(node, branch)
         report.rewrote("if", len(decided))
+    undecided = [node for node in model.graph.all_nodes() if node.op_type == "If" and not node.domain]
+    report.rewrote("scalar-branch", sum(_one_rank(node) for node in undecided))
     remove_dead(model)
 
 
@@ -83,6 +90,39 @@ def _demanded(reader: ir.Node, value: ir.Value) -> int | None:
     if is_op(reader, "Conv") and reader.inputs[0] is value:
         return _rank(reader.inputs[1])
     return 2 if is_op(reader, "Gemm") and reader.inputs[0] is value else None
+
+
+def _one_rank(node: ir.Node) -> int:
+    """Make a vector of each scalar result of one branch whose reader cannot tell it from the other branch's vector."""
+    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    changed = 0
+    for place, result in enumerate(node.outputs):
+        values = [branch.outputs[place] for branch in branches]
+        if sorted(_rank(value) or 0 for value in values) != [0, 1] or not _is_broadcast(result):
+            continue
+        side = 0 if _rank(values[0]) == 0 else 1
+        if values[side].shape is not None and list(values[1 - side].shape or ()) == [1]:
+            branches[side].outputs[place] = _vector(branches[side], values[side])
+            result.shape = ir.Shape([1])
+            changed += 1
+    return changed
+
+
+def _is_broadcast(value: ir.Value) -> bool:
+    """Whether each reader broadcasts the value with something that has axes."""
+    return not value.is_graph_output() and all(
+        is_op(reader, *BROADCASTING) and any(_rank(other) for other in reader.inputs if other is not value)
+        for reader in consumers(value)
+    )
+
+
+def _vector(graph: ir.Graph, scalar: ir.Value) -> ir.Value:
+    shape = initializer(graph, f"{scalar.name}/one", np.array([1], np.int64))
+    node = ir.node("Reshape", [scalar, shape], name=unique_name(graph, f"{scalar.name}/vector"))
+    node.outputs[0].name = node.name
+    node.outputs[0].type, node.outputs[0].shape = scalar.type, ir.Shape([1])
+    graph.append(node)
+    return node.outputs[0]
 
 
 def _rank(value: ir.Value | None) -> int | None:

@@ -168,6 +168,16 @@ def _rows(node: ir.Node) -> bool:
     return replace(node.outputs[0], insert(node, "Gather", [operand(node, 0), rows], {"axis": 0}, shape=shape))
 
 
+def _range(node: ir.Node) -> bool:
+    """Range from, to or by a vector of one number, which runtimes take as the scalar that ONNX asks for."""
+    vectors = [place for place in range(3) if len(operand(node, place).shape or ()) == 1]
+    for place in vectors:
+        assert node.graph is not None
+        scalar = initializer(node.graph, f"{node.name}/scalar", np.array([], np.int64))
+        node.replace_input_with(place, insert(node, "Reshape", [operand(node, place), scalar], shape=[]))
+    return bool(vectors)
+
+
 def _concat(node: ir.Node) -> bool:
     return len(node.inputs) == 1 and _bypass(node)
 
@@ -191,6 +201,7 @@ _CLEANUPS: tuple[tuple[tuple[str, ...], Callable[[ir.Node], bool], str], ...] = 
     (("Add", "Sub", "Mul", "Div"), _neutral, "remove-neutral"),
     (("Transpose",), _transpose, "merge-transpose"),
     (("Expand",), _expand, "remove-expand"),
+    (("Range",), _range, "range-of-vectors"),
     (("Concat",), _concat, "remove-concat"),
     (("GatherND",), _rows, "gather-rows"),
     (("Slice",), _slice, "remove-slice"),
