@@ -12,6 +12,7 @@ import pytest
 from tests.ir import builders
 from tests.ir.net import Net
 from xopt.ir import shapes
+from xopt.ir.dependency import channel_groups
 from xopt.ir.structure import Block, explain, token_layout, transformer_blocks
 from xopt.ir.tokens import padding_mask
 
@@ -169,6 +170,59 @@ def test_forms_of_the_ffn() -> None:
     (block,) = transformer_blocks(one_block(attend, fused_gate))
     assert block.ffn is not None and block.ffn.gate is not None
     assert (block.ffn.width, block.ffn.gate.part, block.ffn.up.part) == (24, slice(0, 24), slice(24, 48))
+
+
+def _between(function: Callable[[Net, ir.Value], ir.Value]) -> Branch:
+    """An FFN with this function between its projections."""
+
+    def ffn(net: Net, x: ir.Value) -> ir.Value:
+        return net.linear(function(net, net.linear(x, "ffn.up", 32, 24)), "ffn.down", 24, 32)
+
+    return ffn
+
+
+def number(net: Net, value: float) -> ir.Value:
+    return net.constant(f"number_{value:g}", np.array(value, np.float32))
+
+
+def squared_relu(net: Net, x: ir.Value) -> ir.Value:
+    """Of Primer."""
+    return net.op("Pow", net.op("Relu", x), number(net, 2.0))
+
+
+def relu_times_itself(net: Net, x: ir.Value) -> ir.Value:
+    active = net.op("Relu", x)
+    return net.op("Mul", active, active)
+
+
+def mish(net: Net, x: ir.Value) -> ir.Value:
+    """As exporters write it up to opset 17."""
+    return net.op("Mul", x, net.op("Tanh", net.op("Softplus", x)))
+
+
+def relu6(net: Net, x: ir.Value) -> ir.Value:
+    return net.op("Clip", x, number(net, 0.0), number(net, 6.0))
+
+
+def hard_swish(net: Net, x: ir.Value) -> ir.Value:
+    shifted = relu6(net, net.op("Add", x, number(net, 3.0)))
+    return net.op("Div", net.op("Mul", x, shifted), number(net, 6.0))
+
+
+@pytest.mark.parametrize("function", [squared_relu, relu_times_itself, mish, relu6, hard_swish])
+def test_an_activation_may_be_made_of_parts(function: Callable[[Net, ir.Value], ir.Value]) -> None:
+    model = one_block(attend, _between(function))
+    (block,) = transformer_blocks(model)
+    assert block.ffn is not None
+    assert (block.ffn.width, block.ffn.gated) == (24, False)
+    assert [group.units for group in channel_groups(model) if group.kind == "neurons"] == [24]
+
+
+def test_a_scaled_product_of_two_weights_is_no_ffn() -> None:
+    """A low-rank update is linear, whatever number it is multiplied by."""
+    model = one_block(attend, _between(lambda net, x: net.op("Mul", x, number(net, 0.5))))
+    (block,) = transformer_blocks(model)
+    assert block.ffn is None
 
 
 def test_a_head_with_a_hidden_layer_is_no_ffn() -> None:

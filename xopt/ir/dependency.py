@@ -21,13 +21,13 @@ from xopt.errors import InputError
 from xopt.ir import edit, walk
 from xopt.ir.projection import Projection, before_per_head_ops
 from xopt.ir.shapes import infer_shapes
-from xopt.ir.structure import ACTIVATIONS, AttentionSite, FeedForward, Unrecognized, transformer_blocks
+from xopt.ir.structure import POINTWISE, AttentionSite, FeedForward, Unrecognized, transformer_blocks
 from xopt.ir.width import BlockedError, Retarget, stream_width
 
-#: Ops of a division by the length of each head.
-LENGTH = ("ReduceL2", "ReduceSumSquare", "Sqrt", "Clip", "Max", "Div", "Sub")
+#: Ops of a division by the length of each head that are not pointwise with numbers.
+LENGTH = ("ReduceL2", "ReduceSumSquare", "Sqrt")
 #: Ops that may stand between the projections of a site: they treat heads or neurons alike, whatever their number.
-BETWEEN = (*ACTIVATIONS, *walk.NORMS, *LENGTH, *"MatMul Add Mul Split Reshape RotaryEmbedding Attention".split())  # noqa: SIM905
+BETWEEN = (*POINTWISE, *walk.NORMS, *LENGTH, *"MatMul Split Reshape RotaryEmbedding Attention".split())  # noqa: SIM905
 
 Kind = Literal["heads", "neurons", "width"]
 Site = AttentionSite | FeedForward

@@ -36,6 +36,9 @@ __all__ = [
 
 #: What may stand between the projections of an FFN.
 ACTIVATIONS = tuple("Gelu Swish Relu Tanh Sigmoid Elu LeakyRelu Celu Selu Mish HardSwish Softplus".split())  # noqa: SIM905
+#: Of these and numbers other activations are made: relu(x)², x * tanh(softplus(x)).
+LINEAR = ("Mul", "Add", "Sub", "Div", "Neg")
+POINTWISE = (*ACTIVATIONS, *LINEAR, *"Pow Clip Min Max HardSigmoid Softsign ThresholdedRelu Exp Erf Abs".split())  # noqa: SIM905
 #: Ops that carry a branch to its residual addition: they move, scale or normalize, and mix in no other stream.
 CARRIERS = walk.NORMS + tuple(
     "Reshape Transpose Slice Concat Split Pad Cast Identity Dropout Squeeze Unsqueeze Gather Mul Div "  # noqa: SIM905
@@ -323,9 +326,26 @@ def _first_node(pair: tuple[AttentionSite | None, FeedForward | None]) -> ir.Nod
 
 
 def _ungated(hidden: ir.Value) -> tuple[Projection, Projection | None, ir.Node] | None:
-    activation = edit.producer(hidden, *ACTIVATIONS)
-    up = projection_into(activation.inputs[0]) if activation is not None else None
+    activation = edit.producer(hidden, *POINTWISE)
+    up = projection_into(_argument(hidden)) if activation is not None else None
     return None if up is None or activation is None else (up, None, activation)
+
+
+def _argument(value: ir.Value) -> ir.Value | None:
+    """The x of ``value = f(x)`` where f is the same curve for every element; None for what is no such function."""
+    found: set[ir.Value] = set()
+    seen, pending, curved = {value}, [value], False
+    while pending and len(found) < 2:
+        last = pending.pop()
+        node = edit.producer(last, *POINTWISE)
+        operands = [v for v in node.inputs if v is not None and edit.scalar(v) is None] if node is not None else []
+        if node is None or any(walk.is_weight(v) for v in operands):
+            found.add(last)
+            continue
+        curved = curved or len(operands) > 1 or node.op_type not in LINEAR
+        pending += [v for v in dict.fromkeys(operands) if v not in seen]
+        seen.update(operands)
+    return found.pop() if curved and len(found) == 1 else None
 
 
 def _gated(hidden: ir.Value) -> tuple[Projection, Projection | None, ir.Node] | None:
@@ -335,5 +355,6 @@ def _gated(hidden: ir.Value) -> tuple[Projection, Projection | None, ir.Node] | 
         up = projection_into(other)
         if found is not None and up is not None:
             gate, _, activation = found
-            return (up, gate, activation) if gate.input is up.input and gate.width == up.width else None
+            pair = gate.input is up.input and gate.output is not up.output and gate.width == up.width
+            return (up, gate, activation) if pair else None
     return None
