@@ -275,7 +275,7 @@ def test_a_disk_that_fills_up_keeps_the_old_results(
     shutil.rmtree(place / ".out.xopt-cache", ignore_errors=True)
 
 
-@pytest.mark.parametrize("full", ["output", "temporary"])
+@pytest.mark.parametrize("full", ["output", pytest.param("temporary", marks=pytest.mark.slow)])
 def test_a_full_file_system(full: str, model: Path, place: Path, env: dict[str, str], tmp_path: Path) -> None:
     """A real file system of a quarter of a megabyte, for the output or for temporary files."""
     small = place / "small"

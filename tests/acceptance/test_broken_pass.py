@@ -98,6 +98,7 @@ def test_bisection_finds_it(model: Path, installed: dict[str, str]) -> None:
     assert (culprit["pass"], culprit["index"]) == (NAME, 4)
 
 
+@pytest.mark.slow
 def test_without_verification_it_is_believed(model: Path, installed: dict[str, str], tmp_path: Path) -> None:
     """What verify-each is for: it can be turned off, and the word of an exact pass is then taken."""
     words = ["--no-verify-each", "--target", "arm", "--json", "-o", tmp_path / "out"]

@@ -78,6 +78,7 @@ def test_exact_passes_keep_the_loss(original: ir.Model, exact: ir.Model, text: n
     assert of(exact, text) == pytest.approx(before, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_grouped_heads_are_pruned_and_compiled(exact: ir.Model, text: np.ndarray, tmp_path: Path) -> None:
     model = exact.clone()
     before = of(model, text[8:])

@@ -311,6 +311,7 @@ def test_a_width_that_the_caller_sees_stays(name: str, reason: str) -> None:
     assert not any(group.kind == "width" for group in channel_groups(model))
 
 
+@pytest.mark.slow
 def test_minilm(minilm: ir.Model) -> None:
     """A real model: cut equals masked, batch and sequence stay dynamic."""
     masked = minilm.clone()

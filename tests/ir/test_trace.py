@@ -169,6 +169,7 @@ class Sentence(torch.nn.Module):
         return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1e-9), dim=-1)
 
 
+@pytest.mark.slow
 def test_minilm_equals_its_onnx_export(minilm_folder: Path, tmp_path: Path) -> None:
     module = Sentence(minilm_folder).eval()
     example = torch.randint(0, 30000, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
