@@ -7,17 +7,19 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from xopt.errors import InputError
+from xopt.errors import InputError, XoptError
 from xopt.folder import resolved
 from xopt.ir.io import output_errors
+from xopt.runtime.device import CPU
 from xopt.runtime.manifest import (
     ALIGNMENT,
     Manifest,
@@ -29,7 +31,12 @@ from xopt.runtime.manifest import (
 from xopt.runtime.trio import replacing
 from xopt.scratch import outer
 from xopt.targets.base import Target
-from xopt.targets.refusals import refusing, uncompiled
+from xopt.targets.refusals import reason_of, uncompiled, unsupported
+
+if TYPE_CHECKING:
+    import tvm
+
+    from xopt.targets.lowering import Lowered
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -48,6 +55,7 @@ def cpu_pipeline() -> Any:
     import tvm
     from tvm import relax
 
+    from xopt.targets.legalizing import legalize
     from xopt.targets.ordering import sizes_first
     from xopt.targets.schedule import schedule_leftovers
 
@@ -56,7 +64,7 @@ def cpu_pipeline() -> Any:
         [
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
-            transform.LegalizeOps(skip_ops=["relax.reshape"]),
+            tvm.transform.module_pass(legalize, opt_level=0, name="Legalize"),
             transform.AnnotateTIROpPattern(),
             transform.FoldConstant(),
             transform.DeadCodeElimination(["main"]),
@@ -111,26 +119,14 @@ def compile_model(
     Raises:
         InputError: E-UNSUPPORTED-OP, E-TOOLCHAIN, E-OUTPUT.
     """
-    import tvm
-    from tvm import relax
-
     from xopt.ir import bind_dims, canonicalize
-    from xopt.kernels import COMPILE_OPTIONS
-    from xopt.targets.lowering import lower
-    from xopt.targets.reproducible import in_order
 
     if dims:
         model = bind_dims(model, dims)
         if any(node.op_type == "If" for node in model.graph.all_nodes()):
             canonicalize(model)  # sizes decide which branches are left
-    tvm_target = target.tvm_target()
-    options = COMPILE_OPTIONS if target.device == 1 else {}
     with output_errors(path), replacing(resolved(path)) as library:
-        with WeightFile(weights_path(library)) as weights:
-            lowered = lower(model, target, weights.store)
-        with tvm_target, tvm.transform.PassContext(**options), refusing(uncompiled):
-            module = in_order(target.pipeline()(lowered.module))
-            executable = relax.build(module, tvm_target, relax_pipeline=None)
+        lowered, infos, executable = _built(model, target, weights_path(library))
         _check_space(library.parent)
         target.link(executable, library)
         files = [library, weights_path(library)]
@@ -143,7 +139,7 @@ def compile_model(
             pipeline=PIPELINE,
             inputs=lowered.inputs,
             outputs=lowered.outputs,
-            weights=tuple(weights.infos),
+            weights=tuple(infos),
             limits=lowered.limits,
             empty=tuple(sorted(lowered.empty)),
             segments=lowered.segments,
@@ -151,6 +147,59 @@ def compile_model(
         manifest_path(library).write_text(manifest.to_json())
         check(library)
     return path
+
+
+def _built(model: ir.Model, target: Target, path: Path) -> tuple[Lowered, list[WeightInfo], Any]:
+    """The model as Relax, its weights in the file ``path``, and its code.
+
+    What TVM finds out when the graph is lowered is refused in the name of the node that it is about, or that node runs
+    in onnxruntime.
+    """
+    from xopt.targets.culprits import culprit
+    from xopt.targets.lowering import lower
+
+    apart: frozenset[str] = frozenset()
+    while True:
+        with WeightFile(path) as weights:
+            lowered = lower(model, target, weights.store, apart)
+        try:
+            return lowered, weights.infos, _generated(lowered.module, target)
+        except (XoptError, MemoryError):
+            raise
+        except Exception as error:
+            if not len(model.graph):
+                raise uncompiled(reason_of(error)) from error
+            node = culprit(model, partial(_fails, target=target, apart=apart))
+            name = node.outputs[0].name or ""
+            if not target.fallback or name in apart:
+                raise unsupported(node, reason_of(error), target) from error
+            apart |= {name}
+
+
+def _generated(module: tvm.IRModule, target: Target) -> Any:
+    """Code for a lowered model, or whatever TVM raises."""
+    import tvm
+    from tvm import relax
+
+    from xopt.kernels import COMPILE_OPTIONS
+    from xopt.targets.reproducible import in_order
+
+    tvm_target = target.tvm_target()
+    with tvm_target, tvm.transform.PassContext(**COMPILE_OPTIONS if target.device == CPU else {}):
+        return relax.build(in_order(target.pipeline()(module)), tvm_target, relax_pipeline=None)
+
+
+def _fails(part: ir.Model, target: Target, apart: frozenset[str]) -> bool:
+    """Whether TVM does not compile a part of a model; what is refused by us is no failure of TVM."""
+    from xopt.targets.lowering import lower
+
+    try:
+        _generated(lower(part, target, apart=apart).module, target)
+    except (XoptError, MemoryError):
+        return False
+    except Exception:
+        return True
+    return False
 
 
 def _check_space(folder: Path) -> None:

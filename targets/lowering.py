@@ -31,7 +31,7 @@ from xopt.targets.emitting import Emitting, Value, in_memory
 from xopt.targets.formats import dequantized, plan_formats
 from xopt.targets.integer_attention import parts, stored_formats
 from xopt.targets.islands import merge_islands
-from xopt.targets.refusals import function_scope, refusing, uncompiled
+from xopt.targets.refusals import function_scope, refusing, uncompiled, unsupported
 from xopt.targets.segments import segment
 from xopt.targets.symbolic import (
     EVALUATED,
@@ -65,14 +65,20 @@ class Lowered:
 
 @dataclass
 class Lowering(Emitting):
-    """The walk over a graph, and the Relax function that it makes."""
+    """The walk over a graph, and the Relax function that it makes.
+
+    Attributes:
+        apart: names of first outputs of nodes that onnxruntime runs, whatever is there to compile them.
+    """
+
+    apart: frozenset[str] = frozenset()
 
     def walk(self, graph: ir.Graph) -> None:
         """Lower every node of a graph in order."""
         from xopt.targets.ops.call import label
         from xopt.targets.ops.fusion import emit_chain, plan_fusion
 
-        plan = plan_fusion(graph, quantized=self.target.isa() is not None)
+        plan = plan_fusion(graph, quantized=self.target.isa() is not None, apart=self.apart)
         layers = {chain.matmul: chain.quantized for chain in plan.values() if chain is not None}
         absorbed: set[ir.Node] = set()
         if self.target.isa() is not None:
@@ -112,6 +118,10 @@ class Lowering(Emitting):
 
     def _or_segment(self, node: ir.Node) -> Sequence[Value]:
         """What is compiled of a node, or a call of onnxruntime where nothing is."""
+        if node.outputs[0].name in self.apart:
+            return segment(
+                self, node, unsupported(node, "TVM does not compile what it is in its operators", self.target)
+            )
         before = self._noted()
         try:
             return self._either(node)
@@ -229,19 +239,25 @@ def _is_fraction(node: ir.Node, inputs: Sequence[Array | None]) -> bool:
     return floating and any(isinstance(x, tvm.ir.Expr) for array in inputs if array is not None for x in array.flat)
 
 
-def lower(model: ir.Model, target: Target, store: Callable[[str, Array], Array] = in_memory) -> Lowered:
+def lower(
+    model: ir.Model,
+    target: Target,
+    store: Callable[[str, Array], Array] = in_memory,
+    apart: frozenset[str] = frozenset(),
+) -> Lowered:
     """Turn a canonical model into Relax.
 
     Args:
         model: canonical form; not changed.
         target: decides which kernels are used, and their precision.
         store: is given every weight by name, as soon as it is packed, and returns where it lies from then on.
+        apart: nodes that run in onnxruntime, by the names of their first outputs; for a target that may fall back.
 
     Raises:
         InputError: E-UNSUPPORTED-OP names the node that cannot be compiled.
     """
     with refusing(uncompiled):
-        lowering = Lowering(target, _prepared(model, target), weights=Weights(store))
+        lowering = Lowering(target, _prepared(model, target), weights=Weights(store), apart=apart)
     with refusing(lambda reason: uncompiled(reason, lowering.node)):
         return _lowered(lowering)
 

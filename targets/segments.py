@@ -40,7 +40,7 @@ def segment(lowering: Emitting, node: ir.Node, error: InputError) -> list[Any]:
     """
     target, model = lowering.target, lowering.model
     wanted = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-    if not target.runs_segments or not all(_is_tensor(value) for value in wanted):
+    if not target.runs_segments or not all(is_tensor(value) for value in wanted):
         raise error
     given: dict[ir.Value, relax.Expr] = {}
     constants: dict[ir.Value, np.ndarray[Any, Any]] = {}
@@ -64,7 +64,7 @@ def segment(lowering: Emitting, node: ir.Node, error: InputError) -> list[Any]:
     return _called(lowering, name, node, list(given.values()), wanted)
 
 
-def _is_tensor(value: ir.Value) -> bool:
+def is_tensor(value: ir.Value) -> bool:
     """Whether compiled code can take a value: numbers, of known type and rank."""
     return isinstance(value.type, ir.TensorType) and value.dtype != ir.DataType.STRING and value.shape is not None
 

@@ -13,6 +13,7 @@ from tvm import relax
 
 from xopt.errors import InputError
 from xopt.ir.schema import carried
+from xopt.targets.refusals import unsupported
 from xopt.targets.symbolic import Array, Dim, Dimensions
 
 if TYPE_CHECKING:
@@ -144,12 +145,7 @@ class Call:
 
     def unsupported(self, reason: str) -> InputError:
         """The error for a node that cannot be compiled."""
-        where = f"node {self.node.name or self.node.outputs[0].name}"
-        target = self.lowering.target
-        cure = "give --fallback to run it in onnxruntime" if target.runs_segments and not target.fallback else ""
-        return InputError(
-            "E-UNSUPPORTED-OP", f"{self.node.op_type} cannot be compiled: {reason}", where=where, cure=cure
-        )
+        return unsupported(self.node, reason, self.lowering.target)
 
 
 def label(node: ir.Node) -> str:

@@ -9,7 +9,7 @@ the rest of its nodes are emitted one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,17 +51,19 @@ class Chain:
         return self.nodes[-1] if self.nodes else self.matmul
 
 
-def plan_fusion(graph: ir.Graph, quantized: bool = False) -> dict[ir.Node, Chain | None]:
+def plan_fusion(graph: ir.Graph, quantized: bool = False, apart: Collection[str] = ()) -> dict[ir.Node, Chain | None]:
     """Chains by their last node; the other nodes of a chain map to None: they are not emitted by themselves.
 
     Args:
         graph: a canonical graph.
         quantized: compute products of quantized operands on integers.
+        apart: names of first outputs of nodes that are in no chain.
     """
     plan: dict[ir.Node, Chain | None] = {}
+    alone = {node for node in graph if node.outputs[0].name in apart}
     for node in graph:
-        if op_of(node) == "MatMul" and _weight(node) is not None:
-            chain = _chain(Chain(node, quantized_operands(node) if quantized else None), plan)
+        if op_of(node) == "MatMul" and _weight(node) is not None and node not in alone:
+            chain = _chain(Chain(node, quantized_operands(node) if quantized else None), {*plan, *alone})
             for absorbed in (node, *chain.nodes):
                 plan[absorbed] = None
             plan[chain.last] = chain
@@ -81,7 +83,7 @@ def _weight(matmul: ir.Node) -> tuple[int, ...] | None:
     return tuple(matrix.shape.numpy())
 
 
-def _chain(chain: Chain, taken: dict[ir.Node, Chain | None]) -> Chain:
+def _chain(chain: Chain, taken: Collection[ir.Node]) -> Chain:
     while (reader := _only_reader(chain.last.outputs[0])) is not None and reader not in taken:
         if not _joins(chain, reader):
             break

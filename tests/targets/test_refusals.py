@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tvm import relax
+from tvm import relax, tirx
 
 from tests.ir.net import Net
 from xopt import targets
 from xopt.errors import InputError
+from xopt.runtime.manifest import manifest_path
 from xopt.targets import lowering, ops
+from xopt.targets.culprits import culprit
 
 
 def compiled(model: ir.Model, folder: Path) -> str:
@@ -102,19 +105,82 @@ def test_what_fails_beside_the_emitters_is_a_refusal(
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_tvm_finds_out_late_is_a_refusal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+def wrong_layout(call: ops.Call) -> relax.Var:
+    """What Relax looks at as soon as the operator is there."""
+    return call.emit(relax.op.permute_dims(relax.op.nn.max_pool1d(call.x(), 3, layout="NCX"), [0, 1]))
+
+
+def wrong_method(call: ops.Call) -> relax.Var:
+    """What only the legalization of the operator looks at."""
+    image = relax.op.expand_dims(call.x(), [0, 1])
+    return call.emit(relax.op.squeeze(relax.op.image.resize2d(image, (4, 4), method="none"), [0, 1]))
+
+
+def wrong_intrinsic(call: ops.Call) -> relax.Var:
+    """What only the code generator looks at."""
+    name, shape = "tirx.no_such_thing", call.lowering.shape_of(call.x())
+    return call.lowering.compute("late", shape, lambda x, *i: tirx.call_intrin("float32", name, x(*i)), call.x())
+
+
+LATE = [wrong_layout, wrong_method, wrong_intrinsic]
+
+
+def long() -> ir.Model:
+    """Its sine is in the middle."""
+    net = Net("long")
+    x = net.input("x", [4, 4])
+    for place in range(7):
+        x = net.op("Sin", x, name="here") if place == 3 else net.op("Tanh", x)
+    net.output(x, "y")
+    return net.build()
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_what_tvm_finds_out_late_names_the_node(
+    late: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """An operator that is given what it does not take, which only its legalization looks at."""
-
-    def late(call: ops.Call) -> relax.Var:
-        return call.emit(relax.op.permute_dims(relax.op.nn.max_pool1d(call.x(), 3, layout="NCX"), [0, 1]))
-
     monkeypatch.setitem(ops.OPERATORS, ("", "Sin"), late)
-    said = compiled(plain(), tmp_path)
-    assert "\n" not in said
+    said = compiled(long(), tmp_path)
+    assert "Sin cannot be compiled: " in said
+    assert "node here" in said
+    assert not any(noise in said for noise in ("\n", "ir.Op(", "Check failed"))
     gc.collect()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_what_tvm_finds_out_late_runs_in_onnxruntime(
+    late: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xopt.runtime.session import Session
+
+    monkeypatch.setitem(ops.OPERATORS, ("", "Sin"), late)
+    library = targets.compile(long(), targets.configured("cpu", False, 1, fallback=True), tmp_path / "model.so")
+    x = np.linspace(-2, 2, 16, dtype=np.float32).reshape(4, 4)
+    want = np.sin(np.tanh(np.tanh(np.tanh(x))))
+    for _ in range(3):
+        want = np.tanh(want)
+    session = Session.load(library, threads=1)
+    np.testing.assert_allclose(session.run({"x": x})["y"], want, atol=1e-6)
+    manifest = json.loads(manifest_path(library).read_text())
+    assert list(manifest["segments"].values()) == ["Sin (here)"]
+
+
+def test_the_node_is_found_by_halving() -> None:
+    """In a graph with a branch whose inside reads what is computed before."""
+    model = branching()
+    names = [node.name for node in model.graph]
+    for wanted in names:
+        asked: list[int] = []
+
+        def fails(part: ir.Model, wanted: str | None = wanted, asked: list[int] = asked) -> bool:
+            asked.append(len(part.graph))
+            assert part.graph.outputs
+            return wanted in [node.name for node in part.graph]
+
+        assert culprit(model, fails).name == wanted
+        assert len(asked) <= len(names).bit_length()
+    assert [node.name for node in model.graph] == names
 
 
 def test_the_state_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
