@@ -17,6 +17,7 @@ from xopt.errors import InputError
 from xopt.ir.dependency import ChannelGroup, channel_groups, cut, uncuttable
 from xopt.ir.fx import run_with_values, to_fx
 from xopt.ir.io import to_bytes
+from xopt.ir.shapes import infer_shapes
 from xopt.ir.structure import AttentionSite, transformer_blocks
 from xopt.runtime.reference import ReferenceSession
 
@@ -79,6 +80,33 @@ def test_a_cut_model_equals_the_masked_one(name: str) -> None:
     assert np.abs(result - run(original, feeds)).max() > 1e-2
     for before, after in zip(original.graph.outputs, model.graph.outputs):
         assert before.shape == after.shape
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_neurons_behind_an_activation_of_several_nodes(squared: bool) -> None:
+    """A ReLU squared, then scaled and shifted by numbers."""
+
+    def build() -> ir.Model:
+        net = Net("star")
+        x = net.input("x", ["batch", 16, 32])
+        x = net.add(x, net.self_attention(net.layer_norm(x, "norm", 32), "attention", 32, 4))
+        up = net.op("Relu", net.linear(x, "up", 32, 24))
+        power = net.op("Mul", up, up) if squared else net.op("Pow", up, net.constant("two", np.float32(2.0)))
+        y = net.op(
+            "Add", net.op("Mul", power, net.constant("scale", np.float32(0.9))), net.constant("shift", np.float32(-0.4))
+        )
+        net.output(net.add(x, net.linear(y, "down", 24, 32)), "y")
+        model = net.build()
+        infer_shapes(model)
+        return model
+
+    model, masked = build(), build()
+    (group,) = (group for group in channel_groups(model) if group.kind == "neurons")
+    mask_units(masked, group, some(24))
+    cut(model, group, some(24))
+    check(model)
+    feeds = builders.feeds(model, {"batch": 3})
+    np.testing.assert_allclose(run(model, feeds), run(masked, feeds), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", builders.ZOO)

@@ -225,6 +225,18 @@ def test_a_scaled_product_of_two_weights_is_no_ffn() -> None:
     assert block.ffn is None
 
 
+@pytest.mark.parametrize("op", ["Mul", "Add"])
+def test_a_stream_may_be_scaled_where_a_branch_joins_it(op: str) -> None:
+    net = Net("scaled")
+    x = net.input("x", ["batch", 16, 32])
+    kept = net.op(op, x, net.weight("beta", 32))
+    net.output(net.op("Add", kept, attend(net, x)), "y")
+    model = net.build()
+    (block,) = transformer_blocks(model)
+    assert (block.input is model.graph.inputs[0]) == (op == "Mul")
+    assert [item.reason for item in explain(model)] == ([] if op == "Mul" else ["no-residual"])
+
+
 def test_a_head_with_a_hidden_layer_is_no_ffn() -> None:
     """A pooler's tanh between two projections is not on the residual stream."""
 

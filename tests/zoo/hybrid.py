@@ -177,6 +177,60 @@ class Decay(Attention):
         return ((q @ k.transpose(-2, -1) * self.scale).softmax(-1) * self.decay) @ v
 
 
+class PathMask(Attention):
+    """PPMA: decays that a token's row and column say, multiplied along both ways round a corner, on the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Linear(WIDTH, 2)
+
+    @staticmethod
+    def along(log: Tensor) -> Tensor:
+        """Sums [B, lines, n, n] between places on lines [B, lines, n]."""
+        total = log.cumsum(-1)
+        return -(total[..., :, None] - total[..., None, :]).abs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        across, down = F.softplus(self.decay(x)).reshape(-1, SIDE, SIDE, 2).unbind(-1)
+        rows = self.along(across).exp()
+        columns = self.along(down.transpose(1, 2)).exp()
+        one = torch.einsum("bijl,blik->bijkl", rows, columns)
+        two = torch.einsum("bjik,bkjl->bijkl", columns, rows)
+        mask = ((one + two) / 2).flatten(3).flatten(1, 2)[:, None]
+        y = ((q @ k.transpose(-1, -2) * self.scale).softmax(-1) * mask) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class CausalTokens(nn.Module):
+    """iLLaMA: a decoder's block on patches, whose class token comes last so that it sees all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.last = nn.Conv2d(3, WIDTH, 4, 4), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.norms, self.qkv, self.out = (
+            nn.ModuleList(nn.RMSNorm(WIDTH, eps=1e-6) for _ in range(3)), nn.Linear(WIDTH, 3 * WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+        )  # fmt: skip
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def turned(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[2])[:, None] * 0.1 ** torch.arange(DEPTH // 2)
+        cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+        one, two = x.chunk(2, -1)
+        return x * cos + torch.cat([-two, one], -1) * sin
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        x = torch.cat([x, self.last.expand(x.shape[0], -1, -1)], 1)
+        q, k, v = (p.unflatten(-1, (HEADS, DEPTH)).transpose(1, 2) for p in self.qkv(self.norms[0](x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.norms[2](x)[:, -1]
+
+
 class DecayBias(Decay):
     """RMT as it is published: the logarithm of the decay is added to the scores, then keys go by rows and columns."""
 
@@ -332,6 +386,15 @@ ENTRIES: tuple[Entry, ...] = (
     of_tokens("talking_heads", Talking, Expect(0, 2, ffns=2, named=("mixed-heads",))),
     of_tokens("irpe", BucketBias, Expect(2, 2, mask="bias", fused=True)),
     of_tokens("weight_decay_mask", Decay, Expect(0, 2, ffns=2, named=("weights-mul",))),
+    of_tokens("ppma", PathMask, Expect(0, 2, ffns=2, named=("weights-mul",))),
+    Entry(
+        "illama",
+        seeded(CausalTokens),
+        ("image",),
+        images(),
+        (BATCH,),
+        Expect(1, 2, causal=True, rotary=True),
+    ),
     of_tokens("rmt", DecayBias, Expect(2, 2, mask="bias", fused=True)),
     of_tokens("axial", Axial, Expect(4, 2, ffns=2, named=("no-projection-v", "no-projection-out", "no-residual"))),
     of_tokens("retnet_gmm", Gaussian, Expect(0, 2, ffns=2, named=("scores-mul",))),

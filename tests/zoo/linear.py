@@ -94,6 +94,50 @@ class Kernelized(Attention):
         return torch.einsum("bhnd,bhde,bhn->bhne", q, sums, norm)
 
 
+class RandomFeatures(Attention):
+    """Performer: positive features, exponentials of random projections that stay in range by the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("directions", torch.randn(16, DEPTH))
+
+    def features(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        x = x * DEPTH**-0.25
+        seen = x @ self.directions.t()
+        half = x.square().sum(-1, keepdim=True) / 2
+        return 0.25 * ((seen - half - seen.amax(axes, keepdim=True)).exp() + 1e-4)
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.features(q, (-1,)), self.features(k, (-1, -2))
+        return q @ (k.transpose(-1, -2) @ v) / (q @ k.sum(2)[..., None])
+
+
+class HashedCodes(Attention):
+    """EcoFormer: queries and keys as signs by a learned kernel of few anchors, whose products count what agrees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchors", torch.randn(HEADS, 6, DEPTH))
+        self.codes = nn.Parameter(torch.randn(HEADS, 6, 8))
+
+    def code(self, x: Tensor) -> Tensor:
+        near = (-torch.cdist(x, self.anchors).square() / DEPTH).exp()
+        return torch.sign(near @ self.codes - near.mean(-1, keepdim=True))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.code(q), self.code(k)
+        total = 8.0 * k.shape[2] + (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
+        return (q @ (k.transpose(-1, -2) @ v) + 8.0 * v.sum(2, keepdim=True)) / total
+
+
+class BinaryAddition(Attention):
+    """ShiftAddViT and BiViT: signs of queries and keys, weights of powers of two, products of signs with sums."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (torch.sign(q) @ torch.sign(k).transpose(-1, -2) * self.scale).softmax(-1)
+        return torch.exp2(torch.round(torch.log2(weights))) @ v
+
+
 class EfficientAttention(Attention):
     """Softmax on queries and on keys apart (efficient attention, Lambda networks)."""
 
@@ -245,6 +289,9 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     of_maps("efficientvit", lambda: [ReluLinear(), ReluLinear()], Expect(0, 2, ffns=0, named=("linear-attention",))),
     of_tokens("kernelized", Kernelized, Expect(0, 2, ffns=2, named=("linear-attention",))),
+    of_tokens("performer", RandomFeatures, Expect(0, 2, ffns=2, named=("linear-attention",))),
+    of_tokens("ecoformer", HashedCodes, Expect(0, 2, ffns=2, named=("linear-attention",))),
+    of_tokens("shift_add", BinaryAddition, Expect(0, 2, ffns=2, named=("no-softmax",))),
     of_tokens(
         "efficient_attention", EfficientAttention, Expect(0, 2, ffns=2, named=("softmax-axis", "linear-attention"))
     ),

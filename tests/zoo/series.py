@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def _windows(batch: int, seq: int) -> tuple[Tensor, ...]:
     )
 
 
-def _forecaster(family: str, expect: Expect, **options: object) -> Entry:
+def _forecaster(family: str, expect: Expect, **options: Any) -> Entry:
     inputs = ("past_values", "past_time_features", "past_observed_mask", "future_values", "future_time_features")
     names = (family.lower(), f"{family}Model", f"{family}Config")
     lengths = {"prediction_length": FUTURE, "context_length": PAST, "lags_sequence": [1, 2, 3], "num_time_features": 2}
@@ -79,6 +81,8 @@ ENTRIES: tuple[Entry, ...] = (
         attentions=("eager",),
     ),
     _forecaster("TimeSeriesTransformer", Expect(4, 2, ffns=3, causal=(False, False, True, False))),
+    _forecaster("Informer", Expect(4, 2, ffns=3, causal=(False, False, True, False)), attention_type="full"),
+    _forecaster("Autoformer", Expect(0, 2, ffns=3), torchscript="none", label_length=4, moving_average=5),
     hub(
         "timesfm",
         "TimesFmModel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .entry import Entry, Expect
-from .hf import BERT, TOKENS, text
+from .hf import BERT, TEXT, TOKENS, hub, text, words
 
 CAUSAL = Expect(2, 4, causal=True, mask="padding", rotary=True)
 WITHOUT_CACHE = {"use_cache": False}
@@ -68,6 +68,53 @@ ENCODERS: tuple[Entry, ...] = (
         cls_token_id=1,
         sep_token_id=2,
     ),
+    text(
+        "SqueezeBertModel",
+        "SqueezeBertConfig",
+        Expect(2, 4, ffns=0, named=("attention-4d",)),
+        **SMALL,
+        embedding_size=32,
+        q_groups=2,
+        k_groups=2,
+        v_groups=2,
+        intermediate_groups=2,
+        output_groups=2,
+        attentions=("eager",),
+    ),
+    text(
+        "ConvBertModel",
+        "ConvBertConfig",
+        Expect(2, 2, mask="padding", named=("no-projection-out", "no-residual", "softmax-axis")),
+        **SMALL,
+        embedding_size=32,
+        conv_kernel_size=3,
+        attentions=("eager",),
+    ),
+    text(
+        "XLNetModel",
+        "XLNetConfig",
+        Expect(2, 4, named=("attention-4d",)),
+        vocab_size=99,
+        d_model=32,
+        n_layer=2,
+        n_head=4,
+        d_inner=64,
+        fixed={"use_mems": False},
+        attentions=("eager",),
+    ),
+    hub(
+        "longformer",
+        "LongformerModel",
+        "LongformerConfig",
+        TEXT,
+        lambda batch, seq: words(batch, 16),
+        ({0: "batch"}, {0: "batch"}),
+        Expect(2, 4, mask="bias"),
+        **SMALL,
+        attention_window=4,
+        attentions=("eager",),
+        torchscript="static",
+    ),
 )
 
 DECODERS: tuple[Entry, ...] = tuple(
@@ -124,6 +171,24 @@ DECODERS: tuple[Entry, ...] = tuple(
             "Bloom",
             Expect(2, 4, causal=True, mask="bias", fused=True),
             {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        ),
+        (
+            "Qwen2Moe",
+            Expect(2, 4, 2, causal=True, mask="padding", rotary=True),
+            dict(
+                SMALL,
+                num_key_value_heads=2,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=32,
+                num_experts=4,
+                num_experts_per_tok=2,
+                torchscript="none",
+            ),
+        ),
+        (
+            "ModernBertDecoder",
+            Expect(2, 4, causal=True, mask=("padding", "bias"), rotary=True),
+            dict(SMALL, local_attention=4, layer_types=["full_attention", "sliding_attention"], sep_token_id=2),
         ),
     )
 )

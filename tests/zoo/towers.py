@@ -104,6 +104,35 @@ class FeatureInteraction(nn.Module):
         return torch.sigmoid(self.head(x.mean(1)))
 
 
+class TimesOfEvents(nn.Module):
+    """SynerGen: a causal encoder of events whose queries and keys turn with the seconds that lie between them; past
+    events and candidates share it, and candidates see the past and themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events, self.norm = nn.Embedding(ITEMS, WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out, self.head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+        self.ffn = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.SiLU(), nn.Linear(32, WIDTH))
+        self.register_buffer("rates", 0.3 ** torch.arange(DEPTH // 2).float())
+
+    def turned(self, x: Tensor, times: Tensor) -> Tensor:
+        angles = times[:, None, :, None] * self.rates
+        one, two = x.chunk(2, -1)
+        return torch.cat([one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()], -1)
+
+    def forward(self, items: Tensor, times: Tensor, candidates: Tensor, now: Tensor) -> Tensor:
+        x, length = torch.cat([self.events(items), self.events(candidates)], 1), items.shape[1]
+        at = torch.cat([times, now[:, None].expand(-1, candidates.shape[1])], 1)
+        place = torch.arange(x.shape[1])
+        earlier = (place[None] <= place[:, None]) & (place[None] < length)
+        shown = earlier | (place[None] == place[:, None])
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, DEPTH)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.turned(q, at), self.turned(k, at), v, shown)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return self.head((x + self.ffn(x))[:, length:]).squeeze(-1)
+
+
 class PolyEncoder(nn.Module):
     """Codes attend to the context, each candidate attends to the codes; both score by a product."""
 
@@ -184,6 +213,11 @@ def _features(batch: int, seq: int) -> tuple[Tensor, ...]:
     return (torch.stack([ids(batch, 1, 10 * (i + 1))[:, 0] for i in range(5)], 1),)
 
 
+def _events(batch: int, seq: int) -> tuple[Tensor, ...]:
+    times = torch.arange(seq).float().expand(batch, -1) * 0.7
+    return ids(batch, seq, ITEMS), times, ids(batch, CANDIDATES, ITEMS), torch.full((batch,), 0.7 * seq)
+
+
 def _texts(batch: int, seq: int) -> tuple[Tensor, ...]:
     return *_items(batch, seq), ids(batch, seq + 2, ITEMS), mask(batch, seq + 2)
 
@@ -217,6 +251,14 @@ ENTRIES: tuple[Entry, ...] = (
         _features,
         (BATCH,),
         Expect(1, 2, named=(*ALONE, "no-residual")),
+    ),
+    Entry(
+        "synergen",
+        seeded(TimesOfEvents),
+        ("items", "times", "candidates", "now"),
+        _events,
+        (BATCH_SEQ, BATCH_SEQ, BATCH, BATCH),
+        Expect(1, 2, causal=True, mask="bias", fused=True),
     ),
     Entry(
         "poly_encoder",
@@ -272,4 +314,4 @@ ENTRIES: tuple[Entry, ...] = (
         projection_dim=16,
     ),
 )
-"""SASRec, BERT4Rec, DIN, Hiformer; poly-, mix- and dual encoders; VLMo, CLIP."""
+"""SASRec, BERT4Rec, DIN, Hiformer, SynerGen; poly-, mix- and dual encoders; VLMo, CLIP."""

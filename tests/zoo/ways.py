@@ -8,17 +8,21 @@ from typing import Any
 
 from . import (
     choices,
+    chosen,
     dense,
     diffusion,
     experts,
     generation,
+    graphs,
     hf,
     hybrid,
     linear,
     own,
+    scenes,
     series,
     spans,
     speech,
+    stages,
     states,
     stories260k,
     streams,
@@ -32,12 +36,13 @@ from .exporting import Way
 
 PICTURES: tuple[Entry, ...] = (
     *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *spans.ENTRIES, *diffusion.ENTRIES,
-    *dense.ENTRIES, *states.ENTRIES,
+    *dense.ENTRIES, *states.ENTRIES, *stages.ENTRIES, *scenes.ENTRIES,
+    *chosen.ENTRIES,
 )  # fmt: skip
 """Models of images and videos."""
 SEQUENCES: tuple[Entry, ...] = (
     *text.ENTRIES, *generation.ENTRIES, *towers.ENTRIES, *experts.ENTRIES, *speech.ENTRIES, *streams.ENTRIES,
-    *series.ENTRIES, *choices.ENTRIES,
+    *series.ENTRIES, *choices.ENTRIES, *graphs.ENTRIES,
 )  # fmt: skip
 """Models of text, speech, series and items."""
 IN_TWO_WAYS: tuple[Entry, ...] = (*SEQUENCES, *PICTURES)
@@ -49,7 +54,7 @@ NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 """Models whose masked sdpa torch's dynamo exporter cannot decompose (torch 2.13)."""
 
 NOT_BY_DYNAMO: set[str] = {
-    "looped", "looped_as_asked", "until_still", "early_exit", "layer_gates", "one_of_three",
+    "looped", "looped_as_asked", "until_still", "early_exit", "layer_gates", "one_of_three", "xlnet",
 }  # fmt: skip
 """Models that torch.export does not take."""
 

@@ -299,11 +299,14 @@ def attention_problem(node: ir.Node) -> str | None:
 
 
 def _summands(value: ir.Value) -> list[ir.Value]:
-    """A value and, when it is a sum of computed values, its summands (a parallel branch may have been added first)."""
-    node = edit.producer(value, "Add")
-    if node is None or any(v is None or walk.is_weight(v) for v in node.inputs):
+    """A value; when it is a sum of computed values, its summands (a parallel branch may have been added first); when
+    it is a stream by a learned scale or a number, the stream (DeepNorm, MetaFormer).
+    """
+    node = edit.producer(value, "Add", "Mul")
+    if node is None:
         return [value]
-    return [value, *(v for v in node.inputs if v is not None)]
+    computed = [v for v in node.inputs if v is not None and not walk.is_weight(v)]
+    return [value, *computed] if len(computed) == (2 if node.op_type == "Add" else 1) else [value]
 
 
 def _before_merge(stream: ir.Value | None) -> ir.Value | None:
