@@ -206,6 +206,7 @@ ENTRIES: tuple[Entry, ...] = (
         lambda batch, seq: (_ids(batch, 64, 257),),
         (BATCH,),
         Expect(3, 2, fused=True),
+        torchscript="static",
     ),
     Entry(
         "enat",

@@ -386,7 +386,7 @@ ENTRIES: tuple[Entry, ...] = (
     of_tokens("talking_heads", Talking, Expect(0, 2, ffns=2, named=("mixed-heads",))),
     of_tokens("irpe", BucketBias, Expect(2, 2, mask="bias", fused=True)),
     of_tokens("weight_decay_mask", Decay, Expect(0, 2, ffns=2, named=("weights-mul",))),
-    of_tokens("ppma", PathMask, Expect(0, 2, ffns=2, named=("weights-mul",))),
+    of_tokens("ppma", PathMask, Expect(0, 2, ffns=2, named=("weights-mul", "no-softmax"))),
     Entry(
         "illama",
         seeded(CausalTokens),
@@ -394,6 +394,7 @@ ENTRIES: tuple[Entry, ...] = (
         images(),
         (BATCH,),
         Expect(1, 2, causal=True, rotary=True),
+        torchscript="none",
     ),
     of_tokens("rmt", DecayBias, Expect(2, 2, mask="bias", fused=True)),
     of_tokens("axial", Axial, Expect(4, 2, ffns=2, named=("no-projection-v", "no-projection-out", "no-residual"))),

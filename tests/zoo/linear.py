@@ -135,7 +135,7 @@ class BinaryAddition(Attention):
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (torch.sign(q) @ torch.sign(k).transpose(-1, -2) * self.scale).softmax(-1)
-        return torch.exp2(torch.round(torch.log2(weights))) @ v
+        return 2.0 ** torch.round(torch.log2(weights)) @ v
 
 
 class EfficientAttention(Attention):
