@@ -245,7 +245,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("known", "order", "noise", "step"),
         _order,
         (BATCH,) * 4,
-        Expect(2, 2, fused=True),
+        Expect(2, 2, ffns=3, fused=True, named=("no-residual",)),
     ),
 )
 """DDT and TiUE, FLUX and HiDream, FiTv2, VDT, PartCrafter, MAR."""
