@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.ir.canonical import check, model_of
-from xopt.ir import canonicalize, export
+from xopt.ir import canonicalize
 from xopt.ir.canonical.elements import Reader
 from xopt.ir.poly import Poly
 from xopt.ir.symbolic import Symbols
@@ -318,20 +318,3 @@ def test_the_gate_of_experts_is_no_attention() -> None:
     signature = f"(float[B, S, 8] x) => (float[] y) <int64[2] rows = {{-1, 8}}, float[8, 4] w = {{{weights}}}>"
     model = model_of(signature, "r = Reshape(x, rows) g = MatMul(r, w) y = Softmax <axis: int = -1> (g)")
     assert canonicalize(model).refused == []
-
-
-@pytest.mark.parametrize("heads", [2, 1])
-@pytest.mark.parametrize("kind", ["bool", "float"])
-def test_what_is_exported_is_found_again(kind: str, heads: int) -> None:
-    """Masks, groups and rows without keys are written out by ``export``, and read back as they were."""
-    signature = (
-        f"(float[B, S, 8] q, float[B, S, {4 * heads}] k, float[B, S, {4 * heads}] v, {kind}[B, 1, S, S] m) "
-        "=> (float[] y)"
-    )
-    body = f"y = Attention <q_num_heads: int = 2, kv_num_heads: int = {heads}> (q, k, v, m)"
-    model = model_of(signature, body, opset=23)
-    canonicalize(model)
-    again = ir.from_proto(ir.to_proto(export(model)))
-    canonicalize(again)
-    (node,) = [node for node in again.graph if node.op_type == "Attention"]
-    assert [node.attributes[f"{name}_num_heads"].as_int() for name in ("q", "kv")] == [2, heads]

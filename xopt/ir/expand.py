@@ -308,29 +308,25 @@ class Expander:
         visible: ir.Value | None = None
         if mask is None or mask.dtype == ir.DataType.BOOL:
             allowed = mask if triangle is None else self._both(node, "And", mask, triangle)
-            bias = None if allowed is None else self._additive(node, allowed, dtype)
-            visible = None if mask is None or allowed is None else self._visible(node, allowed, dtype)
-        elif _may_hide(mask, _lowest(dtype) if causal else -np.inf):
-            bias, visible = self._hiding(node, mask, triangle, dtype)
-        else:
-            bias = mask if triangle is None else self._both(node, "Add", self._additive(node, triangle, dtype), mask)
-        if repeat <= 1:
+            if allowed is not None:
+                allowed = self._grouped(node, allowed, groups, repeat)
+                bias = self._additive(node, allowed, dtype)
+                visible = None if mask is None else self._visible(node, allowed, dtype)
             return bias, visible
-        return (
-            None if bias is None else self._grouped(node, bias, groups, repeat),
-            None if visible is None else self._grouped(node, visible, groups, repeat),
-        )
-
-    def _hiding(
-        self, node: ir.Node, mask: ir.Value, triangle: ir.Value | None, dtype: ir.DataType
-    ) -> tuple[ir.Value, ir.Value]:
-        """The same of a mask of numbers that may hide keys by infinity, or weigh less than what ``_additive`` hides by:
-        what is hidden is infinitely low, and a row in which all is gets zeros instead, and counts for nothing.
-        """
-        zero, hidden = (self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, -np.inf))
+        if not _may_hide(mask, _lowest(dtype) if causal else -np.inf):
+            bias = mask if triangle is None else self._both(node, "Add", self._additive(node, triangle, dtype), mask)
+            return self._grouped(node, bias, groups, repeat), None
         bias = mask
         if triangle is not None:
+            hidden = self._constant(node, "number", np.asarray(-np.inf, dtype.numpy()))
             bias = self._shared_op(node, "Where", [triangle, mask, hidden], _broadcast(triangle, mask), dtype)
+        return self._hiding(node, self._grouped(node, bias, groups, repeat), dtype)
+
+    def _hiding(self, node: ir.Node, bias: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+        """The same of a mask of numbers that may hide keys by infinity, or weigh less than what ``_additive`` hides by:
+        a row in which all is hidden gets zeros instead, and counts for nothing.
+        """
+        zero, hidden = (self._constant(node, "number", np.asarray(n, dtype.numpy())) for n in (0.0, -np.inf))
         row = [*bias.shape[:-1], 1] if bias.shape is not None else None
         most = self._shared_op(node, "ReduceMax", [bias, self._ints(node, -1)], row, dtype, keepdims=1)
         seen = self._shared_op(node, "Greater", [most, hidden], row, ir.DataType.BOOL)
@@ -411,7 +407,7 @@ class Expander:
     def _grouped(self, node: ir.Node, value: ir.Value, groups: int, repeat: int) -> ir.Value:
         """[b, 1 or H, s, t] as [b, 1 or G, 1 or R, s, t]; fewer axes broadcast as they are."""
         rank = len(value.shape) if value.shape is not None else 4
-        if rank < 3:
+        if rank < 3 or repeat <= 1:
             return value
         heads = value.shape[rank - 3] if value.shape is not None else None
 

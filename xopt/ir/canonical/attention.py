@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from xopt.ir.canonical.hidden import hidden_rows
 from xopt.ir.canonical.layout import Axes, Axis, Digit, after, axis, before, is_read, merged
 from xopt.ir.canonical.masks import Mask, Masks, Term
 from xopt.ir.canonical.moving import move, move_result
@@ -105,6 +106,9 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
         scores.scale, scores.softcap, False, scores.terms,
         weighted.node.outputs[0], weighted.axes, weighted.guarded,
     )  # fmt: skip
+    shown = hidden_rows(site.output, site.terms) if site.k_axes[-1] == site.axes[-1] else None
+    if shown is not None:
+        site = replace(site, output=shown[0], terms=[shown[1]])
     return _in_roles(symbols, site)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xopt.ir.canonical.elements import FALSE, TRUE, Element, Reader, both, either, negated
-from xopt.ir.edit import constant, initializer, insert, producer, scalar
+from xopt.ir.edit import constant, initializer, insert, is_op, producer, scalar
 from xopt.ir.poly import ONE, ZERO, Poly
 from xopt.ir.symbolic import Symbols
 
@@ -293,11 +293,18 @@ def hides_later_keys(symbols: Symbols, mask: ir.Value) -> bool:
 
 
 def _summands(term: Term) -> list[Term]:
-    """The parts that an additive term is the sum of."""
-    add = producer(term.value, "Add") if term.kind == "add" else None
-    if add is None:
-        return [term]
-    return [part for value in add.inputs if value is not None for part in _summands(Term("add", value, term.factor))]
+    """The parts that an additive term is the sum of; numbers among which some are replaced by a low one are two."""
+    node = term.value.producer() if term.kind == "add" else None
+    if is_op(node, "Add") and node is not None:
+        parts = [value for value in node.inputs if value is not None]
+        return [part for value in parts for part in _summands(Term("add", value, term.factor))]
+    for place, kind in ((1, "drop"), (2, "keep")) if is_op(node, "Where") and node is not None else ():
+        fill, rest, condition = scalar(node.inputs[place]), node.inputs[3 - place], node.inputs[0]
+        if fill is not None and fill * term.factor <= LOWEST and rest is not None and scalar(rest) is None:
+            assert condition is not None
+            others = _summands(Term("add", rest, term.factor))
+            return [Term(kind, condition, finite=math.isfinite(fill)), *others]
+    return [term]
 
 
 def _condition(reader: Reader, term: Term) -> Element | None:

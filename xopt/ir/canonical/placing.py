@@ -8,7 +8,7 @@ import onnx_ir as ir
 from xopt.ir.canonical.layout import Axes, Digit, merged
 from xopt.ir.canonical.moving import refined
 from xopt.ir.canonical.report import NotAttentionError
-from xopt.ir.edit import initializer, insert
+from xopt.ir.edit import initializer, insert, operand, producer
 from xopt.ir.poly import ONE, Poly, product
 from xopt.ir.symbolic import Symbols
 
@@ -86,7 +86,8 @@ def _size_at_run_time(symbols: Symbols, site: ir.Node, size: Poly) -> ir.Value:
 
 
 def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Poly]) -> ir.Value:
-    """``value`` reshaped to ``target``; of its sizes that are not known one is inferred, the others stay in place.
+    """``value`` reshaped to ``target``, or what it was before it was reshaped otherwise; of its sizes that are not
+    known one is inferred, the others stay in place.
 
     Raises:
         NotAttentionError: more than one such size is new, or at another place counted from the last axis.
@@ -94,6 +95,9 @@ def _reshaped(symbols: Symbols, site: ir.Node, value: ir.Value, target: list[Pol
     graph = site.graph
     assert isinstance(graph, ir.Graph)
     dims = symbols.dims(value) or ()
+    earlier = producer(value, "Reshape", "Unsqueeze", "Squeeze")
+    if earlier is not None and symbols.dims(earlier.inputs[0]) == tuple(target):
+        return operand(earlier, 0)
     numbers = [size.constant for size in target]
     if numbers.count(None) > 1 and (missing := len(target) - len(dims)) > 0:
         front = initializer(graph, "mask_front", np.arange(missing, dtype=np.int64))
