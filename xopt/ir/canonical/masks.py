@@ -298,7 +298,9 @@ def _summands(term: Term) -> list[Term]:
     if is_op(node, "Add") and node is not None:
         parts = [value for value in node.inputs if value is not None]
         return [part for value in parts for part in _summands(Term("add", value, term.factor))]
-    for place, kind in ((1, "drop"), (2, "keep")) if is_op(node, "Where") and node is not None else ():
+    if node is None or not is_op(node, "Where"):
+        return [term]
+    for place, kind in ((1, "drop"), (2, "keep")):
         fill, rest, condition = scalar(node.inputs[place]), node.inputs[3 - place], node.inputs[0]
         if fill is not None and fill * term.factor <= LOWEST and rest is not None and scalar(rest) is None:
             assert condition is not None
