@@ -196,7 +196,7 @@ def _squeeze(call: Call) -> Value:
 
     if rank == count:
         return call.lowering.reshape(call.x(), [])
-    dims = call.lowering.decide(numbers(call, "sizes", rank - count, sizes, flags), rank - count)
+    dims = call.lowering.decide(numbers(call, "sizes", rank - count, sizes, flags), rank - count, call.node.outputs[0])
     call.require(call.dims.same(call.dims.product(dims), call.dims.product(shape)), "an axis is not of size 1")
     return call.emit(relax.op.reshape(call.x(), dims))
 
@@ -214,7 +214,7 @@ def _unsqueeze(call: Call) -> Value:
             before = before + 1 - flag
         return result
 
-    dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, flags), rank)
+    dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, flags), rank, call.node.outputs[0])
     call.require(call.dims.same(call.dims.product(dims), call.dims.product(shape)), "an axis is named twice")
     return call.emit(relax.op.reshape(call.x(), dims))
 
@@ -351,7 +351,7 @@ def _slice(call: Call) -> Value:
         refuse_rows(call, 4, 1, lambda row: row[0] == 0, "a step is 0")
     table = numbers(call, "bounds", 3 * rank, bounds, *inputs)
     sizes = numbers(call, "sizes", rank, lambda t: [t(i64(2 * rank + k)) for k in range(rank)], table)
-    dims = call.lowering.decide(sizes, rank)
+    dims = call.lowering.decide(sizes, rank, call.node.outputs[0])
 
     def element(x: Any, t: Any, *index: Any) -> Any:
         where = [t(i64(k)) + i * t(i64(rank + k)) for k, i in enumerate(index)]
@@ -437,7 +437,8 @@ def _pad(call: Call) -> Value:
 
     count_wrong = call.lowering.compute("outside", [1], wrong, table)
     call.lowering.outside.append((count_wrong, f"{call.lowering.node}: it cannot add or take away that much"))
-    dims = call.lowering.decide(numbers(call, "sizes", rank, lambda t: bounded(sizes(t)), table), rank)
+    found = numbers(call, "sizes", rank, lambda t: bounded(sizes(t)), table)
+    dims = call.lowering.decide(found, rank, call.node.outputs[0])
     return padded(call, dims, [i64(axis) for axis in range(rank)], table)
 
 

@@ -91,6 +91,36 @@ def test_numbers_of_casts_and_quotients(body: str, want: list[str] | str | None)
     assert (None if found is None else [str(number) for number in found]) == (halves if want == "halves" else want)
 
 
+@pytest.mark.parametrize(
+    ("long", "want"),
+    [
+        ("first, first, first, l, first, first", "B 4+-1*!mod(S,4)+S 32"),
+        ("first, first, l, first, first, first", "B 4+-1*!mod(S,4)+S 32"),
+        ("second, l, first, first, first, first", "B S 37+-1*!mod(S,4)"),
+    ],
+)
+def test_pads_whose_order_the_graph_turns(long: str, want: str) -> None:
+    """As TorchScript writes them: pairs from the last axis to the first, in a matrix that is turned."""
+    body = (
+        "s = Shape(x) n = Gather(s, second) m = Mod(n, four) l = Sub(four, m) "
+        f"long = Concat <axis: int = 0> ({long}) pairs = Reshape(long, pair) "
+        "up = Slice(pairs, minus, least, first, minus) turned = Transpose <perm: ints = [1, 0]> (up) "
+        "pads = Reshape(turned, minus) y = Pad(x, pads)"
+    )
+    constants = CONSTANTS + ", int64[2] pair = {-1, 2}, int64[1] least = {-9223372036854775807}"
+    model = model_of(f"(float[B, S, 32] x) => (float[a, b, c] y) <{constants}>", body)
+    clear_inferred(model)
+    found = Symbols(model.graph).dims(model.graph.outputs[0])
+    assert [str(dim) for dim in found or ()] == want.split()
+
+
+def test_a_rest_may_be_nothing() -> None:
+    """Whether there is one is not known."""
+    model = build("s = Shape(x) m = Mod(s, four) e = Equal(m, first) t = Cast <to: int = 7> (e) y = Reshape(x, t)")
+    target = next(value for node in model.graph for value in node.outputs if value.name == "t")
+    assert Symbols(model.graph).numbers(target) is None
+
+
 def test_names_reach_shapes() -> None:
     model = build(HEADS)
     name_dims(model.graph)

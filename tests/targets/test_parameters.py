@@ -139,6 +139,33 @@ def test_sizes_of_the_data_that_shape_inference_tells() -> None:
     check(model, {"x": X[0, :2, :3], "n": [3]}, {"x": X[0, :2, :3], "n": [1]})
 
 
+@pytest.mark.parametrize(
+    ("node", "feeds"),
+    [
+        ("Pad(x, some)", [[0, 1, 0, 0, 2, 0], [0, 0, 0, 0, 0, 0]]),
+        ("Slice(x, least, some)", [[2, 2, 4], [2, 1, 9]]),
+        ("Unsqueeze(x, some)", [[0], [1]]),
+    ],
+)
+def test_a_width_that_is_told_is_the_depth_of_a_product(node: str, feeds: list[list[int]]) -> None:
+    """The other sizes are open."""
+    text = f"""<ir_version: 10, opset_import: ["": 20]>
+    g (float[2, 3, 4] x, int64[{len(feeds[0])}] some, float[4, 5] w) => (float z) <int64[3] least = {{0, 0, 0}}> {{
+        y = {node}
+        z = MatMul(y, w)
+    }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    infer_shapes(model)
+    rank = 4 if node.startswith("Unsqueeze") else 3
+    dims: list[int | str] = [f"d{axis}" for axis in range(rank - 1)]
+    model.graph[0].outputs[0].shape = ir.Shape([*dims, 4])
+    model.graph.outputs[0].shape = ir.Shape([*dims, 5])
+    w = model.graph.inputs.pop()
+    w.const_value = ir.tensor(X.reshape(-1)[:20].reshape(4, 5), name="w")
+    model.graph.register_initializer(w)
+    check(model, *({"x": X, "some": some} for some in feeds))
+
+
 @pytest.mark.parametrize(("count", "sizes"), [(2, (4, 5, 1)), (3, (3, 4, 8, 9))])
 def test_equal_parts_of_an_open_axis(count: int, sizes: tuple[int, ...]) -> None:
     outputs = [f"y{place}" for place in range(count)]

@@ -153,7 +153,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     image(
         "Swin2SR",
-        Expect(1, 2, ffns=2, mask="bias", scale=1.0, named=("no-projection-q", "no-projection-k", "scores-reshape")),
+        Expect(2, 2, mask="bias", scale=1.0, named=("no-projection-q", "no-projection-k")),
         attentions=EAGER,
         model="Swin2SRForImageSuperResolution",
         output="reconstruction",

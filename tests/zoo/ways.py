@@ -71,10 +71,9 @@ OTHERWISE_BY_DYNAMO: dict[str, dict[str, Any]] = {
     "wav2vec2conformer": {"count": 0, "named": ("batch-sizes",)},
     "lsh": {"count": 0, "ffns": 2, "named": ("batch-sizes",)},
     "prob_sparse": {"count": 0, "ffns": 2, "named": ("batch-sizes",)},
-    "swin2sr": {"count": 2, "named": ("no-projection-k", "no-projection-q")},
 }
 """What is expected of a model by that exporter, where it differs: sizes behind convolutions, and of chosen tokens, are
-written as arithmetic on the input's, which hides that they are equal; masks of shifted windows are constants.
+written as arithmetic on the input's, which hides that they are equal.
 """
 
 DYNAMO_BY_DEFAULT = {

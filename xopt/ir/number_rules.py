@@ -11,7 +11,15 @@ import onnx_ir as ir
 from xopt.ir.edit import input_at
 from xopt.ir.poly import ONE, ZERO, Poly, product
 from xopt.ir.schema import op_of
-from xopt.ir.shape_rules import Known, Numbers, axes_of, integer, python_slice, shape_numbers
+from xopt.ir.shape_rules import (
+    Known,
+    Numbers,
+    axes_of,
+    integer,
+    permutation,
+    python_slice,
+    shape_numbers,
+)
 
 LARGEST = 64
 """Elements beyond which an integer tensor is not followed."""
@@ -22,6 +30,37 @@ WIDE = frozenset(ir.DataType[name] for name in ("INT32", "INT64", "UINT32", "UIN
 def _pass_on(s: Known, node: ir.Node) -> Numbers | None:
     dims = s.dims(node.outputs[0])
     return s.numbers(node.inputs[0]) if dims is not None and len(dims) <= 1 else None
+
+
+def _reshaped_numbers(s: Known, node: ir.Node) -> Numbers | None:
+    """Also of a vector that was a matrix on the way: exporters turn the order of pads by that."""
+    if s.rank(node.outputs[0]) != 1 or s.rank(node.inputs[0]) in (0, 1):
+        return _pass_on(s, node)
+    matrix = _matrix(s, node.inputs[0])
+    return None if matrix is None else tuple(matrix.reshape(-1))
+
+
+def _matrix(s: Known, value: ir.Value | None, nodes: int = 4) -> np.ndarray | None:
+    """The numbers of a vector that was reshaped, turned and cut."""
+    numbers, node = s.numbers(value), value.producer() if value is not None else None
+    if numbers is not None:
+        return np.array(numbers, object)
+    if node is None or not nodes or op_of(node) not in ("Reshape", "Transpose", "Slice"):
+        return None
+    before, sizes = _matrix(s, node.inputs[0], nodes - 1), [dim.constant for dim in s.dims(value) or ()]
+    if before is None:
+        return None
+    if op_of(node) == "Transpose":
+        return before.transpose(permutation(node, before.ndim))
+    if op_of(node) == "Reshape":
+        return before.reshape([size for size in sizes if size is not None]) if None not in sizes else None
+    starts, ends, axes, steps = (s.integers(input_at(node, place)) for place in range(1, 5))
+    if starts is None or ends is None:
+        return None
+    for axis, start, end, by in zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts)):
+        kept = python_slice(start, end, by, before.shape[axis])
+        before = before.take(range(before.shape[axis])[kept], axis)
+    return before
 
 
 def _cast_numbers(s: Known, node: ir.Node) -> Numbers | None:
@@ -58,10 +97,11 @@ def _whole(a: Poly, b: Poly) -> Poly | None:
 
 
 def _rest(a: Poly, b: Poly) -> Poly | None:
-    """Of natural numbers, where Mod and fmod agree."""
-    if a.constant is None or b.constant is None or a.constant < 0 or b.constant <= 0:
+    """Of natural numbers, where Mod and fmod agree; it may be 0, so its name begins like those of any sign."""
+    if not a.at_least(0) or not b.at_least(1, 1):
         return None
-    return Poly.of(a.constant % b.constant)
+    known = a.constant is not None and b.constant is not None
+    return Poly.of(a.constant % b.constant if known else f"!mod({a},{b})")  # type: ignore[operator]
 
 
 def _rounded_down(s: Known, node: ir.Node) -> Numbers | None:
@@ -182,5 +222,6 @@ NUMBER_RULES: dict[str, Callable[[Known, ir.Node], Numbers | None]] = {
     "Equal": _binary(_equal),
     "Min": _binary(_extreme("min")),
     "Max": _binary(_extreme("max")),
-    **dict.fromkeys(("Identity", "Squeeze", "Unsqueeze", "Reshape"), _pass_on),
+    **dict.fromkeys(("Identity", "Squeeze", "Unsqueeze"), _pass_on),
+    "Reshape": _reshaped_numbers,
 }
