@@ -61,13 +61,14 @@ def left_out(model: ir.Model, refused: Iterable[Refused]) -> list[dict[str, str]
         model: canonical.
         refused: of :class:`xopt.ir.canonical.CanonicalizeReport`.
     """
-    from xopt.ir.mixers import mixers
+    from xopt.ir.mixers import mixers, nested_attention
     from xopt.ir.structure import explain
 
     found = [(one.what, one.node, one.reason) for one in refused if one.what in ("attention", "rotary")]
     for item in explain(model):
         what = "attention" if item.node.op_type == "Attention" else "feed-forward"
         found.append((what, item.node.name or "?", item.reason))
+    found += [("attention", item.node.name or "?", item.reason) for item in nested_attention(model)]
     found += [("token mixer", item.node.name or "?", item.reason) for item in mixers(model)]
     return [{"what": what, "node": node, "reason": reason} for what, node, reason in dict.fromkeys(found)]
 

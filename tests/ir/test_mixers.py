@@ -42,3 +42,17 @@ def test_heads_that_are_mixed_before_the_softmax() -> None:
     model = model_of(f"({INPUTS}) => (float[B, 2, S, 4] y) <float[2, 2] heads = {{1, 2, 3, 4}}>", TURNED + body)
     report = canonicalize(model)
     assert "mixed-heads" in {place["reason"] for place in left_out(model, report.refused)}
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_attention_in_a_branch(attends: bool) -> None:
+    """No pass looks into branches: what attends there is named, and nothing else in them."""
+    taken = "s = MatMul(q, kt) w = Softmax <axis: int = -1> (s) z = MatMul(w, v)" if attends else "z = Relu(q)"
+    body = (
+        f"y = If (c) <then_branch = g1 () => (float[a, b, e, d] z) {{ {taken} }}, "
+        "else_branch = g2 () => (float[a, b, e, d] n) { n = Neg(q) }>"
+    )
+    model = model_of(f"({INPUTS}, bool c) => (float[a, b, e, d] y)", TURNED + body)
+    report = canonicalize(model)
+    found = [place["reason"] for place in left_out(model, report.refused) if place["what"] == "attention"]
+    assert found == ["inside-if"] * attends

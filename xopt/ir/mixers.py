@@ -4,6 +4,8 @@ linear-attention    Q @ (K^T @ V): a product of a product, nothing but moves and
 no-softmax          f(Q @ K^T) @ V with another f than a softmax: a sigmoid, a power, a decay
 mixed-heads         a matrix over the heads between Q @ K^T and its softmax (talking heads)
 fourier             a Fourier transform
+Attention in a branch or a body, which no pass looks into, is named after the operator: inside-if, inside-loop,
+inside-scan.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from xopt.ir import edit, walk
 from xopt.ir.edit import is_op
 from xopt.ir.structure import Unrecognized
 
@@ -46,6 +49,35 @@ def _reasons(node: ir.Node) -> Iterator[str]:
 def _computed(node: ir.Node) -> bool:
     """Whether all factors are computed."""
     return all(value is not None and value.const_value is None for value in node.inputs)
+
+
+def nested_attention(model: ir.Model) -> list[Unrecognized]:
+    """Each softmax between two products in a graph inside a node, with the operator around as the reason."""
+    found = list[Unrecognized]()
+    for node in model.graph:
+        inner = (one for graph in walk.graphs(node) for one in graph.all_nodes())
+        found += [Unrecognized(one, f"inside-{node.op_type.lower()}") for one in inner if _attends(one)]
+    return found
+
+
+def _attends(node: ir.Node) -> bool:
+    """Whether a node is a softmax of a product of two computed tensors, and is read by one; or an Attention."""
+    if is_op(node, "Softmax"):
+        products = any("heads" not in way for way in _products(node.inputs[0]))
+        return products and _is_multiplied(node)
+    return is_op(node, "Attention")
+
+
+def _is_multiplied(node: ir.Node) -> bool:
+    """Whether a product reads what a node computes, behind moves and numbers."""
+    seen, pending = {node}, [node]
+    while pending:
+        readers = {*edit.consumers(pending.pop().outputs[0])} - seen
+        if any(is_op(reader, *PRODUCTS) and _computed(reader) for reader in readers):
+            return True
+        pending += [reader for reader in readers if reader.op_type in MOVES | WEIGHS or reader.op_type == "Dropout"]
+        seen |= readers
+    return False
 
 
 Way: TypeAlias = tuple[ir.Value | None, frozenset[str]]
