@@ -34,6 +34,21 @@ def test_named(body: str, reasons: set[str]) -> None:
     assert {place["reason"] for place in found if place["what"] == "token mixer"} == reasons
 
 
+@pytest.mark.parametrize(("stack", "reasons"), [("float[3, 4, 4]", set()), ("float[3, 4]", {"no-softmax"})])
+def test_chosen_matrices_are_weights_but_chosen_rows_are_tokens(stack: str, reasons: set[str]) -> None:
+    count = 48 if stack.count(",") == 2 else 12
+    body = (
+        "m = Gather(stack, i) t = Transpose <perm: ints = [0, 1, 3, 2]> (m) "
+        "s = MatMul(q, t) w = Relu(s) y = MatMul(w, m)"
+    )
+    index = "int64[B, 2]" if count == 48 else "int64[B, 2, S]"
+    constants = f"{stack} stack = {{{', '.join('1' * count)}}}"
+    model = model_of(f"(float[B, 2, S, 4] q, {index} i) => (float[B, 2, S, 4] y) <{constants}>", body)
+    report = canonicalize(model)
+    found = left_out(model, report.refused)
+    assert {place["reason"] for place in found if place["what"] == "token mixer"} == reasons
+
+
 def test_heads_that_are_mixed_before_the_softmax() -> None:
     body = (
         "s = MatMul(q, kt) f = Transpose <perm: ints = [0, 2, 3, 1]> (s) m = MatMul(f, heads) "

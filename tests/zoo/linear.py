@@ -181,6 +181,29 @@ class FrequencyFilter(nn.Module):
         return y.reshape(x.shape)
 
 
+class AutoCorrelation(Attention):
+    """Autoformer: values are turned by the delays at which queries and keys agree most, found by their spectra; the
+    moving average is taken off.
+    """
+
+    best = 3
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = torch.fft.rfft(q, dim=2), torch.fft.rfft(k, dim=2)
+        both = torch.complex(q.real * k.real + q.imag * k.imag, q.imag * k.real - q.real * k.imag)
+        agrees = torch.fft.irfft(both, n=v.shape[2], dim=2).mean((1, 3))
+        weights, delays = agrees.topk(self.best, -1)
+        places = (delays[..., None] + torch.arange(v.shape[2]))[:, None, :, :, None]
+        twice = torch.cat([v, v], 2)[:, :, None].expand(-1, -1, self.best, -1, -1)
+        turned = twice.gather(3, places.expand(-1, HEADS, -1, -1, DEPTH))
+        return (turned * weights.softmax(-1)[:, None, :, None, None]).sum(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        ends = torch.cat([y[:, :1].expand(-1, 2, -1), y, y[:, -1:].expand(-1, 2, -1)], 1)
+        return y - F.avg_pool1d(ends.transpose(1, 2), 5, 1).transpose(1, 2)
+
+
 class TokenMlp(nn.Module):
     """MLP-Mixer: a feed-forward over the tokens of each channel."""
 
@@ -299,6 +322,7 @@ ENTRIES: tuple[Entry, ...] = (
     of_tokens("relu_attention", ReluAttention, Expect(0, 2, ffns=2, named=("no-softmax",))),
     of_tokens("fnet", Fourier, Expect(0, 2, ffns=2, named=("fourier",)), "none"),
     of_tokens("afno", FrequencyFilter, Expect(0, 2, ffns=2, named=("fourier",)), "none"),
+    of_tokens("autoformer", AutoCorrelation, Expect(0, 2, ffns=2, named=("fourier",)), "none"),
     of_tokens("mlp_mixer", TokenMlp, Expect(0, 2, ffns=4)),
     of_maps("lka", lambda: [LargeKernel(), LargeKernel()], Expect(0, 2, ffns=0)),
     of_maps("hornet", lambda: [GatedRecursive(), GatedRecursive()], Expect(0, 2, ffns=0)),

@@ -195,6 +195,7 @@ def _order(batch: int, seq: int) -> tuple[Tensor, ...]:
     return normal(batch, 6, LATENT), order, normal(batch, 16, LATENT), _step(batch)
 
 
+ALONE = ("no-projection-q", "no-projection-k", "no-projection-v", "no-projection-out")
 SEQUENCE = {0: "batch", 1: "seq"}
 
 ENTRIES: tuple[Entry, ...] = (
@@ -212,7 +213,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("latent", "text", "step"),
         lambda batch, seq: (_latent(batch), normal(batch, 5, WIDTH), _step(batch)),
         (BATCH,) * 3,
-        Expect(2, 2, ffns=1, named=("attention-4d",)),
+        Expect(2, 2, named=(*ALONE, "attention-4d", "hidden-is-read-elsewhere", "no-residual")),
         torchscript="none",
     ),
     Entry(
@@ -221,7 +222,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("patches", "places", "mask", "step"),
         _padded,
         (SEQUENCE, SEQUENCE, SEQUENCE, BATCH),
-        Expect(2, 2, mask="padding", fused=True),
+        Expect(2, 2, mask="padding", fused=True, named=("hidden-is-read-elsewhere", "no-residual")),
     ),
     Entry(
         "vdt",

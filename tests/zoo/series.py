@@ -82,7 +82,6 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     _forecaster("TimeSeriesTransformer", Expect(4, 2, ffns=3, causal=(False, False, True, False))),
     _forecaster("Informer", Expect(4, 2, ffns=3, causal=(False, False, True, False)), attention_type="full"),
-    _forecaster("Autoformer", Expect(0, 2, ffns=3), torchscript="none", label_length=4, moving_average=5),
     hub(
         "timesfm",
         "TimesFmModel",

@@ -182,7 +182,7 @@ DECODERS: tuple[Entry, ...] = tuple(
                 shared_expert_intermediate_size=32,
                 num_experts=4,
                 num_experts_per_tok=2,
-                torchscript="none",
+                experts_implementation="batched_mm",
             ),
         ),
         (

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from xopt.ir import edit, walk
 from xopt.ir.edit import is_op
 from xopt.ir.structure import Unrecognized
+from xopt.ir.walk import is_weight, shape_of
 
 PRODUCTS = ("MatMul", "Einsum")
 MOVES = frozenset(
@@ -47,8 +48,19 @@ def _reasons(node: ir.Node) -> Iterator[str]:
 
 
 def _computed(node: ir.Node) -> bool:
-    """Whether all factors are computed."""
-    return all(value is not None and value.const_value is None for value in node.inputs)
+    """Whether all factors are computed, none a matrix of weights, fixed or chosen (of experts)."""
+    return all(value is not None and value.const_value is None and not _chosen(value) for value in node.inputs)
+
+
+def _chosen(value: ir.Value | None) -> bool:
+    """Whether a value is taken, by computed indices, from a stack of weight matrices."""
+    while (node := value.producer() if value is not None else None) is not None and not node.domain:
+        if node.op_type == "Gather" and is_weight(node.inputs[0]):
+            return len(shape_of(node.inputs[0]) or ()) > 2
+        if node.op_type not in MOVES:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def nested_attention(model: ir.Model) -> list[Unrecognized]:
