@@ -222,7 +222,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("patches", "places", "mask", "step"),
         _padded,
         (SEQUENCE, SEQUENCE, SEQUENCE, BATCH),
-        Expect(2, 2, mask="padding", fused=True, named=("hidden-is-read-elsewhere", "no-residual")),
+        Expect(2, 2, mask="padding", named=("hidden-is-read-elsewhere", "no-residual")),
     ),
     Entry(
         "vdt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .entry import Entry, Expect
-from .hf import BERT, TEXT, TOKENS, hub, text, words
+from .hf import BERT, TOKENS, text
 
 CAUSAL = Expect(2, 4, causal=True, mask="padding", rotary=True)
 WITHOUT_CACHE = {"use_cache": False}
@@ -93,7 +93,7 @@ ENCODERS: tuple[Entry, ...] = (
     text(
         "XLNetModel",
         "XLNetConfig",
-        Expect(2, 4, named=("attention-4d",)),
+        Expect(0, 4, ffns=2, named=("head-layout",)),
         vocab_size=99,
         d_model=32,
         n_layer=2,
@@ -101,19 +101,6 @@ ENCODERS: tuple[Entry, ...] = (
         d_inner=64,
         fixed={"use_mems": False},
         attentions=("eager",),
-    ),
-    hub(
-        "longformer",
-        "LongformerModel",
-        "LongformerConfig",
-        TEXT,
-        lambda batch, seq: words(batch, 16),
-        ({0: "batch"}, {0: "batch"}),
-        Expect(2, 4, mask="bias"),
-        **SMALL,
-        attention_window=4,
-        attentions=("eager",),
-        torchscript="static",
     ),
 )
 

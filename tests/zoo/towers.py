@@ -258,7 +258,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("items", "times", "candidates", "now"),
         _events,
         (BATCH_SEQ, BATCH_SEQ, BATCH, BATCH),
-        Expect(1, 2, causal=True, mask="bias"),
+        Expect(1, 2, mask="bias"),
     ),
     Entry(
         "poly_encoder",
