@@ -100,4 +100,4 @@ ENTRIES: tuple[Entry, ...] = (
         num_attention_heads=4,
     ),
 )
-"""PatchTST, PatchTSMixer, a plain forecaster, TimesFM."""
+"""PatchTST, PatchTSMixer, a plain forecaster, Informer, TimesFM."""
