@@ -307,10 +307,10 @@ ENTRIES: tuple[Entry, ...] = (
         ("noise",),
         lambda batch, seq: (normal(batch, WIDTH),),
         (BATCH,),
-        Expect(4, 1, ffns=2, mask="bias", named=(*ALONE, "no-residual")),
+        Expect(4, 1, ffns=2, mask="bias", fused=True, named=(*ALONE, "no-residual")),
     ),
     _staged("two_backbones", TwoBackbones, Expect(3, 2, ffns=2, fused=(True, True, False))),
-    _staged("dat_sr", DualAggregation, Expect(1, 2, ffns=0, named=(*ALONE, "no-residual")), SIDE),
+    _staged("dat_sr", DualAggregation, Expect(1, 2, ffns=0, fused=True, named=(*ALONE, "no-residual")), SIDE),
     Entry(
         "fgt",
         seeded(FlowGuided),
