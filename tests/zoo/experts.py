@@ -145,7 +145,7 @@ def _routed(name: str, experts: type[Experts], *named: str) -> Entry:
 ENTRIES: tuple[Entry, ...] = (
     _routed("experts_dense", Dense),
     _routed("experts_gathered", Gathered),
-    _routed("experts_scattered", Scattered, "rank"),
+    _routed("experts_scattered", Scattered),
     Entry("matformer", seeded(Submodel), ("image",), images(), (BATCH,), Expect(2, 2, fused=True)),
     Entry(
         "adapters",
