@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.ir.canonical import check, model_of
+from tests.ir.net import Net
+from xopt.ir import canonicalize
 
 SIGNATURE = (
     "(float[B, S, 4] x) => (float[B, S, 4] y) <float half = {0.5}, float one = {1.0}, float root2 = {1.4142135}, "
@@ -89,3 +93,21 @@ def test_lookalikes_stay(body: str) -> None:
 def test_defaults_are_written() -> None:
     model = check(model_of(SIGNATURE, "y = Gelu(x)"), {"Gelu": 1})
     assert model.graph[0].attributes["approximate"].value == "none"
+
+
+def test_gelu_in_bfloat16() -> None:
+    """Its constants are rounded to three digits, and numpy does not know them for numbers."""
+    one, narrow = np.float32(1), ir.DataType.BFLOAT16.numpy()
+    net = Net("narrow")
+    x = net.input("x", ["n", 8], ir.DataType.BFLOAT16)
+
+    def number(name: str, value: float) -> ir.Value:
+        return net.constant(name, np.asarray(one * value, narrow))
+
+    cube = net.op("Mul", net.op("Pow", x, number("three", 3)), number("c", 0.044715))
+    gate = net.op("Tanh", net.op("Mul", net.op("Add", x, cube), number("k", 0.7978845608)))
+    half = net.op("Mul", x, number("half", 0.5))
+    net.output(net.op("Mul", half, net.op("Add", gate, number("one", 1))), "y")
+    model = net.build()
+    canonicalize(model)
+    assert [node.op_type for node in model.graph] == ["Gelu"]

@@ -79,12 +79,17 @@ def _written(node: ir.Node) -> Array | None:
     return None
 
 
+def kind_of(array: Array) -> str:
+    """Numpy's letter for what an array holds; bfloat16, which numpy does not know for a number, is a float ("f")."""
+    return "f" if array.dtype == ir.DataType.BFLOAT16.numpy() else array.dtype.kind
+
+
 def scalar(value: ir.Value | None) -> float | None:
     """The one number that ``value`` holds, when it is a constant of one element."""
     if value is None or (value.shape is not None and any(isinstance(d, int) and d != 1 for d in value.shape)):
         return None
     array = constant(value)
-    if array is None or array.size != 1 or array.dtype.kind not in "fiub":
+    if array is None or array.size != 1 or kind_of(array) not in "fiub":
         return None
     return float(array.reshape(()).astype(np.float64))
 

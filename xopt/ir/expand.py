@@ -447,7 +447,7 @@ def _may_hide(mask: ir.Value, below: float) -> bool:
         value = pending.pop()
         node, array = value.producer(), edit.constant(value)
         if array is not None:
-            if array.dtype.kind == "f" and array.size and float(array.min()) <= below:
+            if edit.kind_of(array) == "f" and array.size and float(array.min()) <= below:
                 return True
         elif node is None:
             return True

@@ -31,6 +31,9 @@ from xopt.ir.edit import (
 TOLERANCE = 1e-3
 """Relative slack on the constants: exporters round them to float16 or to four digits (0.7979, 0.0447)."""
 
+BFLOAT16_TOLERANCE = 2**-8
+"""The same where they are bfloat16: two of them, each rounded to 2**-9 of itself."""
+
 
 def rewrite(model: ir.Model, report: CanonicalizeReport) -> None:
     """Find activations by the node that makes them recognizable: Erf, Tanh, Sigmoid."""
@@ -141,7 +144,8 @@ def _factors(value: ir.Value) -> list[ir.Value]:
 def _is_product(value: ir.Value, coefficient: float, powers: dict[ir.Value, int]) -> bool:
     """Whether ``value`` is ``coefficient`` times the given powers."""
     k, found = _expand(value, powers)
-    return found == Counter(powers) and math.isclose(k, coefficient, rel_tol=TOLERANCE)
+    slack = BFLOAT16_TOLERANCE if value.dtype == ir.DataType.BFLOAT16 else TOLERANCE
+    return found == Counter(powers) and math.isclose(k, coefficient, rel_tol=slack)
 
 
 def _expand(value: ir.Value, leaves: Collection[ir.Value], depth: int = 8) -> tuple[float, Counter[ir.Value]]:

@@ -36,6 +36,7 @@ from xopt.ir.edit import (
     input_at,
     insert,
     is_op,
+    kind_of,
     remove_dead,
     replace_uses,
     set_attributes,
@@ -291,7 +292,7 @@ def _finite(value: ir.Value) -> bool:
             continue
         seen.add(one)
         array = constant(one) if one.const_value is not None and one.const_value.size <= SMALL else None
-        if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array is not None and kind_of(array) == "f" and not np.isfinite(array).all():
             return False
         if node is not None:
             read = node.inputs[:3] if is_op(node, "Attention") else node.inputs  # masks hide with infinities

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xopt.ir.edit import constant, input_at
+from xopt.ir.edit import constant, input_at, kind_of
 from xopt.ir.poly import ONE, ZERO, Poly, product
 from xopt.ir.schema import op_of
 from xopt.ir.shape_rules import Dims, integer, operands, permutation, spans_of
@@ -396,7 +396,7 @@ _COMPUTED: dict[str, Callable[..., Element | None]] = {
 
 def _constant_element(array: np.ndarray | None, at: Indices) -> Element | None:
     """Element of a constant that is uniform, counts along its last axis, or is split by the diagonal; else None."""
-    if array is None or array.size == 0 or array.dtype.kind not in "fiub":
+    if array is None or array.size == 0 or kind_of(array) not in "fiub":
         return None
     first = array.reshape(-1)[0]
     if array.size == 1 or np.all(array == first):
