@@ -210,12 +210,12 @@ ENTRIES: tuple[Entry, ...] = (
         "glmix",
         Slots,
         Expect(
-            4,
-            (1, 2, 1, 2),
-            fused=(False, True, False, True),
-            scale=(1.0, None, 1.0, None),
+            6,
+            (1, 2, 1, 1, 2, 1),
+            fused=(False, True, False, False, True, False),
+            scale=(1.0, None, 1.0, 1.0, None, 1.0),
+            ffns=4,
             named=(
-                "softmax-axis",
                 "no-projection-q",
                 "no-projection-k",
                 "no-projection-v",
