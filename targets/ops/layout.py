@@ -371,19 +371,13 @@ def _range(call: Call) -> Value:
     dtype = call.node.outputs[0].dtype
     name = "int64" if dtype is None else dtype.numpy().name
     start, limit, step = (_whole(_single(call, index)) for index in range(3))
-    if any(isinstance(x, float) for x in (start, limit, step)) and not all(
-        isinstance(x, (int, float)) for x in (start, limit, step)
-    ):
-        raise call.unsupported("its length is a fraction of a dynamic dimension")
-    if isinstance(step, int) and step == 0:
+    if step == 0:
         raise call.unsupported("its step is 0")
     if any(isinstance(x, float) for x in (start, limit, step)):
         count: Dim = max(math.ceil((limit - start) / step), 0)
-    elif isinstance(step, int):
+    else:
         span = call.dims.simplify(limit - start if step > 0 else start - limit)
         count = _ceil_quotient(call, span, abs(step))
-    else:
-        raise call.unsupported("its step depends on a dynamic dimension")
     return call.lowering.compute(
         "range", [count], lambda i: tirx.Cast(name, start + i * step) if name != "int64" else start + i * step
     )

@@ -505,4 +505,12 @@ def emitter(call: Call) -> Emitter | None:
     """The emitter of a node whose parameters are not all known, else None."""
     positions, emit = RUN_TIME.get(call.node.op_type, ((), None))
     unknown = any(call.known(index) is None and call.const(index) is None for index in positions if call.has(index))
-    return emit if unknown else None
+    return emit if unknown or (call.node.op_type == "Range" and not _is_counted(call)) else None
+
+
+def _is_counted(call: Call) -> bool:
+    """Whether the length of a Range of known bounds is one of ONNX's sizes: of integers a constant number apart."""
+    bounds = [known.reshape(-1)[0] for index in range(3) if (known := call.known(index)) is not None and known.size]
+    numbers = [isinstance(bound, (int, float, np.number)) for bound in bounds]
+    fractions = any(isinstance(bound, (float, np.floating)) and bound % 1 for bound in bounds)
+    return all(numbers) or (not fractions and numbers[-1])

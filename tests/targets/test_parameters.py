@@ -173,3 +173,30 @@ def test_equal_parts_of_an_open_axis(count: int, sizes: tuple[int, ...]) -> None
     text = f"""<ir_version: 10, opset_import: ["": 20]>
     g (float[S, 2] x) => ({named}) {{ {", ".join(outputs)} = Split <axis: int = 0, num_outputs: int = {count}> (x) }}"""
     check(ir.from_proto(onnx.parser.parse_model(text)), *({"x": np.ones((n, 2)) * n} for n in sizes))
+
+
+RANGES = {
+    "a step that a size is": """
+        columns = Shape <start: int = 1, end: int = 2> (x)  step = Squeeze (columns)
+        limit = Mul (n, step)  y = Range (zero, limit, step)""",
+    "a part of a size": """
+        f = Cast <to: int = 1> (n)  z = Constant <value = float {0}> ()  one = Constant <value = float {1}> ()
+        step = Div (one, f)  y = Range (z, one, step)""",
+    "steps of a half": """
+        f = Cast <to: int = 1> (n)  z = Constant <value = float {0}> ()  step = Constant <value = float {0.5}> ()
+        y = Range (z, f, step)""",
+}
+
+
+@pytest.mark.parametrize("nodes", RANGES.values(), ids=RANGES)
+def test_ranges_that_sizes_step(nodes: str) -> None:
+    kind = "float" if "Cast" in nodes else "int64"
+    text = f"""<ir_version: 10, opset_import: ["": 20]>
+    g (float[N, S] x) => ({kind}[L] y) {{
+        zero = Constant <value = int64 {{0}}> ()
+        rows = Shape <start: int = 0, end: int = 1> (x)  n = Squeeze (rows)
+        {nodes}
+    }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    infer_shapes(model)
+    check(model, *({"x": np.ones(shape)} for shape in ((4, 3), (2, 5), (1, 1))))
