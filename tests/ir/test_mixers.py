@@ -34,11 +34,13 @@ def test_named(body: str, reasons: set[str]) -> None:
     assert {place["reason"] for place in found if place["what"] == "token mixer"} == reasons
 
 
+@pytest.mark.parametrize("chosen", ["Gather(stack, i)", "GatherND(stack, pairs)"])
 @pytest.mark.parametrize(("stack", "reasons"), [("float[3, 4, 4]", set()), ("float[3, 4]", {"no-softmax"})])
-def test_chosen_matrices_are_weights_but_chosen_rows_are_tokens(stack: str, reasons: set[str]) -> None:
+def test_chosen_matrices_are_weights_but_chosen_rows_are_tokens(stack: str, reasons: set[str], chosen: str) -> None:
     count = 48 if stack.count(",") == 2 else 12
     body = (
-        "m = Gather(stack, i) t = Transpose <perm: ints = [0, 1, 3, 2]> (m) "
+        f"last = Constant <value = int64[1] {{-1}}> () pairs = Unsqueeze (i, last) m = {chosen} "
+        "t = Transpose <perm: ints = [0, 1, 3, 2]> (m) "
         "s = MatMul(q, t) w = Relu(s) y = MatMul(w, m)"
     )
     index = "int64[B, 2]" if count == 48 else "int64[B, 2, S]"

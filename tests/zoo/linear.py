@@ -314,7 +314,7 @@ ENTRIES: tuple[Entry, ...] = (
     of_tokens("kernelized", Kernelized, Expect(0, 2, ffns=2, named=("linear-attention",))),
     of_tokens("performer", RandomFeatures, Expect(0, 2, ffns=2, named=("linear-attention",))),
     of_tokens("ecoformer", HashedCodes, Expect(0, 2, ffns=2, named=("linear-attention",))),
-    of_tokens("shift_add", BinaryAddition, Expect(0, 2, ffns=2)),
+    of_tokens("shift_add", BinaryAddition, Expect(0, 2, named=("weights-log",), ffns=2)),
     of_tokens(
         "efficient_attention", EfficientAttention, Expect(0, 2, ffns=2, named=("softmax-axis", "linear-attention"))
     ),

@@ -55,7 +55,7 @@ def _computed(node: ir.Node) -> bool:
 def _chosen(value: ir.Value | None) -> bool:
     """Whether a value is taken, by computed indices, from a stack of weight matrices."""
     while (node := value.producer() if value is not None else None) is not None and not node.domain:
-        if node.op_type == "Gather" and is_weight(node.inputs[0]):
+        if is_op(node, "Gather", "GatherND") and is_weight(node.inputs[0]):
             return len(shape_of(node.inputs[0]) or ()) > 2
         if node.op_type not in MOVES:
             return False

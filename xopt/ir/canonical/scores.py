@@ -189,7 +189,7 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
     """
     value, guarded = softmax.outputs[0], False
     if not any(_weighs(node) for node in consumers(value)):
-        raise NotAttentionError("no-product")
+        raise NotAttentionError(_no_product(softmax))
     while True:
         node, value, guard = _reader(value)
         guarded = guarded or guard
@@ -230,6 +230,14 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value, bool]:
     if len(ways) != 1:
         raise NotAttentionError("weights-read-elsewhere" if ways else "no-product")
     return ways[0], value, False
+
+
+def _no_product(softmax: ir.Node) -> str:
+    """Why a softmax that weighs no values is no attention: what is done to its weights first, if it has scores."""
+    readers = consumers(softmax.outputs[0])
+    if not readers or product_behind(softmax.inputs[0], BETWEEN) is None:
+        return "no-product"
+    return f"weights-{readers[0].op_type.lower()}"
 
 
 def _weighs(node: ir.Node) -> bool:
