@@ -57,6 +57,7 @@ def test_digits_on_arm(tmp_path: Path) -> None:
     same_on_arm_and_x86(folder, {"pixel_values": digits.held_out_images(8)}, 1e-5, tmp_path)
 
 
+@pytest.mark.slow
 def test_digits_on_cuda(tmp_path: Path) -> None:
     if cuda_toolkit.device_present():
         pytest.skip("this machine has a GPU, so that latency is measured")

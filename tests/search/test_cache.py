@@ -199,8 +199,16 @@ MODELS: dict[str, Callable[[], ir.Model]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("steps", [1, 3, len(EXACT)])
+QUICK = (("vit", 1), ("llama", 3), ("bert", len(EXACT)))
+"""The others are slow."""
+RUNS = [
+    pytest.param(name, steps, marks=() if (name, steps) in QUICK else pytest.mark.slow)
+    for name in MODELS
+    for steps in (1, 3, len(EXACT))
+]
+
+
+@pytest.mark.parametrize(("name", "steps"), RUNS)
 def test_a_run_that_goes_on_ends_the_same(name: str, steps: int, tmp_path: Path) -> None:
     """Byte for byte, the library too; interrupted after so many passes."""
     job = api.plan(MODELS[name](), PRUNE if name == "vit" else (), peers=(), target="arm", threads=2)

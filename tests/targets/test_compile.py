@@ -171,6 +171,7 @@ def test_compiling_a_file_does_without_torch(tmp_path: Path) -> None:
     assert subprocess.run(arguments, check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_library_in_every_process(tmp_path: Path) -> None:
     """The compiler's hash tables are keyed by addresses, which differ from process to process."""
     save(builders.vit(layers=1), tmp_path / "m.onnx")

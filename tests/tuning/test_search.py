@@ -151,6 +151,7 @@ class Refuse(gemm.Config):
         return str, ("no configuration",)
 
 
+@pytest.mark.slow
 def test_a_search_survives_its_candidates(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     heuristic = gemm.heuristic(WORKLOAD, target.isa())
     sound = [config for config in gemm.space(WORKLOAD, target.isa()) if config != heuristic][:3]
