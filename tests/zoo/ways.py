@@ -55,6 +55,7 @@ NOT_EXPORTABLE = {("swin", "sdpa"), ("t5", "sdpa")}
 
 NOT_BY_DYNAMO: set[str] = {
     "looped", "looped_as_asked", "until_still", "early_exit", "layer_gates", "one_of_three", "xlnet",
+    "informer", "farthest_points",
 }  # fmt: skip
 """Models that torch.export does not take."""
 
