@@ -98,10 +98,11 @@ def _one_rank(node: ir.Node) -> int:
     changed = 0
     for place, result in enumerate(node.outputs):
         values = [branch.outputs[place] for branch in branches]
-        if sorted(_rank(value) or 0 for value in values) != [0, 1] or not _is_broadcast(result):
+        ranks = [_rank(value) for value in values]
+        if {*ranks} != {0, 1} or not _is_broadcast(result):
             continue
-        side = 0 if _rank(values[0]) == 0 else 1
-        if values[side].shape is not None and list(values[1 - side].shape or ()) == [1]:
+        side = ranks.index(0)
+        if list(values[1 - side].shape or ()) == [1]:
             branches[side].outputs[place] = _vector(branches[side], values[side])
             result.shape = ir.Shape([1])
             changed += 1
