@@ -7,6 +7,7 @@ between (3-D batches of heads, windows). Nothing here changes the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -189,7 +190,7 @@ def read_values(symbols: Symbols, softmax: ir.Node, axes: Axes) -> Weighted:
     """
     value, guarded = softmax.outputs[0], False
     if not any(_weighs(node) for node in consumers(value)):
-        raise NotAttentionError(_no_product(softmax))
+        raise NotAttentionError(_no_product(symbols, softmax))
     while True:
         node, value, guard = _reader(value)
         guarded = guarded or guard
@@ -232,23 +233,33 @@ def _reader(value: ir.Value) -> tuple[ir.Node, ir.Value, bool]:
     return ways[0], value, False
 
 
-def _no_product(softmax: ir.Node) -> str:
-    """Why a softmax that weighs no values is no attention: what is done to its weights first, if it has scores."""
-    readers = consumers(softmax.outputs[0])
-    if not readers or product_behind(softmax.inputs[0], BETWEEN) is None:
-        return "no-product"
-    return f"weights-{readers[0].op_type.lower()}"
+def _no_product(symbols: Symbols, softmax: ir.Node) -> str:
+    """Why a softmax that weighs no values is no attention: what is done to its weights first, if it has scores.
+
+    Weights stay weights as long as they keep their shape; what sums them up or shows them is not followed.
+    """
+    if product_behind(softmax.inputs[0], BETWEEN) is not None:
+        dims = symbols.dims(softmax.outputs[0])
+        for reader in consumers(softmax.outputs[0]):
+            if _leads_to_product(reader, lambda node: symbols.dims(node.outputs[0]) == dims):
+                return f"weights-{reader.op_type.lower()}"
+    return "no-product"
 
 
 def _weighs(node: ir.Node) -> bool:
     """Whether a reader of weights is a product with something that is computed, or leads to one."""
+    return _leads_to_product(node, lambda reader: is_op(reader, *BETWEEN, "Dropout", "IsNaN", "Cast"))
+
+
+def _leads_to_product(node: ir.Node, through: Callable[[ir.Node], bool]) -> bool:
+    """Whether a node is a product of two computed factors, or leads to one past nodes that pass `through`."""
     seen, pending = {node}, [node]
     while pending:
         reader = pending.pop()
         if is_op(reader, "MatMul"):
             if all(factor is not None and factor.const_value is None for factor in reader.inputs):
                 return True
-        elif is_op(reader, *BETWEEN, "Dropout", "IsNaN", "Cast"):
+        elif through(reader):
             following = {*consumers(reader.outputs[0])} - seen
             seen |= following
             pending += following
