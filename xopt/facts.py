@@ -62,12 +62,14 @@ def left_out(model: ir.Model, refused: Iterable[Refused]) -> list[dict[str, str]
         refused: of :class:`xopt.ir.canonical.CanonicalizeReport`.
     """
     from xopt.ir.mixers import mixers, nested_attention
+    from xopt.ir.stacks import stacked
     from xopt.ir.structure import explain
 
     found = [(one.what, one.node, one.reason) for one in refused if one.what in ("attention", "rotary")]
     for item in explain(model):
         what = "attention" if item.node.op_type == "Attention" else "feed-forward"
         found.append((what, item.node.name or "?", item.reason))
+    found += [("feed-forward", item.node.name or "?", item.reason) for item in stacked(model)]
     found += [("attention", item.node.name or "?", item.reason) for item in nested_attention(model)]
     found += [("token mixer", item.node.name or "?", item.reason) for item in mixers(model)]
     return [{"what": what, "node": node, "reason": reason} for what, node, reason in dict.fromkeys(found)]

@@ -137,8 +137,8 @@ class WithAdapters(nn.Module):
         return self.blocks(self.patches(image).flatten(2).transpose(1, 2))
 
 
-def _routed(name: str, experts: type[Experts], *named: str) -> Entry:
-    expect = Expect(2, 2, fused=True, ffns=0, named=named)
+def _routed(name: str, experts: type[Experts]) -> Entry:
+    expect = Expect(2, 2, fused=True, ffns=0, named=("stacked-weights",))
     return Entry(name, seeded(lambda: Routed(experts)), ("image",), images(), (BATCH,), expect)
 
 

@@ -161,7 +161,7 @@ DECODERS: tuple[Entry, ...] = tuple(
         ),
         (
             "Qwen2Moe",
-            Expect(2, 4, 2, causal=True, mask="padding", rotary=True),
+            Expect(2, 4, 2, causal=True, mask="padding", rotary=True, named=("stacked-weights",)),
             dict(
                 SMALL,
                 num_key_value_heads=2,

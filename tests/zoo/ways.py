@@ -12,11 +12,13 @@ from . import (
     dense,
     diffusion,
     experts,
+    fusions,
     generation,
     graphs,
     hf,
     hybrid,
     linear,
+    modalities,
     own,
     scenes,
     series,
@@ -37,12 +39,12 @@ from .exporting import Way
 PICTURES: tuple[Entry, ...] = (
     *vision.ENTRIES, *hybrid.ENTRIES, *linear.ENTRIES, *tokens.ENTRIES, *spans.ENTRIES, *diffusion.ENTRIES,
     *dense.ENTRIES, *states.ENTRIES, *stages.ENTRIES, *scenes.ENTRIES,
-    *chosen.ENTRIES,
+    *chosen.ENTRIES, *fusions.ENTRIES, *modalities.PICTURES,
 )  # fmt: skip
 """Models of images and videos."""
 SEQUENCES: tuple[Entry, ...] = (
     *text.ENTRIES, *generation.ENTRIES, *towers.ENTRIES, *experts.ENTRIES, *speech.ENTRIES, *streams.ENTRIES,
-    *series.ENTRIES, *choices.ENTRIES, *graphs.ENTRIES,
+    *series.ENTRIES, *choices.ENTRIES, *graphs.ENTRIES, *modalities.SEQUENCES,
 )  # fmt: skip
 """Models of text, speech, series and items."""
 IN_TWO_WAYS: tuple[Entry, ...] = (*SEQUENCES, *PICTURES)
@@ -63,6 +65,7 @@ FIXED_BY_DYNAMO = {"sequencer"}
 """Models whose axes torch.export makes numbers."""
 
 OTHERWISE_BY_DYNAMO: dict[str, dict[str, Any]] = {
+    "abinet": {"named": ("no-residual",)},
     "wav2vec2": {"named": ("attention-4d",)},
     "hubert": {"named": ("attention-4d",)},
     "wavlm": {
@@ -74,7 +77,7 @@ OTHERWISE_BY_DYNAMO: dict[str, dict[str, Any]] = {
     "prob_sparse": {"count": 0, "ffns": 2, "named": ("batch-sizes",)},
 }
 """What is expected of a model by that exporter, where it differs: sizes behind convolutions, and of chosen tokens, are
-written as arithmetic on the input's, which hides that they are equal.
+written as arithmetic on the input's, which hides that they are equal; constants are not folded.
 """
 
 DYNAMO_BY_DEFAULT = {

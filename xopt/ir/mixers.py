@@ -17,13 +17,9 @@ import onnx_ir as ir
 
 from xopt.ir import edit, walk
 from xopt.ir.edit import is_op
+from xopt.ir.stacks import MOVES, PRODUCTS, is_chosen
 from xopt.ir.structure import Unrecognized
-from xopt.ir.walk import is_weight, shape_of
 
-PRODUCTS = ("MatMul", "Einsum")
-MOVES = frozenset(
-    "Reshape Transpose Squeeze Unsqueeze Slice Split Concat Pad Expand Cast Identity Gather".split()  # noqa: SIM905
-)
 WEIGHS = frozenset("Relu Sigmoid Pow Where Clip Exp Softplus Mul Div Add Sub".split())  # noqa: SIM905
 FAR = 10
 """Steps from one product back to the other."""
@@ -49,18 +45,7 @@ def _reasons(node: ir.Node) -> Iterator[str]:
 
 def _computed(node: ir.Node) -> bool:
     """Whether all factors are computed, none a matrix of weights, fixed or chosen (of experts)."""
-    return all(value is not None and value.const_value is None and not _chosen(value) for value in node.inputs)
-
-
-def _chosen(value: ir.Value | None) -> bool:
-    """Whether a value is taken, by computed indices, from a stack of weight matrices."""
-    while (node := value.producer() if value is not None else None) is not None and not node.domain:
-        if is_op(node, "Gather", "GatherND") and is_weight(node.inputs[0]):
-            return len(shape_of(node.inputs[0]) or ()) > 2
-        if node.op_type not in MOVES:
-            return False
-        value = node.inputs[0]
-    return False
+    return all(value is not None and value.const_value is None and not is_chosen(value) for value in node.inputs)
 
 
 def nested_attention(model: ir.Model) -> list[Unrecognized]:

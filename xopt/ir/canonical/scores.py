@@ -81,7 +81,8 @@ def softmax_axes(symbols: Symbols, softmax: ir.Node) -> Axes:
         dims = own
     place = integer(softmax, "axis", -1) % len(dims)
     if place != len(dims) - 1 and product_behind(softmax.inputs[0], BETWEEN) is None:
-        raise NotAttentionError("softmax-axis")
+        weighs = any(_weighs(node) for node in consumers(softmax.outputs[0]))
+        raise NotAttentionError("softmax-axis" if weighs else "no-product")
     labels = [*(f"batch{i}" for i in range(len(dims) - 2)), QUERY]
     labels.insert(place, KEY)
     return tuple(axis(label, dim) for label, dim in zip(labels, dims))
@@ -155,7 +156,8 @@ def _factors(symbols: Symbols, node: ir.Node, axes: Axes) -> tuple[Factor, Facto
     if left is None or right is None or left_dims is None or right_dims is None:
         raise NotAttentionError("rank")
     if len(left_dims) != len(axes) or len(right_dims) != len(axes) or len(axes) < 3:
-        raise NotAttentionError("rank")
+        projected = left.const_value is not None or right.const_value is not None
+        raise NotAttentionError("no-product" if projected else "rank")
     depth = axis(DEPTH, left_dims[-1])
     first = left, (*_present(axes[:-2], left_dims), axes[-2], depth)
     second = right, (*_present(axes[:-2], right_dims), depth, axes[-1])
