@@ -118,7 +118,6 @@ def plan(
     threads = count(threads)
     path = Path(model) if isinstance(model, (str, Path)) else None
     graph = sized(_graph(model))
-    machine = targets.configured(target, database, threads, precision, fallback)
     listed, chosen_here = job.resolve_passes(passes, searching=data is not None and max_drop is not None)
     size = job.evaluation_batch(graph, batch)
     if data is None:
@@ -127,6 +126,7 @@ def plan(
         calibration = Dataset.of(data).matched(graph)
     evaluation = calibration if eval_data is None else Dataset.of(eval_data).matched(graph)
     feeds = job.timed_feeds(evaluation, size)
+    machine = targets.configured(target, database, threads, precision, fallback)  # last: TVM takes seconds to load
     return job.Job(
         model=graph,
         path=path,

@@ -208,7 +208,7 @@ def test_a_misspelt_command(
 # -- places that cannot be written -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", ["/proc/out", "/dev/null/out", "{model}/out"])
+@pytest.mark.parametrize("output", ["/proc/out", "{model}/out", pytest.param("/dev/null/out", marks=pytest.mark.slow)])
 def test_an_unwritable_place_is_found_before_any_work(
     output: str, model: Path, place: Path, env: dict[str, str]
 ) -> None:
@@ -218,6 +218,7 @@ def test_an_unwritable_place_is_found_before_any_work(
     assert model.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_dev_full_is_named(model: Path, place: Path, env: dict[str, str], tmp_path: Path) -> None:
     """Whichever command is to write there, and not blamed on the temporary files."""
     (tmp_path / "report.json").write_text(json.dumps(sample.report()))

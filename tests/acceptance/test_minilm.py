@@ -20,6 +20,7 @@ def compiled(_minilm_canonical: ir.Model, tmp_path_factory: pytest.TempPathFacto
     return Session.load(targets.compile(_minilm_canonical, "cpu", path), threads=2)
 
 
+@pytest.mark.slow
 def test_spearman_of_the_compiled_model_equals_onnxruntimes(
     compiled: Session, minilm_file: Path, minilm_folder: Path, shared_data: Path
 ) -> None:

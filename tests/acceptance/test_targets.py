@@ -51,6 +51,7 @@ def holds_sm_90(library: Path) -> bool:
     return set(cuda_toolkit.cubin_architectures(library)) == {"sm_90"}
 
 
+@pytest.mark.slow
 def test_digits_on_arm(tmp_path: Path) -> None:
     folder = optimized(digits.MODEL, "arm", tmp_path)
     # Four layers of float32 sums in another order: tens of units in the last place of the largest logit.

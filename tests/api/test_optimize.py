@@ -113,7 +113,9 @@ def interrupting(stage: str) -> Callable[[str, int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("stage", ["canonicalize", "prune-heads", "evaluate", "compile", "measure"])
+@pytest.mark.parametrize(
+    "stage", ["canonicalize", "prune-heads", pytest.param("evaluate", marks=pytest.mark.slow), "compile", "measure"]
+)
 def test_ctrl_c_at_any_step_leaves_nothing_behind(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -148,6 +150,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_would_fail_again_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*anything: object) -> None:
         raise VerificationError("E-VERIFY", "they differ")
@@ -177,6 +180,7 @@ def test_a_budget_rolls_back_what_costs_too_much() -> None:
     assert done.report["final"]["macs"] == done.report["steps"][0]["macs"]
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_run_here_is_not_timed(tmp_path: Path) -> None:
     done = xopt.optimize(model(), PRUNE, target="arm")
     step = done.report["steps"][-1]
@@ -255,6 +259,7 @@ def test_quality_is_that_of_the_artifact(result: api.Result) -> None:
     assert agreement["outputs"]["logits"]["max_abs"] <= agreement["bound"] * agreement["outputs"]["logits"]["scale"]
 
 
+@pytest.mark.slow
 def test_elsewhere_it_is_that_of_the_file() -> None:
     report = xopt.optimize(model(), PRUNE, target="arm").report
     assert {step["judged"] for step in report["steps"]} == {"onnxruntime"} == {report["final"]["judged"]}
@@ -291,6 +296,7 @@ def test_an_artifact_that_is_another_model_ends_the_run(
     assert caught.value.code == "E-VERIFY"
 
 
+@pytest.mark.slow
 def test_what_only_the_artifact_loses_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pruned model whose file would do, but whose compiled code is bad: it is left out, by the drop."""
     whole = model().graph.initializers["layers.0.ffn.up.weight"].shape

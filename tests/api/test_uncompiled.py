@@ -79,6 +79,7 @@ def test_passes_are_kept_by_the_work_they_save() -> None:
         assert np.isfinite(array).all()
 
 
+@pytest.mark.slow
 def test_what_was_there_before_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled model beside another model's file would be taken for its own."""
     optimized().save(tmp_path / "out")

@@ -149,6 +149,7 @@ def test_files_may_be_called_anything(xopt: Run, model: Path, tmp_path: Path) ->
     assert not (Path.cwd() / "x").exists()
 
 
+@pytest.mark.slow
 def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path, tmp_path: Path) -> None:
     samples = Dataset.random(builders.vit(layers=1), 6, 0)
     named = {f"{name}{ESCAPES}": array for name, array in samples.inputs.items()}
@@ -166,6 +167,7 @@ def test_an_optimized_model_has_the_names_it_had(xopt: Run, hostile: Path, tmp_p
     assert [value.name for value in graph.outputs] == [f"logits{ESCAPES}"]
 
 
+@pytest.mark.slow
 def test_a_quantized_export_with_few_positions_goes_all_the_way(xopt: Run, tmp_path: Path) -> None:
     """Of onnxruntime's quantizer, which rounds the table of positions too."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

@@ -8,7 +8,7 @@ from xopt.errors import InputError
 
 from . import suite
 
-RIGHT = frozenset({"gathernd", "gelu", "gru", "if_", "lstm", "nonzero", "qlinearmatmul", "softmax", "where"})
+RIGHT = frozenset({"gathernd", "gelu", "gru", "if_", "lstm", "nonzero", "softmax", "where"})
 """Groups that are always tested; more of them would take long."""
 
 

@@ -297,7 +297,7 @@ def test_merged_tokens_equal_onnxruntime_and_pass_gradients(score: str) -> None:
     assert all(weight.grad is not None and torch.isfinite(weight.grad).all() for weight in weights)
 
 
-@pytest.mark.parametrize("form", ["exported", "canonical"])
+@pytest.mark.parametrize("form", [pytest.param("exported", marks=pytest.mark.slow), "canonical"])
 def test_minilm_equals_onnxruntime(form: str, minilm_folder: Path, minilm_file: Path, minilm: ir.Model) -> None:
     tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(minilm_folder, local_files_only=True)
     sentences = ["The weather is fine today.", "It is raining.", "He plays the cello in a large orchestra, and well."]

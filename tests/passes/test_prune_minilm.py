@@ -59,6 +59,7 @@ def test_summary(minilm: ir.Model, few: Dataset) -> None:
     assert report.numbers["macs_after"] <= 0.5 * (before - 384**2) + 384**2
 
 
+@pytest.mark.slow
 def test_scores_agree_on_what_matters(minilm: ir.Model, few: Dataset) -> None:
     from scipy.stats import spearmanr
 

@@ -59,7 +59,9 @@ def test_each_kind_of_model(kind: str) -> None:
     assert again.rewritten == 0 and set(again.reasons) <= {"already-quantized", "four-dimensional"}
 
 
-@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("bert", "gpt") else pytest.mark.slow) for kind in SERVED]
+)
 def test_integers_from_projection_to_projection(kind: str, tmp_path: Path) -> None:
     model = quantized(kind)
     names = kernel_names(lower(model, targets.get("cpu")))
@@ -106,7 +108,7 @@ def test_other_instruction_sets_round_alike(target: str, tmp_path: Path) -> None
     assert np.median(np.abs(results[0] - results[1])) < 1e-5 * np.abs(results[0]).max()
 
 
-@pytest.mark.parametrize("kind", ["llama", "cross"])
+@pytest.mark.parametrize("kind", ["cross", pytest.param("llama", marks=pytest.mark.slow)])
 def test_what_integers_do_not_reach_is_computed_as_the_graph_says(kind: str, tmp_path: Path) -> None:
     """Rotated queries, and keys of another tensor: the operands are rounded, and attention is float."""
     model = quantized(kind)

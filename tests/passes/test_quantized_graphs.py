@@ -149,6 +149,7 @@ def by_onnxruntime(
     return xopt.ir.load(path)
 
 
+@pytest.mark.slow
 def test_everything_in_8_bits_by_onnxruntime(tmp_path: Path) -> None:
     """All that quantize_static can quantize, by its defaults: attention stays in parts, and all of it still runs.
 
@@ -168,8 +169,8 @@ def test_everything_in_8_bits_by_onnxruntime(tmp_path: Path) -> None:
     ("kind", "activations", "weights", "per_channel"),
     [
         ("vit", "QUInt8", "QInt8", True),
-        ("vit", "QInt8", "QInt8", True),
-        ("vit", "QUInt8", "QUInt8", False),
+        pytest.param("vit", "QInt8", "QInt8", True, marks=pytest.mark.slow),
+        pytest.param("vit", "QUInt8", "QUInt8", False, marks=pytest.mark.slow),
         ("bert", "QUInt8", "QInt8", False),
     ],
 )

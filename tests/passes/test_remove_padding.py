@@ -49,8 +49,10 @@ def packed(model: ir.Model, *others) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("fused", "left"),
+    [(True, True), (False, False), *(pytest.param(one, not one, marks=pytest.mark.slow) for one in (True, False))],
+)
 def test_real_tokens_keep_their_values_and_padding_is_zero(left: bool, fused: bool, tmp_path: Path) -> None:
     model = tokens_out(builders.bert(layers=2))
     feeds = padded_feeds(model, left=left)
@@ -110,6 +112,7 @@ def test_with_low_precision(tmp_path: Path) -> None:
     assert np.sqrt(((found - exact) ** 2).mean() / (exact**2).mean()) < 10 * 2.0**-9
 
 
+@pytest.mark.slow
 def test_quantized_layers_are_packed_too(tmp_path: Path) -> None:
     model = builders.bert(layers=2)
     feeds = padded_feeds(model)

@@ -39,7 +39,9 @@ def _emulator() -> None:
         pytest.skip(lack)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("merged", "llama"))]
+)
 def test_emulated_run_equals_onnxruntime(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     library = targets.compile(model, "arm", tmp_path / "model.so")

@@ -43,7 +43,13 @@ def quantized(tmp_path_factory: pytest.TempPathFactory):
     return model, feeds, Session.load(path).run(feeds)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("cpu:avx2", "cpu:avx512-vnni")
+"""The others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+)
 def test_code_of_a_variant(quantized, name: str, tmp_path: Path) -> None:
     model, feeds, native = quantized
     path = targets.compile(model, name, tmp_path / "model.so")

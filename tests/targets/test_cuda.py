@@ -23,7 +23,9 @@ def _toolkit() -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("target", "arch"), [("cuda", "sm_90"), ("cuda:sm_80", "sm_80")])
+@pytest.mark.parametrize(
+    ("target", "arch"), [pytest.param("cuda", "sm_90", marks=pytest.mark.slow), ("cuda:sm_80", "sm_80")]
+)
 def test_artifact_holds_machine_code_of_the_architecture(target: str, arch: str, tmp_path: Path) -> None:
     library = targets.compile(builders.bert(layers=1), target, tmp_path / "model.so")
     assert set(cuda_toolkit.cubin_architectures(library)) == {arch}

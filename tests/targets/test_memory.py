@@ -42,6 +42,7 @@ def test_guard_pages_notice_a_kernel_that_reads_too_far(guard: Path) -> None:
     assert guarded(guard, "overrun").returncode == -signal.SIGSEGV
 
 
+@pytest.mark.slow
 def test_kernels_that_index_stay_between_guard_pages(guard: Path) -> None:
     done = guarded(guard)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -32,7 +32,7 @@ MODELS = {
 
 #: Vector units beside this machine's own are tried on one model; on the others when there is time.
 CASES = [
-    pytest.param(name, target, marks=() if target == "cpu" or name == "bert" else pytest.mark.slow)
+    pytest.param(name, target, marks=() if name == "bert" or (target, name) == ("cpu", "gpt") else pytest.mark.slow)
     for name in MODELS
     for target in ("cpu", "cpu:avx2", "cpu:avx512")
 ]

@@ -87,6 +87,7 @@ def test_no_time_leaves_everything_for_the_next_run(model: Path, tmp_path: Path)
     assert (tmp_path / "tuned.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_an_interrupt_loses_nothing_and_the_next_run_goes_on(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "tuned.jsonl"
     arguments = [COMMAND, "tune", model, "--trials", "2", "--database", path]

@@ -81,8 +81,7 @@ written as arithmetic on the input's, which hides that they are equal; constants
 """
 
 DYNAMO_BY_DEFAULT = {
-    "vit", "swin", "bert", "gpt2", "llama", "alibi", "grouped", "qk_norm", "fused_per_head", "rotary_interleaved",
-    "windows",
+    "vit", "bert", "llama", "alibi", "grouped", "qk_norm", "windows",
 }  # fmt: skip
 
 BY_DEFAULT = {
