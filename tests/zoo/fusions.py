@@ -144,8 +144,8 @@ class Changes(nn.Module):
         self.norm, self.ask, self.head = nn.LayerNorm(WIDTH), Across(), nn.Conv2d(WIDTH, 2, 3, padding=1)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        both = torch.cat([before, after])
-        coarse, fine = self.block(tokens(self.patches(both))).chunk(2), self.details(both).chunk(2)
+        coarse = [self.block(tokens(self.patches(image))) for image in (before, after)]
+        fine = [self.details(image) for image in (before, after)]
         apart, near = torch.abs(coarse[0] - coarse[1]), torch.abs(fine[0] - fine[1])
         apart = apart + self.ask(self.norm(apart), tokens(near))
         return self.head(larger(near + larger(grid_of(apart, SMALL), 2.0), 2.0)).softmax(1)
@@ -217,7 +217,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("before", "after"),
         lambda batch, seq: (normal(batch, 3, 2 * SIDE, 2 * SIDE), normal(batch, 3, 2 * SIDE, 2 * SIDE).flip(0)),
         (BATCH, BATCH),
-        Expect(2, 2, ffns=1),
+        Expect(3, 2, ffns=2),
     ),
     _dense("macmd", DilatedDecoder, Expect(1, 2, fused=True)),
     Entry(

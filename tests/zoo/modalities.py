@@ -195,7 +195,7 @@ class Cloze(Attention):
         count = x.shape[1]
         q, (_, k, v) = self.split(x)[0], self.split(words)
         scores = q @ k.transpose(-2, -1) * self.scale
-        scores = scores.masked_fill(torch.eye(count, dtype=torch.bool), float("-inf"))
+        scores = scores.masked_fill(torch.eye(count) > 0, float("-inf"))
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
 
 

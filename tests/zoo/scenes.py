@@ -213,7 +213,7 @@ ENTRIES: tuple[Entry, ...] = (
         ("latent", "text", "step"),
         lambda batch, seq: (_latent(batch), normal(batch, 5, WIDTH), _step(batch)),
         (BATCH,) * 3,
-        Expect(2, 2, named=(*ALONE, "attention-4d", "hidden-is-read-elsewhere", "no-residual")),
+        Expect(2, 2, named=(*ALONE, "attention-4d", "hidden-is-read-elsewhere", "no-residual", "stacked-weights")),
         torchscript="none",
     ),
     Entry(

@@ -66,6 +66,7 @@ FIXED_BY_DYNAMO = {"sequencer"}
 
 OTHERWISE_BY_DYNAMO: dict[str, dict[str, Any]] = {
     "abinet": {"named": ("no-residual",)},
+    "dat_sr": {"named": ("no-projection-out", "no-residual")},
     "wav2vec2": {"named": ("attention-4d",)},
     "hubert": {"named": ("attention-4d",)},
     "wavlm": {
