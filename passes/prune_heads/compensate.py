@@ -10,6 +10,7 @@ teacher's residual stream. Where a branch does not join the stream by a plain ad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ def _refit(
     assert wanted is not None
     ahead, behind = streams
     if ahead is not None and behind is not None:
-        wanted = [y + (t - s) for y, t, s in zip(wanted, ahead, behind)]
+        wanted = [y + _on_average(t - s, y) for y, t, s in zip(wanted, ahead, behind)]
     weight, bias = weights(site)
     moments = Moments(site.columns, weight.shape[1], intercept=bias is not None)
     for batch, x, y in zip(data, inputs, wanted):
@@ -95,6 +96,14 @@ def _refit(
     fitted = moments.solve(columns, ridge)
     student.give(site.down.output, [_apply(fitted, x, columns) for x in inputs])
     return Refit(columns, fitted, moments.error(columns, plain), moments.error(columns, fitted))
+
+
+def _on_average(change: Tensor, branch: Tensor) -> Tensor:
+    """A change of the stream where the branch joins it: the mean over the axes that the branch broadcasts over, which
+    is what the squares over all of these places ask of the one value that they share.
+    """
+    whole = torch.broadcast_shapes(change.shape, branch.shape)
+    return change.expand(whole).sum_to_size(branch.shape) * (branch.numel() / math.prod(whole))
 
 
 def weights(site: Site) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]:

@@ -7,11 +7,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
+import xopt
 from tests.ir import builders
 from tests.passes.exact import fingerprint
 from tests.passes.pruning import array, kept, run, samples, write
 from xopt.data.dataset import Dataset
 from xopt.errors import InputError
+from xopt.ir.canonical import canonicalize
 from xopt.ir.cost import cost
 from xopt.ir.fx import run_with_values, to_fx
 from xopt.ir.shapes import infer_shapes
@@ -111,6 +113,40 @@ def test_compensation_brings_outputs_closer_on_unseen_samples() -> None:
         wanted = ReferenceSession(model).run(unseen)["embedding"]
         run(model, samples(model, 200), keep=0.5, ffn=True, **options)
         return float(np.square(ReferenceSession(model).run(unseen)["embedding"] - wanted).mean())
+
+    plain, compensated = loss(compensate=False), loss()
+    assert compensated < plain / 2
+
+
+class Summary(torch.nn.Module):
+    """Two feed-forward networks: of each token, and of the mean of all, which is added to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.each, self.all = (
+            torch.nn.Sequential(
+                torch.nn.LayerNorm(16), torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16)
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.each(x)
+        return x + self.all(x.mean(1, keepdim=True))
+
+
+def test_a_branch_that_is_added_to_every_token_makes_up_for_their_mean() -> None:
+    def loss(**options: Any) -> float:
+        model = xopt.trace(Summary(), {"x": torch.zeros(2, 5, 16)})
+        canonicalize(model)
+        generator = np.random.default_rng(0)
+        known, unseen = ({"x": generator.normal(size=(64, 5, 16)).astype(np.float32)} for _ in range(2))
+        (wanted,) = ReferenceSession(model).run(unseen).values()
+        report = run(model, Dataset(known), keep=0.5, ffn=True, uniform=True, **options)
+        assert kept(report, "neurons") == [32, 32]
+        (found,) = ReferenceSession(model).run(unseen).values()
+        return float(np.square((found - wanted).mean(1)).mean())
 
     plain, compensated = loss(compensate=False), loss()
     assert compensated < plain / 2
