@@ -96,7 +96,7 @@ def test_kept_cases(stage: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("stage", "cases"), [("load", 24), ("artifacts", 24)])
+@pytest.mark.parametrize(("stage", "cases"), [("load", 24), pytest.param("artifacts", 24, marks=pytest.mark.slow)])
 def test_a_sample_finds_nothing(stage: str, cases: int, tmp_path: Path) -> None:
     words = ["--stage", stage, "--seed", "7", "--cases", str(cases), "--output", str(tmp_path)]
     done = subprocess.run([*RUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=500)
