@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,10 +192,10 @@ def _part(call: Call, dim: Dim, start: Dim, end: Dim, step: int) -> tuple[Dim, D
     first = _clamp(call, _from_end(call, start, dim), 0, dim if step > 0 else dim - 1)
     last = _clamp(call, _from_end(call, end, dim), low, high)
     span = call.dims.simplify(last - first if step > 0 else first - last)
-    return first, _ceil_quotient(call, span, abs(step)), step
+    return first, ceil_quotient(call, span, abs(step)), step
 
 
-def _ceil_quotient(call: Call, span: Dim, step: int) -> Dim:
+def ceil_quotient(call: Call, span: Dim, step: int) -> Dim:
     """How many steps begin inside a span, none when it is negative."""
     if isinstance(span, int):
         return max(-(-span // step), 0)
@@ -367,34 +366,6 @@ def _constant_of_shape(call: Call) -> Value:
     return call.lowering.full(shape, array[0], str(array.dtype))
 
 
-def _range(call: Call) -> Value:
-    dtype = call.node.outputs[0].dtype
-    name = "int64" if dtype is None else dtype.numpy().name
-    start, limit, step = (_whole(_single(call, index)) for index in range(3))
-    if step == 0:
-        raise call.unsupported("its step is 0")
-    if any(isinstance(x, float) for x in (start, limit, step)):
-        count: Dim = max(math.ceil((limit - start) / step), 0)
-    else:
-        span = call.dims.simplify(limit - start if step > 0 else start - limit)
-        count = _ceil_quotient(call, span, abs(step))
-    return call.lowering.compute(
-        "range", [count], lambda i: tirx.Cast(name, start + i * step) if name != "int64" else start + i * step
-    )
-
-
-def _whole(number: Dim) -> Dim:
-    """A float that is an integer as one: what is counted with it is exact."""
-    return int(number) if isinstance(number, float) and number.is_integer() and abs(number) < FAR else number
-
-
-def _single(call: Call, index: int) -> Dim:
-    array = call.known(index)
-    if array is None or array.size != 1:
-        raise call.unsupported("its bounds depend on the data")
-    return array.reshape(-1)[0]
-
-
 def _triangle(call: Call) -> Value:
     given, upper, shape = call.numbers(1), bool(call.attr("upper", 1)), call.shape()
     offset = tirx.const(max(min(given[0], FAR), -FAR) if given else 0, "int64")
@@ -410,6 +381,6 @@ def _triangle(call: Call) -> Value:
 OPS: dict[str, Emitter] = {
     "Reshape": _reshape, "Flatten": _flatten, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze,
     "Transpose": _transpose, "Concat": _concat, "Split": _split, "Slice": _slice, "Expand": _expand, "Tile": _tile,
-    "Pad": _pad, "ConstantOfShape": _constant_of_shape, "Range": _range, "Trilu": _triangle,
+    "Pad": _pad, "ConstantOfShape": _constant_of_shape, "Trilu": _triangle,
 }  # fmt: skip
 """Emitters by operator type."""

@@ -296,32 +296,6 @@ def _constant_of_shape(call: Call) -> Value:
     return call.lowering.full(sizes(call, 0), array[0], str(array.dtype))
 
 
-def _range(call: Call) -> Value:
-    tensors = [call.lowering.reshape(call.x(index), [1]) for index in range(3)]
-    dtype = str(tensors[0].ty.dtype)
-    zero = tirx.const(0, "int64")
-
-    def length(start: Any, limit: Any, step: Any) -> Any:
-        span, by = limit(zero) - start(zero), step(zero)
-        if "float" in dtype:
-            by = tirx.Select(by == 0, tirx.const(1, dtype), by)
-            return tirx.ceil(span.astype("float64") / by.astype("float64")).astype("int64")
-        by = tirx.Select(by == 0, tirx.const(1, dtype), by)
-        return -tirx.floordiv(-span, by).astype("int64")
-
-    def wrong(*arguments: Any) -> Any:
-        *scalars, _ = arguments
-        return tirx.Or(scalars[2](zero) == 0, length(*scalars) > LARGEST).astype("int64")
-
-    count = call.lowering.compute("outside", [1], wrong, *tensors)
-    call.lowering.outside.append((count, f"{call.lowering.node}: its step is 0, or its result would be too large"))
-    sizes = call.lowering.compute("sizes", [1], lambda a, b, c, i: bounded([length(a, b, c)])[0], *tensors)
-    dims = call.lowering.decide(sizes, 1)
-    return call.lowering.compute(
-        "range", dims, lambda start, step, i: start(zero) + i.astype(dtype) * step(zero), tensors[0], tensors[2]
-    )
-
-
 # -- parts ---------------------------------------------------------------------------------------------------------
 def _slice(call: Call) -> Value:
     """Bounds of every axis as one tensor int64 [3 * rank]: starts, steps, counts."""
@@ -495,7 +469,7 @@ RUN_TIME: dict[str, tuple[tuple[int, ...], Emitter]] = {
     "Unsqueeze": ((1,), _unsqueeze), "Slice": ((1, 2, 3, 4), _slice), "Split": ((1,), _split),
     "Pad": ((1, 3), _pad), "Trilu": ((1,), _triangle), "CumSum": ((1,), _cumulative_sum),
     "CumProd": ((1,), _cumulative_sum), "OneHot": ((1,), _one_hot),
-    "ConstantOfShape": ((0,), _constant_of_shape), "Range": ((0, 1, 2), _range), "TopK": ((1,), _top_k),
+    "ConstantOfShape": ((0,), _constant_of_shape), "TopK": ((1,), _top_k),
     **{name: ((1,), _reduced(name)) for name in REDUCTIONS},
 }  # fmt: skip
 """By operator type: its parameters, and the emitter for when one of them is not known while lowering."""
@@ -505,12 +479,4 @@ def emitter(call: Call) -> Emitter | None:
     """The emitter of a node whose parameters are not all known, else None."""
     positions, emit = RUN_TIME.get(call.node.op_type, ((), None))
     unknown = any(call.known(index) is None and call.const(index) is None for index in positions if call.has(index))
-    return emit if unknown or (call.node.op_type == "Range" and not _is_counted(call)) else None
-
-
-def _is_counted(call: Call) -> bool:
-    """Whether the length of a Range of known bounds is one of ONNX's sizes: of integers a constant number apart."""
-    bounds = [known.reshape(-1)[0] for index in range(3) if (known := call.known(index)) is not None and known.size]
-    numbers = [isinstance(bound, (int, float, np.number)) for bound in bounds]
-    fractions = any(isinstance(bound, (float, np.floating)) and bound % 1 for bound in bounds)
-    return all(numbers) or (not fractions and numbers[-1])
+    return emit if unknown else None
