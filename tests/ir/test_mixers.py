@@ -9,6 +9,7 @@ from xopt.facts import left_out
 from xopt.ir.canonical import canonicalize
 
 INPUTS = "float[B, 2, S, 4] q, float[B, 2, S, 4] k, float[B, 2, S, 4] v"
+ADDITIVE = "additive-attention"
 TURNED = "kt = Transpose <perm: ints = [0, 1, 3, 2]> (k) "
 
 
@@ -21,13 +22,21 @@ TURNED = "kt = Transpose <perm: ints = [0, 1, 3, 2]> (k) "
         ("s = MatMul(q, kt) w = Sigmoid(s) y = MatMul(w, v)", {"no-softmax"}),
         ("s = MatMul(q, kt) w = Relu(s) p = Mul(w, w) y = MatMul(p, v)", {"no-softmax"}),
         ("f = Unsqueeze(q, last) d = DFT(f, , three) y = Identity(d)", {"fourier"}),
+        ("l = MatMul(q, column) w = Softmax <axis: int = 2> (l) p = Mul(w, q) y = ReduceSum(p, last)", {ADDITIVE}),
+        (
+            "l = MatMul(q, column) b = Add(l, one) n = Mul(b, half) w = Softmax(n) p = Mul(q, w) y = ReduceMean(p, last)",
+            {ADDITIVE},
+        ),
+        ("l = MatMul(q, column) w = Softmax(l) p = Mul(w, v) y = ReduceSum(p, last)", set()),
+        ("l = MatMul(q, column) w = Sigmoid(l) p = Mul(w, q) y = ReduceSum(p, last)", set()),
         ("s = MatMul(q, kt) y = Identity(s)", set()),
         ("l = MatMul(q, square) w = Relu(l) y = MatMul(w, square)", set()),
         ("l = MatMul(q, square) s = Softmax <axis: int = -1> (l) y = Identity(s)", set()),
     ],
 )
 def test_named(body: str, reasons: set[str]) -> None:
-    constants = "float half = {0.5}, int64[1] last = {-1}, int64 three = {3}, float[4, 4] square = {"
+    column = "float[4, 1] column = {1, 2, 3, 4}, float[1] one = {1}"
+    constants = f"float half = {{0.5}}, int64[1] last = {{-1}}, int64 three = {{3}}, {column}, float[4, 4] square = {{"
     model = model_of(f"({INPUTS}) => (float[a, b, c, d] y) <{constants}{', '.join('1' * 16)}}}>", TURNED + body)
     report = canonicalize(model)
     found = left_out(model, report.refused)

@@ -140,7 +140,12 @@ ENTRIES: tuple[Entry, ...] = (
         attentions=("eager",),
     ),
     image(
-        "SwiftFormer", Expect(0, 4, named=("rank",)), depths=[1, 1], embed_dims=[16, 16], side=64, attentions=("eager",)
+        "SwiftFormer",
+        Expect(0, 4, named=("additive-attention",)),
+        depths=[1, 1],
+        embed_dims=[16, 16],
+        side=64,
+        attentions=("eager",),
     ),
     image("Timesformer", Expect(4, 4, ffns=2, fused=True, named=("no-residual",)), frames=2, num_frames=2, **VIT),
     image("VideoMAE", Expect(2, 4), frames=4, num_frames=4, tubelet_size=2, **VIT),

@@ -2,6 +2,7 @@
 
 linear-attention    Q @ (K^T @ V): a product of a product, nothing but moves and numbers between
 no-softmax          f(Q @ K^T) @ V with another f than a softmax: a sigmoid, a power, a decay
+additive-attention  sum(softmax(X @ w) * X): tokens weighed by a projection of their own
 mixed-heads         a matrix over the heads between Q @ K^T and its softmax (talking heads)
 fourier             a Fourier transform
 Attention in a branch or a body, which no pass looks into, is named after the operator: inside-if, inside-loop,
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from xopt.ir import edit, walk
 from xopt.ir.edit import is_op
+from xopt.ir.projection import projection_into
 from xopt.ir.stacks import MOVES, PRODUCTS, is_chosen
 from xopt.ir.structure import Unrecognized
 
@@ -39,6 +41,8 @@ def _reasons(node: ir.Node) -> Iterator[str]:
             yield "linear-attention"
         elif any("weighed" in way and "softmax" not in way for way in crossed):
             yield "no-softmax"
+    elif is_op(node, "ReduceSum", "ReduceMean") and _weighs_itself(edit.producer(node.inputs[0], "Mul")):
+        yield "additive-attention"
     elif is_op(node, "Softmax") and any("heads" in way for way in _products(node.inputs[0])):
         yield "mixed-heads"
 
@@ -46,6 +50,25 @@ def _reasons(node: ir.Node) -> Iterator[str]:
 def _computed(node: ir.Node) -> bool:
     """Whether all factors are computed, none a matrix of weights, fixed or chosen (of experts)."""
     return all(value is not None and value.const_value is None and not is_chosen(value) for value in node.inputs)
+
+
+def _weighs_itself(product: ir.Node | None) -> bool:
+    """Whether one factor of a Mul is a softmax of a projection of the other."""
+    for weights, tokens in (product.inputs, product.inputs[::-1]) if product is not None else ():
+        softmax = edit.producer(_before_moves(weights), "Softmax")
+        scores = projection_into(_before_moves(softmax.inputs[0])) if softmax is not None else None
+        if scores is not None and _before_moves(scores.input) is _before_moves(tokens):
+            return True
+    return False
+
+
+def _before_moves(value: ir.Value | None) -> ir.Value | None:
+    """What a value is but for its layout and for numbers that it is multiplied by."""
+    while (node := value.producer() if value is not None else None) is not None and not node.domain:
+        if node.op_type not in MOVES and not _scales(node):
+            break
+        value = node.inputs[0]
+    return value
 
 
 def nested_attention(model: ir.Model) -> list[Unrecognized]:
