@@ -24,7 +24,8 @@ TURNED = "kt = Transpose <perm: ints = [0, 1, 3, 2]> (k) "
         ("f = Unsqueeze(q, last) d = DFT(f, , three) y = Identity(d)", {"fourier"}),
         ("l = MatMul(q, column) w = Softmax <axis: int = 2> (l) p = Mul(w, q) y = ReduceSum(p, last)", {ADDITIVE}),
         (
-            "l = MatMul(q, column) b = Add(l, one) n = Mul(b, half) w = Softmax(n) p = Mul(q, w) y = ReduceMean(p, last)",
+            "l = MatMul(q, column) b = Add(l, one) n = Mul(b, half) "
+            "w = Softmax(n) p = Mul(q, w) y = ReduceMean(p, last)",
             {ADDITIVE},
         ),
         ("l = MatMul(q, column) w = Softmax(l) p = Mul(w, v) y = ReduceSum(p, last)", set()),
