@@ -290,6 +290,16 @@ def test_four_dimensional_by_nature() -> None:
     assert report.attention
 
 
+@pytest.mark.parametrize(
+    "inputs", ["float[B, 1, 8] q, float[B, 1, 8] k, float[B, 1, 8] v", INPUTS.replace("S", "1", 1)]
+)
+def test_one_query_or_one_key(inputs: str) -> None:
+    """Axes of one element are in no layout: which of them is the query's and which the keys' makes no difference."""
+    model = build("", inputs=inputs)
+    assert canonicalize(check(model, {"Attention": 1})).attention
+    assert all(len(value.shape or ()) == 3 for value in attention(model).inputs[:3] if value is not None)
+
+
 def test_readers_of_the_four_dimensional_output() -> None:
     model = build("", output="y4 = Relu(o) ot = Transpose <perm: ints = [0, 2, 1, 3]> (y4) y = Reshape(ot, join)")
     node = attention(check(model))

@@ -115,8 +115,9 @@ def _of_softmax(symbols: Symbols, node: ir.Node) -> Site:
 
 def _in_roles(symbols: Symbols, site: Site) -> Site:
     """The site with heads and sequence as the queries tell them, where they are not in the usual axes."""
-    (key,) = {row for row in site.axes if any(digit.label == KEY for digit in row)} or {()}
-    rows = tuple(row for row in site.axes if row is not key)
+    of_keys = [place for place, row in enumerate(site.axes) if any(digit.label == KEY for digit in row)]
+    place = max(of_keys or (place for place, row in enumerate(site.axes) if not row))  # one key has no axis of its own
+    key, rows = site.axes[place], (*site.axes[:place], *site.axes[place + 1 :])
     found = roles(symbols, site.q, site.q_axes, site.k_axes, rows)
     if found is None:
         return replace(site, axes=(*rows, key))
