@@ -196,7 +196,8 @@ class Emitting(ABC):
         for view in [base, *self._views.get(base, [])]:
             if self.dims.same_shape(self.shape_of(view), shape):
                 return view
-        view = self.emit(relax.op.reshape(base, list(shape)))
+        empty = any(isinstance(dim, int) and dim == 0 for dim in shape)  # for Relax a 0 is the size that was there
+        view = self.emit(relax.op.reshape(base, self.emit(relax.ShapeExpr(list(shape))) if empty else list(shape)))
         self._bases[view] = base
         self._views.setdefault(base, []).append(view)
         return view

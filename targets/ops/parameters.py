@@ -180,7 +180,7 @@ def _reduced(name: str) -> Emitter:
 
         matrix = call.lowering.compute("by_axes", dims[:2], element, call.x(), flags)
         result = call.emit(function(matrix, [1], False))
-        return call.emit(relax.op.reshape(result, dims[2:]))
+        return call.lowering.reshape(result, dims[2:])
 
     return emit
 
@@ -198,7 +198,7 @@ def _squeeze(call: Call) -> Value:
         return call.lowering.reshape(call.x(), [])
     dims = call.lowering.decide(numbers(call, "sizes", rank - count, sizes, flags), rank - count, call.node.outputs[0])
     call.require(call.dims.same(call.dims.product(dims), call.dims.product(shape)), "an axis is not of size 1")
-    return call.emit(relax.op.reshape(call.x(), dims))
+    return call.lowering.reshape(call.x(), dims)
 
 
 def _unsqueeze(call: Call) -> Value:
@@ -216,7 +216,7 @@ def _unsqueeze(call: Call) -> Value:
 
     dims = call.lowering.decide(numbers(call, "sizes", rank, sizes, flags), rank, call.node.outputs[0])
     call.require(call.dims.same(call.dims.product(dims), call.dims.product(shape)), "an axis is named twice")
-    return call.emit(relax.op.reshape(call.x(), dims))
+    return call.lowering.reshape(call.x(), dims)
 
 
 # -- shapes --------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def _reshape(call: Call) -> Value:
     )
     product = call.dims.product(dims)
     call.require(call.dims.same(product, call.dims.product(old)), "its result would have another number of elements")
-    return call.emit(relax.op.reshape(call.x(), dims))
+    return call.lowering.reshape(call.x(), dims)
 
 
 def _expand(call: Call) -> Value:

@@ -52,6 +52,14 @@ def test_reductions_over_axes_of_the_data(op: str, keep: int) -> None:
     )
 
 
+def test_a_shape_of_the_data_that_is_known_to_hold_none() -> None:
+    """A 0 among the sizes that the model tells is one, and not the size that was there."""
+    model = of("Reshape", [0, 3, 4], {"shape": 3}, allowzero=1)
+    model.graph.outputs[0].shape = ir.Shape([3, 4, 0])
+    (result,) = compiled(model)({"x": np.zeros((0, 3, 4), np.float32), "shape": np.array([3, 4, 0])})
+    assert result.shape == (3, 4, 0)
+
+
 @pytest.mark.parametrize(
     ("model", "feeds"),
     [
